@@ -1,0 +1,152 @@
+"""Configuration: one YAML file (``--memos-config``), checked at start.
+
+Every section is a frozen model that refuses unknown keys; ``load`` turns the first problem of each
+key into one sentence. The commented examples in ``configs/`` are the reference for users.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from memos_vllm.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: Any) -> int:
+    """``4GiB``, ``500MB``, ``1073741824``: a size in bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size_bytes = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+        if not match:
+            raise ValueError(f"{value!r} is not a size; write for example 4GiB, 500MB or a number of bytes")
+        size_bytes = int(float(match[1]) * _UNITS[match[2] or ""])
+    if size_bytes < 0:
+        raise ValueError("a size cannot be negative")
+    return size_bytes
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+ExpandedPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeyConfig(Section):
+    """One API key. Without ``user`` the key is an application's: it names its users per request."""
+
+    tenant: str = Field(min_length=1)
+    user: str | None = Field(default=None, min_length=1)
+    memory: bool | None = None
+
+
+class IdentityConfig(Section):
+    """Who a request acts for."""
+
+    keys: dict[str, KeyConfig] = {}
+    """API key, or ``sha256:`` and the hex digest of one, to what it stands for."""
+
+    unlisted_keys: Literal["own_tenant", "refuse"] = "own_tenant"
+    """A key that is not listed is a tenant of its own (its digest), or has no memory."""
+
+    trusted_user_header: str | None = None
+    """Header in which a trusted gateway names the user, within the key's tenant."""
+
+
+class MemoryConfig(Section):
+    """Plaintext memory."""
+
+    default: Literal["off", "on"] = "off"
+    """Whether a request without a ``memos`` field uses memory (a key's ``memory`` overrides it)."""
+
+    long_lived_tokens: int = Field(default=1024, ge=0)
+    """Budget for memory that stands in the system message, in tokens."""
+
+    late_tokens: int = Field(default=512, ge=0)
+    """Budget for memory that is recalled for one query, in tokens."""
+
+    top_k: int = Field(default=10, ge=1, le=1000)
+    """How many memories one query recalls at most."""
+
+    session_ttl_s: float = Field(default=3600.0, gt=0)
+    """How long an idle session keeps its frozen long-lived memory."""
+
+    max_map_bytes: Bytes = 64 * 2**30
+    """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""
+
+
+class KVConfig(Section):
+    """Activation memory: KV off the GPU."""
+
+    save: Literal["memory", "all", "none"] = "memory"
+    """Whose prefixes are saved: requests with memory, every request, or none."""
+
+    host_bytes: Bytes = 4 * 2**30
+    """Host pool over all ranks; pinned where there is a GPU."""
+
+    disk_bytes: Bytes = 64 * 2**30
+    """Files over all ranks; 0 switches the disk tier off."""
+
+    chunk_bytes: Annotated[Bytes, Field(ge=1)] = 32 * 2**20
+    """Largest file and largest unit of transfer, per rank."""
+
+    min_load_tokens: int = Field(default=64, ge=1)
+    """A shorter hit is computed rather than loaded."""
+
+    io_threads: int = Field(default=2, ge=1, le=64)
+    """Threads for disk reads and writes, per rank."""
+
+
+class MemosConfig(Section):
+    """The whole file."""
+
+    data_dir: ExpandedPath = Path("~/.local/share/memos").expanduser()
+    """LMDB and KV files of one server. It is created if it is missing."""
+
+    identity: IdentityConfig = IdentityConfig()
+    memory: MemoryConfig = MemoryConfig()
+    kv: KVConfig = KVConfig()
+
+
+def load(path: str | os.PathLike[str] | None) -> MemosConfig:
+    """Reads and checks a configuration file; ``None`` gives the defaults.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, has an unknown key or a bad value.
+    """
+    if path is None:
+        return MemosConfig()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', None) or error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping such as 'data_dir: /srv/memos', not a {type(values).__name__}")
+    try:
+        return MemosConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(map(_sentence, error.errors()))) from error
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    return f"'{key}': {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"

@@ -1,0 +1,76 @@
+"""Every error that Memos raises for bad input or a failing environment.
+
+    MemosError
+    +-- ConfigError            a value in the configuration; stops the start
+    +-- DataDirError           the data directory cannot be used (permission, space, another server)
+    |   `-- DataDirInUse       another server holds it
+    +-- RequestError           a request is wrong; carries the HTTP status
+    |   +-- Unauthorized       401, no identity
+    |   +-- Forbidden          403, an identity without the right
+    |   `-- NotFound           404, no such memory for this user
+    +-- StoreError             plaintext store: a write that was not acknowledged
+    |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
+    `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
+        +-- KVFileMismatch     written by another model, dtype, layout, ...
+        `-- KVFileCorrupt      truncated, or a checksum that does not match
+
+A message says what to do about it. Our own invariants are ``assert``, not errors.
+"""
+
+from __future__ import annotations
+
+
+class MemosError(Exception):
+    """Base of all errors that Memos raises on purpose."""
+
+
+class ConfigError(MemosError):
+    """A configuration that cannot be used."""
+
+
+class DataDirError(MemosError):
+    """The data directory cannot be used."""
+
+
+class DataDirInUse(DataDirError):
+    """Another server holds the data directory."""
+
+
+class RequestError(MemosError):
+    """A request that cannot be served as it stands."""
+
+    status = 400
+
+
+class Unauthorized(RequestError):
+    status = 401
+
+
+class Forbidden(RequestError):
+    status = 403
+
+
+class NotFound(RequestError):
+    status = 404
+
+
+class StoreError(MemosError):
+    """The plaintext store did not take a write; nothing of it is stored."""
+
+    status = 500
+
+
+class StoreFull(StoreError):
+    status = 507
+
+
+class KVFileError(MemosError):
+    """A KV file that must not be used."""
+
+
+class KVFileMismatch(KVFileError):
+    """The file holds KV of another model, dtype, layout or parallel shape."""
+
+
+class KVFileCorrupt(KVFileError):
+    """The file is truncated or a checksum does not match."""

@@ -1,0 +1,69 @@
+"""Who a request acts for (invariant 2, at the door): a body never widens what the credential gives."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from memos_vllm.config import IdentityConfig
+from memos_vllm.errors import Forbidden, RequestError, Unauthorized
+from memos_vllm.integration.identity import resolve
+from memos_vllm.types import Principal
+
+
+def bearer(key: str, **headers: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}", **headers}
+
+
+def config(**values: object) -> IdentityConfig:
+    return IdentityConfig.model_validate(values)
+
+
+def test_unlisted_keys_are_tenants_of_their_own() -> None:
+    one, other = (resolve(bearer(key), config()).principal for key in ("k1", "k2"))
+    assert one.tenant != other.tenant
+    assert "k1" not in one.tenant, "a tenant's name must not reveal the key"
+
+
+def test_an_application_names_its_users_within_its_tenant() -> None:
+    keys = {"app": {"tenant": "shop"}}
+    assert resolve(bearer("app"), config(keys=keys), "alice").principal == Principal("shop", "alice")
+
+
+def test_a_key_can_be_listed_by_its_digest() -> None:
+    digest = hashlib.sha256(b"app").hexdigest()
+    assert resolve(bearer("app"), config(keys={f"sha256:{digest}": {"tenant": "shop"}})).principal.tenant == "shop"
+
+
+def test_a_personal_key_acts_for_nobody_else() -> None:
+    keys = config(keys={"k": {"tenant": "shop", "user": "alice"}})
+    assert resolve(bearer("k"), keys, "alice").principal == Principal("shop", "alice")
+    with pytest.raises(Forbidden):
+        resolve(bearer("k"), keys, "bob")
+
+
+def test_the_gateways_header_decides_the_user() -> None:
+    gateway = config(keys={"k": {"tenant": "shop"}}, trusted_user_header="x-user")
+    assert resolve(bearer("k", **{"x-user": "alice"}), gateway).principal == Principal("shop", "alice")
+    with pytest.raises(Forbidden):
+        resolve(bearer("k", **{"x-user": "alice"}), gateway, "bob")
+
+
+def test_without_configuration_the_header_means_nothing() -> None:
+    assert resolve(bearer("k", **{"x-user": "alice"}), config()).principal.user == "default"
+
+
+def test_no_key_no_memory() -> None:
+    with pytest.raises(Unauthorized):
+        resolve({}, config())
+    with pytest.raises(Unauthorized):
+        resolve({"authorization": "Basic abc"}, config())
+    with pytest.raises(Unauthorized):
+        resolve(bearer("k"), config(unlisted_keys="refuse"))
+
+
+@pytest.mark.parametrize("user", ["", "x" * 257])
+def test_user_names_have_bounds(user: str) -> None:
+    with pytest.raises(RequestError):
+        resolve(bearer("k"), config(), user)

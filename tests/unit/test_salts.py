@@ -1,0 +1,35 @@
+"""Tenant salts (invariant 2): different users, epochs and servers never share one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from memos_vllm.errors import RequestError
+from memos_vllm.integration import salts
+from memos_vllm.types import Principal
+
+
+def test_salts_differ_by_secret_tenant_user_and_epoch() -> None:
+    made = [
+        salts.salt_of(secret, Principal(tenant, user), epoch)
+        for secret, tenant, user, epoch in itertools.product((b"s", b"t"), ("a", "ab"), ("bc", "c"), (0, 1))
+    ]
+    assert len(set(made)) == len(made), "('a', 'bc') and ('ab', 'c') must differ too"
+
+
+def test_a_clients_salt_narrows_and_is_forgotten_with_the_users() -> None:
+    salt = salts.salt_of(b"s", Principal("t", "u"), 0)
+    narrowed = salts.combine(salt, "mine")
+    assert salts.combine(salt, None) == salt != narrowed != salts.combine(salt, "other")
+    assert salts.is_memory_salt(narrowed)
+    assert salts.tag(narrowed) == salts.tag(salt) != salts.tag(salts.salt_of(b"s", Principal("t", "v"), 0))
+    assert len(narrowed) <= 128, "vLLM's limit"
+
+
+def test_a_client_cannot_claim_a_memory_salt() -> None:
+    with pytest.raises(RequestError):
+        salts.check_client_salt("memos:" + "0" * 64)
+    salts.check_client_salt("anything else")
+    salts.check_client_salt(None)
