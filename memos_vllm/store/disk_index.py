@@ -1,0 +1,347 @@
+"""Which file holds which block: the scheduler side's index of the disk tier.
+
+    root/index/                          LMDB, see chunk_records
+    root/<identity>/<ch>/<chunk>...      one file per chunk and rank, see chunk_files
+    root/lock                            held while an index is open
+
+All look-ups are answered from memory. The files are the truth: opening drops records without files
+and adopts whole files without a record. So neither a lost index nor a crash between two steps needs
+a repair; a removal takes the block keys from memory first, then the files, then the record, for a file
+that outlives its record would come back at the next start. Recency is written with the next commit
+or removal and at ``close``; a crash forgets only the order of what was touched since.
+
+One thread (the scheduler's) owns an index. A root is for one server, whose ranks see the same files.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+
+from memos_vllm.errors import DataDirError, DataDirInUse
+from memos_vllm.store import chunk_files
+from memos_vllm.store.chunk_records import ChunkRecord, open_records
+from memos_vllm.store.identity import KVIdentity, chunk_id
+from memos_vllm.store.ops import path_for_rank
+from memos_vllm.types import BlockKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    chunk: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChunk:
+    chunk: str
+    path: str
+    """Contains ``{rank}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropReport:
+    chunks: int
+    blocks: int
+    bytes: int
+    undeleted: tuple[str, ...] = ()
+    """Files that the file system refuses to remove; empty when all is well."""
+
+
+class DiskIndex:
+    """Block key to place on disk, under a budget, least recently used chunks first to go.
+
+    Args:
+        root: directory; created if it is missing.
+        identity: of this server. Chunks of other identities are kept (a server may switch between
+            models) and evicted like any other, but never found.
+        budget_bytes: KV bytes over all ranks and identities.
+        world_size: number of ranks, each with one file per chunk.
+
+    Raises:
+        DataDirError: ``root`` cannot be used.
+        DataDirInUse: another index has it open.
+    """
+
+    def __init__(self, root: Path, identity: KVIdentity, budget_bytes: int, world_size: int) -> None:
+        self.root = Path(root).absolute()
+        self.budget_bytes = budget_bytes
+        self._identity, self._world_size = identity, world_size
+        self._identity_name = chunk_files.identity_name(identity)
+        self._ready: OrderedDict[str, ChunkRecord] = OrderedDict()  # oldest use first
+        self._writing: dict[str, ChunkRecord] = {}
+        self._doomed: set[str] = set()  # being written, not wanted any more
+        self._locations: dict[BlockKey, Location] = {}
+        self._keys_in_writing: set[BlockKey] = set()
+        self._pins: Counter[str] = Counter()
+        self._touched: set[str] = set()  # recency not yet in LMDB
+        self._usage_bytes = 0
+        self._clock = 0
+        self._lock_fd = _lock(self.root)
+        try:
+            self._records, records = open_records(self.root / "index")
+            self._recover(records)
+        except OSError as error:
+            self._unlock()
+            raise DataDirError(f"cannot use the KV directory {self.root}: {error}") from error
+        except BaseException:
+            self._unlock()
+            raise
+
+    def __len__(self) -> int:
+        """Blocks that ``lookup`` finds."""
+        return len(self._locations)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        """On disk or being written: not to be planned again."""
+        return key in self._locations or key in self._keys_in_writing
+
+    @property
+    def usage_bytes(self) -> int:
+        """KV bytes on disk and being written."""
+        return self._usage_bytes
+
+    def lookup(self, key: BlockKey) -> Location | None:
+        """Where a block is. Does not count as a use, see ``touch``."""
+        return self._locations.get(key)
+
+    def path_of(self, chunk: str) -> str:
+        """The file of a chunk on disk or being written; contains ``{rank}``."""
+        return self._path(self._ready.get(chunk) or self._writing[chunk])
+
+    def tag_of(self, chunk: str) -> bytes:
+        """The tag of a chunk on disk or being written."""
+        return (self._ready.get(chunk) or self._writing[chunk]).tag
+
+    def plan_write(self, keys: Sequence[BlockKey], size_bytes: int, tag: bytes) -> PlannedChunk | None:
+        """Makes room for a chunk of ``keys``; None if it cannot fit, and nothing was evicted.
+
+        Args:
+            keys: in the order of the file; none may be in the index.
+            size_bytes: KV bytes over all ranks.
+            tag: whom ``drop_tag`` names to forget it; at most 64 bytes.
+
+        End it by ``commit`` or ``abort``.
+        """
+        assert keys and len(set(keys)) == len(keys) and not any(key in self for key in keys)
+        assert len(tag) <= chunk_files.MAX_TAG_BYTES
+        victims = self._victims(size_bytes)
+        if victims is None:
+            return None
+        self._remove(victims)
+        record = ChunkRecord(chunk_id(keys), self._identity_name, self._world_size, size_bytes, tag, tuple(keys), 0)
+        self._writing[record.chunk] = record
+        self._keys_in_writing.update(keys)
+        self._usage_bytes += size_bytes
+        return PlannedChunk(record.chunk, self._path(record))
+
+    def commit(self, chunk: str) -> bool:
+        """Every rank has written its file: the blocks can be found. False if it was dropped meanwhile."""
+        record = self._end_write(chunk)
+        if chunk in self._doomed:
+            self._discard(record)
+            return False
+        self._clock += 1
+        record.last_use = self._clock
+        self._publish(record)
+        self._persist(put=[record])
+        return True
+
+    def abort(self, chunk: str) -> None:
+        """A rank failed, and no rank writes any more. Removes what there is."""
+        self._discard(self._end_write(chunk))
+
+    def pin(self, chunk: str) -> None:
+        """It is going to be read: not evicted until ``unpin``. Counted."""
+        assert chunk in self._ready
+        self._pins[chunk] += 1
+
+    def unpin(self, chunk: str) -> None:
+        """A read ended; fine for a chunk that was dropped meanwhile."""
+        assert self._pins[chunk] > 0, "unpin without pin"
+        self._pins[chunk] -= 1
+        if not self._pins[chunk]:
+            del self._pins[chunk]
+
+    def touch(self, chunk: str) -> None:
+        """Counts as a use."""
+        if record := self._ready.get(chunk):
+            self._clock += 1
+            record.last_use = self._clock
+            self._ready.move_to_end(chunk)
+            self._touched.add(chunk)
+
+    def drop(self, chunk: str) -> None:
+        """Forgets a chunk (a read found it damaged, say), also one that is being read or written.
+
+        Its files go at once, or when the write ends; a read of a file that is gone fails, and vLLM recomputes.
+        """
+        if chunk in self._writing:
+            self._doomed.add(chunk)
+        elif chunk in self._ready:
+            self._remove([self._ready[chunk]])
+
+    def drop_tag(self, tag: bytes) -> DropReport:
+        """Forgets all chunks with ``tag``, of every identity; durable when it returns.
+
+        Chunks that are being written are counted and go when their write ends.
+        """
+        written = [record for record in self._ready.values() if record.tag == tag]
+        writing = [
+            record for record in self._writing.values() if record.tag == tag and record.chunk not in self._doomed
+        ]
+        undeleted = self._remove(written, sync=True)
+        self._doomed.update(record.chunk for record in writing)
+        dropped = written + writing
+        num_blocks = sum(len(record.keys) for record in dropped)
+        size_bytes = sum(record.size_bytes for record in dropped)
+        return DropReport(len(dropped), num_blocks, size_bytes, tuple(undeleted))
+
+    def close(self) -> None:
+        """Writes recency and releases the directory. May be called twice."""
+        if self._lock_fd is None:
+            return
+        self._persist()
+        self._sync()
+        self._records.close()
+        self._unlock()
+
+    def check_integrity(self) -> None:
+        """Asserts that the look-ups, the chunks, the sizes and the pins agree."""
+        records = [*self._ready.values(), *self._writing.values()]
+        assert self._usage_bytes == sum(record.size_bytes for record in records)
+        own = [record for record in self._ready.values() if record.identity == self._identity_name]
+        expected = {key: Location(record.chunk, i) for record in own for i, key in enumerate(record.keys)}
+        assert self._locations == expected
+        assert self._keys_in_writing == {key for record in self._writing.values() for key in record.keys}
+        assert self._doomed <= self._writing.keys() and not self._ready.keys() & self._writing.keys()
+
+    def _recover(self, records: Iterable[ChunkRecord]) -> None:
+        """Brings the records together with the files that are there."""
+        found = {(f.identity, f.chunk, f.tag): f for f in chunk_files.scan(self.root)}
+        lost, adopted = [], []
+        for record in sorted(records, key=lambda record: record.last_use):
+            files = found.get((record.identity, record.chunk, record.tag))
+            if files is None or not files.ranks >= set(range(record.world_size)):
+                lost.append(record.chunk)
+                continue
+            del found[record.identity, record.chunk, record.tag]
+            self._publish(record)
+            self._clock = max(self._clock, record.last_use)
+        for files in found.values():
+            record = chunk_files.adopt(self.root, files, self._identity, self._world_size)
+            if record is None or record.chunk in self._ready or any(key in self._locations for key in record.keys):
+                template = chunk_files.path_template(self.root, files.identity, files.chunk, files.tag)
+                chunk_files.unlink(path_for_rank(template, rank) for rank in files.ranks)
+            else:
+                self._publish(record)
+                adopted.append(record)
+        self._persist(put=adopted, delete=lost)
+        if lost or adopted:
+            logger.info(
+                "KV directory %s: %d chunks without files dropped, %d adopted", self.root, len(lost), len(adopted)
+            )
+        self._remove(self._victims(0) or [])
+
+    def _victims(self, size_bytes: int) -> list[ChunkRecord] | None:
+        """The least recently used chunks whose removal makes room for ``size_bytes``; None if there are not enough."""
+        excess = self._usage_bytes + size_bytes - self.budget_bytes
+        victims = []
+        for record in self._ready.values():
+            if excess <= 0:
+                break
+            if not self._pins[record.chunk]:
+                victims.append(record)
+                excess -= record.size_bytes
+        return victims if excess <= 0 else None
+
+    def _publish(self, record: ChunkRecord) -> None:
+        self._ready[record.chunk] = record
+        if record.identity == self._identity_name:
+            self._locations.update((key, Location(record.chunk, i)) for i, key in enumerate(record.keys))
+        self._usage_bytes += record.size_bytes
+
+    def _end_write(self, chunk: str) -> ChunkRecord:
+        record = self._writing.pop(chunk)
+        self._keys_in_writing.difference_update(record.keys)
+        self._usage_bytes -= record.size_bytes
+        return record
+
+    def _discard(self, record: ChunkRecord) -> None:
+        """Removes the files of a chunk that was never published."""
+        doomed = record.chunk in self._doomed
+        self._doomed.discard(record.chunk)
+        chunk_files.unlink(self._rank_paths(record), sync=doomed)
+
+    def _remove(self, records: Sequence[ChunkRecord], sync: bool = False) -> list[str]:
+        """Forgets published chunks; returns files that could not be removed."""
+        for record in records:
+            del self._ready[record.chunk]
+            self._touched.discard(record.chunk)
+            self._usage_bytes -= record.size_bytes
+            for key in record.keys:
+                self._locations.pop(key, None)
+        undeleted = chunk_files.unlink((path for record in records for path in self._rank_paths(record)), sync)
+        if records:
+            self._persist(delete=[record.chunk for record in records])
+        if sync:
+            self._sync()
+        return undeleted
+
+    def _persist(self, put: Sequence[ChunkRecord] = (), delete: Sequence[str] = ()) -> None:
+        """Brings LMDB up to date. A failure (disk full) costs recency, no look-up: the files are the truth."""
+        touched = [self._ready[chunk] for chunk in self._touched]
+        try:
+            self._records.apply([*touched, *put], delete)
+            self._touched.clear()
+        except lmdb.Error as error:
+            logger.warning(
+                "the KV index %s was not written (%s); the next start rebuilds it from the files", self.root, error
+            )
+
+    def _sync(self) -> None:
+        try:
+            self._records.sync()
+        except lmdb.Error as error:
+            logger.warning("the KV index %s was not synced (%s)", self.root, error)
+
+    def _path(self, record: ChunkRecord) -> str:
+        return chunk_files.path_template(self.root, record.identity, record.chunk, record.tag)
+
+    def _rank_paths(self, record: ChunkRecord) -> list[str]:
+        return [path_for_rank(self._path(record), rank) for rank in range(record.world_size)]
+
+    def _unlock(self) -> None:
+        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # explicitly: a forked worker may still have the descriptor
+        os.close(self._lock_fd)
+        self._lock_fd = None
+
+
+def _lock(root: Path) -> int:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataDirError(f"the KV directory {root} is not a directory") from error
+    except OSError as error:
+        raise DataDirError(
+            f"the KV directory {root} cannot be written: {error.strerror}; choose another data_dir"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise DataDirInUse(f"another server uses the KV directory {root}; give each its own data_dir") from error
+        raise DataDirError(f"the KV directory {root} cannot be locked: {error.strerror}") from error
+    return fd

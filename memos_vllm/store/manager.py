@@ -1,0 +1,341 @@
+"""The tier manager: which KV block is where off the GPU, and which copies are under way.
+
+It lives in the scheduler process, is called from the engine's loop only, and knows neither vLLM nor
+memory contents: it turns "these keys are in these GPU blocks" into operations for the workers
+(``store.transfer``) and their results into state. The algorithm, in the order of a block's life:
+
+    match      longest prefix of keys that some tier holds
+    plan_load  pin the copies, emit Load / Read                (state: loading)
+    plan_save  reserve host slots, emit Save                   (state: WRITING in the host table)
+    complete   of a Save: host READY, emit Write to disk; of a Write: on disk; of a Load: unpin
+
+Host slots are released last block first, so that eviction shortens a prefix from its end.
+
+Invariants: a copy that is being read or written is never reused; a block is visible to ``match``
+only after its copy finished on every rank; results are counted to ``world_size``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from memos_vllm.store.disk_index import DiskIndex, PlannedChunk
+from memos_vllm.store.host_pool import SlotState, SlotTable
+from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
+from memos_vllm.types import BlockKey
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How much of a list of keys is off the GPU and ready, counted in blocks from the first key."""
+
+    num_blocks: int
+    num_host_blocks: int
+    pending: bool
+    """The first key is being loaded for another request; it will be in the GPU's prefix cache soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a batch of results released."""
+
+    released_blocks: list[int]
+    """GPU block ids that a finished Save no longer reads."""
+
+    finished_ops: set[int]
+    """Operations that ended on every rank, well or not."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """One operation on all ranks."""
+
+    operation: Op
+    keys: tuple[BlockKey, ...]
+    planned: PlannedChunk | None = None
+    tag: bytes = b""
+    promoted: bool = False
+    ranks_left: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class TransferTotals:
+    """Counters since the start, summed over ranks."""
+
+    saved_blocks: int = 0
+    loaded_host_blocks: int = 0
+    loaded_disk_blocks: int = 0
+    written_blocks: int = 0
+    failed_ops: int = 0
+    skipped_blocks: int = 0
+    """Blocks that were not saved because no tier had room for them."""
+
+
+class TierManager:
+    """See the module's docstring.
+
+    Args:
+        slots: host tier.
+        disk: disk tier, or None if it is switched off.
+        chunk_blocks: blocks per chunk, at least 1.
+        block_bytes: bytes of one block over all ranks, for the disk budget.
+        world_size: how many ranks report each operation.
+    """
+
+    def __init__(
+        self, slots: SlotTable, disk: DiskIndex | None, chunk_blocks: int, block_bytes: int, world_size: int
+    ) -> None:
+        assert chunk_blocks >= 1 and world_size >= 1
+        self.slots = slots
+        self.disk = disk
+        self.totals = TransferTotals()
+        self._chunk_blocks = chunk_blocks
+        self._block_bytes = block_bytes
+        self._world_size = world_size
+        self._op_ids = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._loading: dict[BlockKey, int] = {}
+        self._host_tags: dict[BlockKey, bytes] = {}
+        self._forgotten: set[bytes] = set()
+
+    # -- lookup ---------------------------------------------------------------------------------
+
+    def match(self, keys: Sequence[BlockKey]) -> Match:
+        """Longest prefix of ``keys`` in any tier. Changes nothing."""
+        if keys and keys[0] in self._loading:
+            return Match(0, 0, pending=True)
+        num_blocks = num_host = 0
+        for key in keys:
+            if self.slots.lookup(key) is not None:
+                num_host += 1
+            elif self.disk is None or self.disk.lookup(key) is None:
+                break
+            num_blocks += 1
+        return Match(num_blocks, num_host, pending=False)
+
+    # -- load -----------------------------------------------------------------------------------
+
+    def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> list[Op]:
+        """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks."""
+        assert len(keys) == len(block_ids)
+        operations: list[Op] = []
+        sources = [(self._source(key), key, block) for key, block in zip(keys, block_ids, strict=True)]
+        # All of them before the first Read makes room in the host for its own blocks.
+        self.slots.pin([key for source, key, _ in sources if not source])
+        for source, group in itertools.groupby(sources, lambda item: item[0]):
+            pairs = [(key, block) for _, key, block in group]
+            for start in range(0, len(pairs), self._chunk_blocks):
+                part = pairs[start : start + self._chunk_blocks]
+                part_keys = tuple(key for key, _ in part)
+                part_blocks = tuple(block for _, block in part)
+                operations.append(self._plan_part(source, part_keys, part_blocks))
+        for key in keys:
+            self._loading[key] = self._loading.get(key, 0) + 1
+        return operations
+
+    def _source(self, key: BlockKey) -> str:
+        """A chunk's id, or "" for the host tier."""
+        if self.slots.lookup(key) is not None:
+            return ""
+        assert self.disk is not None
+        location = self.disk.lookup(key)
+        assert location is not None, "a key must be matched in the same step in which it is loaded"
+        return location.chunk
+
+    def _plan_part(self, chunk: str, keys: tuple[BlockKey, ...], block_ids: tuple[int, ...]) -> Op:
+        op_id = next(self._op_ids)
+        operation: Op
+        if not chunk:
+            slots = tuple(slot for key in keys if (slot := self.slots.lookup(key)) is not None)
+            operation = Load(op_id=op_id, slots=slots, block_ids=block_ids)
+            self._start(_Pending(operation, keys))
+            return operation
+        assert self.disk is not None
+        self.disk.pin(chunk)
+        self.disk.touch(chunk)
+        locations = [self.disk.lookup(key) for key in keys]
+        positions = tuple(location.position for location in locations if location is not None)
+        # A key of an earlier part of this load may be on its way into the host already.
+        absent = all(self.slots.state(key) is SlotState.ABSENT for key in keys)
+        promoted = self.slots.reserve(keys) if absent else None
+        operation = Read(
+            op_id=op_id,
+            chunk=chunk,
+            path=self.disk.path_of(chunk),
+            positions=positions,
+            keys=keys,
+            block_ids=block_ids,
+            slots=None if promoted is None else tuple(promoted),
+        )
+        self._start(_Pending(operation, keys, tag=self.disk.tag_of(chunk), promoted=promoted is not None))
+        return operation
+
+    # -- save -----------------------------------------------------------------------------------
+
+    def plan_save(self, keys: Sequence[BlockKey], block_ids: Sequence[int], tag: bytes) -> list[Op]:
+        """Copies GPU blocks to the host, in prefix order, as far as there is room.
+
+        What a tier already holds is left out. The caller must hold the GPU blocks named by the
+        operations until ``complete`` releases them.
+        """
+        if tag in self._forgotten:
+            return []
+        fresh = [
+            (key, block)
+            for key, block in dict(zip(keys, block_ids, strict=True)).items()
+            if self.slots.state(key) is SlotState.ABSENT and (self.disk is None or key not in self.disk)
+        ]
+        operations: list[Op] = []
+        for start in range(0, len(fresh), self._chunk_blocks):
+            part = fresh[start : start + self._chunk_blocks]
+            part_keys = tuple(key for key, _ in part)
+            slots = self.slots.reserve(part_keys)
+            if slots is None:
+                self.totals.skipped_blocks += len(fresh) - start
+                break
+            operation = Save(op_id=next(self._op_ids), block_ids=tuple(block for _, block in part), slots=tuple(slots))
+            self._start(_Pending(operation, part_keys, tag=tag))
+            operations.append(operation)
+        return operations
+
+    # -- completion -----------------------------------------------------------------------------
+
+    def complete(self, results: Iterable[Result]) -> tuple[Completion, list[Op]]:
+        """Takes the workers' results; returns what they released and the operations that follow."""
+        released: list[int] = []
+        follow_up: list[Op] = []
+        finished: set[int] = set()
+        for result in results:
+            pending = self._pending[result.op_id]
+            pending.ranks_left -= 1
+            if not result.ok:
+                pending.errors.append(result.error or "unknown error")
+            if pending.ranks_left:
+                continue
+            del self._pending[result.op_id]
+            finished.add(result.op_id)
+            if pending.errors:
+                self.totals.failed_ops += 1
+                logger.warning("%s failed: %s", type(pending.operation).__name__, pending.errors[0])
+            match pending.operation:
+                case Save() as save:
+                    released.extend(save.block_ids)
+                    follow_up.extend(self._saved(pending, save))
+                case Write():
+                    self._written(pending)
+                case Load():
+                    self._loaded(pending)
+                case Read():
+                    self._read(pending)
+        return Completion(released, finished), follow_up
+
+    def _saved(self, pending: _Pending, save: Save) -> list[Op]:
+        if pending.errors or pending.tag in self._forgotten:
+            self.slots.abort(pending.keys)
+            return []
+        self.slots.commit(reversed(pending.keys))
+        self._tag_host_copies(pending.keys, pending.tag)
+        self.totals.saved_blocks += len(pending.keys)
+        if self.disk is None:
+            return []
+        planned = self.disk.plan_write(pending.keys, len(pending.keys) * self._block_bytes, pending.tag)
+        if planned is None:
+            self.totals.skipped_blocks += len(pending.keys)
+            return []
+        self.slots.pin(pending.keys)
+        write = Write(
+            op_id=next(self._op_ids), chunk=planned.chunk, path=planned.path, slots=save.slots, keys=pending.keys
+        )
+        self._start(_Pending(write, pending.keys, planned=planned, tag=pending.tag))
+        return [write]
+
+    def _written(self, pending: _Pending) -> None:
+        assert self.disk is not None and pending.planned is not None
+        self.slots.unpin(reversed(pending.keys))
+        if pending.errors or pending.tag in self._forgotten:
+            self.disk.abort(pending.planned.chunk)
+        else:
+            self.disk.commit(pending.planned.chunk)
+            self.totals.written_blocks += len(pending.keys)
+
+    def _loaded(self, pending: _Pending) -> None:
+        self.slots.unpin(reversed(pending.keys))
+        self._not_loading(pending.keys)
+        if pending.errors:
+            self.slots.drop(pending.keys)
+        else:
+            self.totals.loaded_host_blocks += len(pending.keys)
+
+    def _read(self, pending: _Pending) -> None:
+        assert self.disk is not None and isinstance(pending.operation, Read)
+        self.disk.unpin(pending.operation.chunk)
+        self._not_loading(pending.keys)
+        if pending.promoted:
+            if pending.errors or pending.tag in self._forgotten:
+                self.slots.abort(pending.keys)
+            else:
+                self.slots.commit(reversed(pending.keys))
+                self._tag_host_copies(pending.keys, pending.tag)
+        if pending.errors:
+            self.disk.drop(pending.operation.chunk)  # its content is in doubt; it is built again
+        else:
+            self.totals.loaded_disk_blocks += len(pending.keys)
+
+    def _tag_host_copies(self, keys: Sequence[BlockKey], tag: bytes) -> None:
+        self._host_tags.update(dict.fromkeys(keys, tag))
+        if len(self._host_tags) > 2 * self.slots.num_slots:  # most of it was evicted since
+            self._host_tags = {
+                key: of for key, of in self._host_tags.items() if self.slots.state(key) is not SlotState.ABSENT
+            }
+
+    def _not_loading(self, keys: Sequence[BlockKey]) -> None:
+        for key in keys:
+            self._loading[key] -= 1
+            if not self._loading[key]:
+                del self._loading[key]
+
+    def _start(self, pending: _Pending) -> None:
+        pending.ranks_left = self._world_size
+        self._pending[pending.operation.op_id] = pending
+
+    # -- control --------------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        """Operations that some rank has not reported yet."""
+        return len(self._pending)
+
+    def drop_host(self) -> None:
+        """Empties the host tier of all that is not being copied."""
+        self.slots.clear()
+
+    def forget(self, tag: bytes) -> ForgetReport:
+        """Removes every copy with this tag from host and disk, and refuses later ones.
+
+        Copies under way are removed when they end. The tag belongs to a salt that is never used
+        again, so remembering it costs 32 bytes per deletion until the server restarts.
+        """
+        self._forgotten.add(tag)
+        dropped = self.slots.drop([key for key, of in self._host_tags.items() if of == tag])
+        num_disk_blocks = self.disk.drop_tag(tag).blocks if self.disk is not None else 0
+        return ForgetReport(dropped.freed + dropped.doomed, num_disk_blocks)
+
+    def check_integrity(self) -> None:
+        """Asserts conservation; at idle nothing is pinned and nothing is being written."""
+        self.slots.check_integrity()
+        if not self._pending:
+            assert not self._loading, self._loading
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """Blocks that a deletion removed, per tier."""
+
+    host_blocks: int
+    disk_blocks: int

@@ -1,0 +1,76 @@
+"""What the scheduler side tells the worker side to do, and the answer: plain, picklable data.
+
+Operations are not ordered among each other. An operation that needs the outcome of another (a Write
+of slots that a Save fills) is submitted after that one's Result has come from every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memos_vllm.types import BlockKey
+
+
+@dataclass(frozen=True)
+class Save:
+    """GPU blocks to host slots."""
+
+    op_id: int
+    block_ids: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Host slots to GPU blocks."""
+
+    op_id: int
+    slots: tuple[int, ...]
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Host slots to a new file. ``path`` contains ``{rank}``."""
+
+    op_id: int
+    chunk: str
+    path: str
+    slots: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """Blocks of a file to GPU blocks, and into host slots where given. ``path`` contains ``{rank}``."""
+
+    op_id: int
+    chunk: str
+    path: str
+    positions: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+    block_ids: tuple[int, ...]
+    slots: tuple[int, ...] | None
+
+
+Op = Save | Load | Write | Read
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of an operation on one rank: no thread touches its blocks, slots or file any more."""
+
+    op_id: int
+    ok: bool
+    error: str | None
+    failed_blocks: tuple[int, ...]
+    """GPU blocks of a Load or Read that did not get their KV; vLLM recomputes them."""
+    nbytes: int
+    """Bytes that were moved, of pieces that finished."""
+    seconds: float
+    """From the first piece's start to the end; pieces of operations that overtook it are inside."""
+
+
+def path_for_rank(path: str, rank: int) -> str:
+    """The file of one rank. Not ``str.format``: a directory may have braces in its name."""
+    return path.replace("{rank}", str(rank))

@@ -1,0 +1,77 @@
+"""Order of tasks, with gates instead of clocks."""
+
+import threading
+
+from memos_vllm.store.task_queue import Priority, Task, TaskQueue
+
+PATIENCE_S = 30.0  # ends a hung test; nothing waits this long
+
+
+class Recorded(Task):
+    """Appends its name once per piece; the first piece can be held at a gate."""
+
+    def __init__(self, log, name, pieces=1, gate=None):
+        self.log, self.name, self.left, self.gate = log, name, pieces, gate
+        self.entered, self.ended = threading.Event(), threading.Event()
+
+    def step(self):
+        self.entered.set()
+        if self.gate is not None:
+            assert self.gate.wait(PATIENCE_S)
+            self.gate = None
+        self.log.append(self.name)
+        self.left -= 1
+        if not self.left:
+            self.ended.set()
+        return self.left > 0
+
+    def cancel(self):
+        self.log.append(f"{self.name} cancelled")
+        self.ended.set()
+
+
+def test_more_urgent_tasks_overtake_at_the_next_piece():
+    log, gate = [], threading.Event()
+    queue = TaskQueue("t", 1)
+    write = Recorded(log, "write", pieces=3, gate=gate)
+    queue.put(Priority.WRITE, write)
+    assert write.entered.wait(PATIENCE_S)
+    for priority in (Priority.SAVE, Priority.READ, Priority.LOAD):
+        queue.put(priority, Recorded(log, priority.name.lower(), pieces=2))
+    queue.put(Priority.LOAD, Recorded(log, "load2"))
+    gate.set()
+    assert write.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
+    assert log == ["write", "load", "load", "load2", "read", "read", "save", "save", "write", "write"]
+
+
+def test_a_limit_keeps_a_thread_for_reads():
+    log, gate = [], threading.Event()
+    queue = TaskQueue("t", 2, {Priority.WRITE: 1})
+    first, second = (Recorded(log, f"write{i}", gate=gate) for i in range(2))
+    queue.put(Priority.WRITE, first)
+    assert first.entered.wait(PATIENCE_S)
+    queue.put(Priority.WRITE, second)
+    read = Recorded(log, "read")
+    queue.put(Priority.READ, read)
+    assert read.ended.wait(PATIENCE_S), "the read does not wait for any write"
+    assert not second.entered.is_set()
+    gate.set()
+    assert second.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
+
+
+def test_stop_lets_the_running_piece_end_and_cancels_the_rest():
+    log, gate = [], threading.Event()
+    queue = TaskQueue("t", 1)
+    running, waiting = Recorded(log, "running", pieces=2, gate=gate), Recorded(log, "waiting")
+    queue.put(Priority.SAVE, running)
+    assert running.entered.wait(PATIENCE_S)
+    queue.put(Priority.SAVE, waiting)
+    stopper = threading.Thread(target=queue.stop, args=(PATIENCE_S,))
+    stopper.start()
+    assert waiting.ended.wait(PATIENCE_S)
+    gate.set()
+    stopper.join(PATIENCE_S)
+    assert log == ["waiting cancelled", "running", "running cancelled"]
+    late = Recorded(log, "late")
+    queue.put(Priority.LOAD, late)
+    assert log[-1] == "late cancelled"

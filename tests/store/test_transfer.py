@@ -1,0 +1,421 @@
+"""The transfer worker on CPU blocks: bytes, failures, order, shutdown."""
+
+import dataclasses
+import os
+import pickle
+import random
+import threading
+
+import pytest
+import torch
+from store_factories import make_identity, make_keys, other_identity
+
+from memos_vllm.kernels.kv_copy import block_bytes, gather_reference, planes_of, scatter_reference
+from memos_vllm.store import host_memory, kv_file, transfer
+from memos_vllm.store.kv_file import read_blocks
+from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
+
+IDENTITY = make_identity()
+BLOCKS, SLOTS = 24, 16
+PATIENCE_S = 60.0  # ends a hung test; nothing waits this long
+
+LAYOUTS = {
+    "cpu bf16": lambda: [torch.zeros(BLOCKS, 2, 16, 48, dtype=torch.bfloat16) for _ in range(2)],
+    "kv apart fp16": lambda: [torch.zeros(2, BLOCKS, 16, 2, 24, dtype=torch.float16) for _ in range(2)],
+    "transposed fp8": lambda: [torch.zeros(BLOCKS, 2, 16, 24).to(torch.float8_e4m3fn).transpose(1, 2)],
+    "small kernel blocks fp32": lambda: [torch.zeros(BLOCKS * 2, 5, 7) for _ in range(3)],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces_and_segments(monkeypatch):
+    """Three blocks to a piece, five slots to a segment: every operation crosses borders."""
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 3 * 6144 + 1)
+    monkeypatch.setattr(kv_file, "PIECE_BYTES", 3 * 6144 + 1)
+    monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 5 * 6144 + 1)
+
+
+class Rig:
+    """A worker, its planes, and calls that wait for their result."""
+
+    def __init__(self, layout="cpu bf16", io_threads=2, root=None):
+        self.planes = planes_of(LAYOUTS[layout](), BLOCKS)
+        self.worker = TransferWorker(self.planes, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
+        self.root, self.ids = root, iter(range(10**9))
+
+    def fill(self, block_ids):
+        rows = torch.randint(0, 256, (len(block_ids), block_bytes(self.planes)), dtype=torch.uint8)
+        scatter_reference(rows, self.planes, block_ids)
+        return rows
+
+    def content(self, block_ids):
+        rows = torch.full((len(block_ids), block_bytes(self.planes)), 0xA5, dtype=torch.uint8)
+        gather_reference(self.planes, block_ids, rows)
+        return rows
+
+    def finish(self, count):
+        results = {}
+        while len(results) < count:
+            assert self.worker.wait(PATIENCE_S), "an operation has no result"
+            results.update((result.op_id, result) for result in self.worker.drain())
+        return results
+
+    def run(self, kind, **fields):
+        op = kind(op_id=next(self.ids), **fields)
+        self.worker.submit([op])
+        return self.finish(1)[op.op_id]
+
+    def save(self, block_ids, slots):
+        return self.run(Save, block_ids=tuple(block_ids), slots=tuple(slots))
+
+    def load(self, slots, block_ids):
+        return self.run(Load, slots=tuple(slots), block_ids=tuple(block_ids))
+
+    def write(self, slots, numbers, name="c"):
+        path = str(self.root / f"{name}.r{{rank}}")
+        return self.run(Write, chunk=name, path=path, slots=tuple(slots), keys=make_keys(*numbers))
+
+    def read_op(self, positions, block_ids, slots=None, name="c", keys=None):
+        path, slots = str(self.root / f"{name}.r{{rank}}"), None if slots is None else tuple(slots)
+        keys = keys or make_keys(*positions)
+        return Read(next(self.ids), name, path, tuple(positions), keys, tuple(block_ids), slots)
+
+    def read(self, *args, **kwargs):
+        op = self.read_op(*args, **kwargs)
+        self.worker.submit([op])
+        return self.finish(1)[op.op_id]
+
+
+@pytest.fixture
+def make_rig(tmp_path):
+    rigs = []
+
+    def make_rig(*args, **kwargs):
+        rigs.append(Rig(*args, root=tmp_path, **kwargs))
+        return rigs[-1]
+
+    yield make_rig
+    for rig in rigs:
+        rig.worker.shutdown(PATIENCE_S)
+        rig.worker.drain()
+        assert rig.worker.in_flight == 0
+        rig.worker._staging.check_idle()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip_through_host_and_disk_is_bit_identical(layout, make_rig):
+    rig = make_rig(layout)
+    blocks, slots = [3, 4, 5, 6, 20, 0, 19, 18], [1, 2, 3, 4, 5, 6, 15, 0]
+    original = rig.fill(range(BLOCKS))
+    saved = rig.save(blocks, slots)
+    assert saved.ok and saved.nbytes == len(blocks) * rig.worker.block_bytes
+    written = rig.write(slots, range(8))
+    assert written.ok and written.nbytes == saved.nbytes
+    rig.fill(range(BLOCKS))
+    untouched = rig.content([1, 2])
+    assert rig.load(slots, [7, 8, 9, 10, 11, 12, 13, 14]).ok
+    assert torch.equal(rig.content(range(7, 15)), original[blocks])
+    read = rig.read([0, 1, 2, 3, 4, 6, 7], range(15, 22))
+    assert read.ok and read.nbytes == 7 * rig.worker.block_bytes
+    assert torch.equal(rig.content(range(15, 22)), original[blocks][[0, 1, 2, 3, 4, 6, 7]])
+    assert torch.equal(rig.content([1, 2]), untouched)
+
+
+def test_a_read_fills_host_slots_too(make_rig):
+    rig = make_rig()
+    original = rig.fill(range(5))
+    rig.save(range(5), range(5))
+    rig.write(range(5), range(5))
+    assert rig.read(range(5), range(10, 15), slots=range(11, 16)).ok
+    assert rig.load(range(11, 16), range(15, 20)).ok
+    assert torch.equal(rig.content(range(10, 20)), original.repeat(2, 1))
+
+
+def test_empty_operations_succeed(make_rig):
+    rig = make_rig()
+    rig.fill([0])
+    rig.save([0], [0])
+    rig.write([0], [0])
+    assert rig.save([], []).ok and rig.load([], []).ok and rig.read([], []).ok
+
+
+@pytest.mark.parametrize("slots", [None, range(8)], ids=["staged", "into slots"])
+def test_a_damaged_block_reaches_no_gpu_block(make_rig, tmp_path, slots):
+    rig = make_rig()
+    original = rig.fill(range(8))
+    rig.save(range(8), range(8))
+    rig.write(range(8), range(8))
+    with open(tmp_path / "c.r0", "r+b") as file:
+        file.seek(-3 * rig.worker.block_bytes + 5, os.SEEK_END)  # block 5, in the second piece of three
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    before = rig.fill(range(10, 18))
+    result = rig.read(range(8), range(10, 18), slots=slots)
+    assert not result.ok and "KVFileCorrupt" in result.error and "position 5" in result.error
+    assert set(result.failed_blocks) == {13, 14, 15, 16, 17} and result.nbytes == 3 * rig.worker.block_bytes
+    assert torch.equal(rig.content(range(13, 18)), before[3:])
+    assert torch.equal(rig.content(range(10, 13)), original[:3])
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "key", "identity", "rank"])
+def test_a_file_that_does_not_fit_fails_the_read(make_rig, tmp_path, harm):
+    rig = make_rig()
+    rig.fill(range(4))
+    rig.save(range(4), range(4))
+    rig.write(range(4), range(4))
+    if harm == "missing":
+        os.unlink(tmp_path / "c.r0")
+    elif harm == "truncated":
+        os.truncate(tmp_path / "c.r0", 5000)
+    elif harm == "identity":
+        rig.worker.identity = other_identity("kv_cache_dtype")
+    elif harm == "rank":
+        os.rename(tmp_path / "c.r0", tmp_path / "c.r1")
+        rig.worker.rank = 1
+    before = rig.content(range(BLOCKS))
+    result = rig.read(range(4), range(10, 14), keys=make_keys(0, 1, 9, 3) if harm == "key" else None)
+    assert not result.ok and result.failed_blocks == (10, 11, 12, 13) and result.nbytes == 0
+    assert torch.equal(rig.content(range(BLOCKS)), before)
+
+
+def test_a_write_that_fails_is_a_result_and_leaves_no_file(make_rig, tmp_path, monkeypatch):
+    rig = make_rig()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    result = rig.write(range(4), range(4))
+    assert not result.ok and "No space left" in result.error and result.failed_blocks == ()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["save", "load", "read"])
+def test_a_bug_in_a_copy_is_a_failed_result_with_a_traceback(make_rig, monkeypatch, caplog, kind):
+    rig = make_rig()
+    rig.save(range(4), range(4))
+    rig.write(range(4), range(4))
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(rig.worker._link, "load", broken)
+    monkeypatch.setattr(rig.worker._link, "save", broken)
+    result = rig.read(range(4), range(4)) if kind == "read" else getattr(rig, kind)(range(4), range(4))
+    assert not result.ok and "a bug" in result.error and "Traceback" in caplog.text
+    assert result.failed_blocks == (() if kind == "save" else (0, 1, 2, 3))
+    monkeypatch.undo()
+    assert rig.save([0], [0]).ok, "the thread lives on"
+
+
+def test_a_slot_or_block_that_does_not_exist_is_a_failed_result(make_rig):
+    rig = make_rig()
+    assert not rig.save([0], [SLOTS]).ok and not rig.save([0], [-1]).ok and not rig.load([0], [BLOCKS]).ok
+
+
+def test_results_come_once_and_are_counted_until_drained(make_rig):
+    rig = make_rig()
+    assert not rig.worker.wait(PATIENCE_S) and rig.worker.drain() == [], "nothing in flight: nothing to wait for"
+    rig.worker.submit([Save(1, (0,), (0,)), Save(2, (1,), (1,))])
+    assert rig.worker.in_flight == 2
+    assert set(rig.finish(2)) == {1, 2}
+    assert rig.worker.in_flight == 0 and rig.worker.drain() == []
+
+
+class GatedLink:
+    """Copies like the real one, but logs every piece and holds the first at a gate."""
+
+    def __init__(self, link):
+        self.real, self.block_bytes, self.device = link, link.block_bytes, link.device
+        self.log, self.entered, self.gate = [], threading.Event(), threading.Event()
+
+    def _piece(self, name):
+        self.log.append(name)
+        self.entered.set()
+        assert self.gate.wait(PATIENCE_S)
+
+    def save(self, block_ids, groups, after):
+        self._piece("save")
+        self.real.save(block_ids, groups, after)
+
+    def load(self, groups, block_ids, after):
+        self._piece("load")
+        self.real.load(groups, block_ids, after)
+
+
+def gate(rig):
+    rig.worker._link = GatedLink(rig.worker._link)
+    return rig.worker._link
+
+
+def test_a_load_waits_for_one_piece_of_a_save(make_rig):
+    rig = make_rig()
+    link = gate(rig)
+    rig.worker.submit([Save(1, tuple(range(9)), tuple(range(9)))])
+    assert link.entered.wait(PATIENCE_S)
+    rig.worker.submit([Save(2, (9,), (9,)), Load(3, (10, 11, 12, 13), (10, 11, 12, 13))])
+    link.gate.set()
+    rig.finish(3)
+    assert link.log == ["save", "load", "load", "save", "save", "save"]
+
+
+def test_reads_wait_for_staging_instead_of_filling_memory(make_rig, monkeypatch):
+    """The copy thread stands still: three pieces are read (``io_threads + 1``), both threads wait for a fourth."""
+    rig = make_rig(io_threads=2)
+    original = rig.fill(range(12))
+    rig.save(range(12), range(12))
+    rig.write(range(12), range(12))
+    link, staging = gate(rig), rig.worker._staging
+    asked = threading.Semaphore(0)
+    take = staging.take
+    monkeypatch.setattr(staging, "take", lambda num_rows: (asked.release(), take(num_rows))[1])
+    rig.worker.submit([rig.read_op(range(12), range(12)) for _ in range(3)])
+    for _ in range(5):
+        assert asked.acquire(timeout=PATIENCE_S)
+    assert link.entered.wait(PATIENCE_S)
+    assert staging._free == [] and link.log == ["load"]
+    link.gate.set()
+    assert all(result.ok for result in rig.finish(3).values())
+    staging.check_idle()
+    assert torch.equal(rig.content(range(12)), original)
+
+
+def test_a_result_is_not_reported_before_the_bytes_are_there(make_rig):
+    rig = make_rig()
+    rig.save(range(3), range(3))
+    rig.write(range(3), range(3))
+    link = gate(rig)
+    rig.worker.submit([rig.read_op(range(3), range(3))])
+    assert link.entered.wait(PATIENCE_S)
+    assert rig.worker.drain() == [] and rig.worker.in_flight == 1
+    link.gate.set()
+    assert len(rig.finish(1)) == 1
+
+
+def wait_for_stop(queue):
+    """Blocks a piece until the queue has been told to stop."""
+    with queue._changed:
+        assert queue._changed.wait_for(lambda: queue._stopped, PATIENCE_S)
+
+
+def test_shutdown_finishes_writes_and_fails_the_rest(make_rig, tmp_path, monkeypatch):
+    rig = make_rig()
+    original = rig.fill(range(6))
+    rig.save(range(6), range(6))
+    save = rig.worker._link.save
+    entered = threading.Event()
+
+    def held_save(*args):
+        entered.set()
+        wait_for_stop(rig.worker._copies)
+        save(*args)
+
+    monkeypatch.setattr(rig.worker._link, "save", held_save)
+    rig.worker.submit([Save(1, tuple(range(6, 15)), tuple(range(6, 15)))])
+    assert entered.wait(PATIENCE_S)
+    write = Write(3, "c", str(tmp_path / "c.r{rank}"), tuple(range(6)), make_keys(*range(6)))
+    rig.worker.submit([Load(2, (1, 2), (1, 2)), write])
+    rig.worker.shutdown(PATIENCE_S)
+    results = {result.op_id: result for result in rig.worker.drain()}
+    assert {op_id: result.ok for op_id, result in results.items()} == {1: False, 2: False, 3: True}
+    assert results[2].failed_blocks == (1, 2) and "shut down" in results[1].error
+    out = torch.zeros_like(original)
+    read_blocks(tmp_path / "c.r0", range(6), make_keys(*range(6)), out, IDENTITY, 0)
+    assert torch.equal(out, original)
+
+
+def test_shutdown_gives_up_writes_after_its_time(make_rig, tmp_path, monkeypatch):
+    rig = make_rig(io_threads=1)
+    entered = threading.Event()
+
+    def slow(fd):
+        entered.set()
+        wait_for_stop(rig.worker._files)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    rig.worker.submit([Write(1, "c", str(tmp_path / "c.r{rank}"), tuple(range(9)), make_keys(*range(9)))])
+    assert entered.wait(PATIENCE_S)
+    rig.worker.shutdown(flush_timeout_s=0.0)
+    (result,) = rig.worker.drain()
+    assert not result.ok and os.listdir(tmp_path) == []
+    with pytest.raises(AssertionError, match="after shutdown"):
+        rig.worker.submit([Save(2, (), ())])
+
+
+def test_operations_are_plain_data():
+    for op in (Save(1, (2,), (3,)), Read(1, "c", "p", (0,), make_keys(0), (1,), None)):
+        assert pickle.loads(pickle.dumps(op)) == op and dataclasses.asdict(op)
+    assert pickle.loads(pickle.dumps(IDENTITY)).digest() == IDENTITY.digest()
+
+
+def test_stress_every_block_is_what_was_saved(make_rig, tmp_path):
+    """Thousands of operations in flight together; a model of blocks, slots and files says what must be there.
+
+    Each operation owns the blocks and slots it writes until its result, as the scheduler's tables see to.
+    """
+    rig, rng = make_rig(io_threads=3), random.Random(7)
+    width = block_bytes(rig.planes)
+    free_blocks, free_slots = set(range(BLOCKS)), set(range(SLOTS))
+    slot_content, files, running, count, target = {}, {}, {}, 0, 3000
+
+    def stamp(number):
+        return torch.randint(0, 256, (1, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+
+    while count < target or running:
+        ops = []
+        for _ in range(12 if count < target else 0):
+            if len(running) + len(ops) == 8:
+                break
+            op_id, n = 10**6 + count, rng.randint(1, 4)
+            kind = rng.choice(["save", "load", "load", "read", "read", "write"])
+            if kind == "save" and len(free_blocks) >= n and len(free_slots) >= n:
+                blocks, slots = rng.sample(sorted(free_blocks), n), rng.sample(sorted(free_slots), n)
+                marks = [count * 10 + i for i in range(n)]
+                scatter_reference(torch.cat([stamp(mark) for mark in marks]), rig.planes, blocks)
+                op, done = Save(op_id, tuple(blocks), tuple(slots)), (kind, blocks, slots, marks)
+            elif kind in ("load", "write") and (ready := sorted(slot_content.keys() & free_slots)):
+                slots = rng.sample(ready, min(n, len(ready)))
+                marks = [slot_content[slot] for slot in slots]
+                if kind == "load":
+                    if len(free_blocks) < len(slots):
+                        continue
+                    blocks = rng.sample(sorted(free_blocks), len(slots))
+                    op, done = Load(op_id, tuple(slots), tuple(blocks)), (kind, blocks, slots, marks)
+                else:
+                    path, keys = str(tmp_path / f"{op_id}.r{{rank}}"), make_keys(*marks)
+                    blocks = []
+                    op, done = Write(op_id, str(op_id), path, tuple(slots), keys), (kind, blocks, slots, marks)
+            elif kind == "read" and files and len(free_blocks) >= n:
+                path, all_marks = rng.choice(sorted(files.items()))
+                positions = rng.sample(range(len(all_marks)), min(n, len(all_marks)))
+                marks = [all_marks[position] for position in positions]
+                blocks, slots = rng.sample(sorted(free_blocks), len(marks)), []
+                if rng.random() < 0.5 and len(free_slots) >= len(marks):
+                    slots = rng.sample(sorted(free_slots), len(marks))
+                op = Read(op_id, "c", path, tuple(positions), make_keys(*marks), tuple(blocks), tuple(slots) or None)
+                done = (kind, blocks, slots, marks)
+            else:
+                continue
+            for slot in done[2]:
+                if kind in ("save", "read"):
+                    slot_content.pop(slot, None)
+            free_blocks.difference_update(done[1])
+            free_slots.difference_update(done[2])
+            running[op_id] = (*done, op)
+            ops.append(op)
+            count += 1
+        rig.worker.submit(ops)
+        if running:
+            assert rig.worker.wait(PATIENCE_S)
+        for result in rig.worker.drain():
+            kind, blocks, slots, marks, op = running.pop(result.op_id)
+            assert result.ok, result.error
+            if kind in ("load", "read"):
+                assert torch.equal(rig.content(blocks), torch.cat([stamp(mark) for mark in marks])), (kind, op)
+            if kind in ("save", "read"):
+                slot_content.update(zip(slots, marks, strict=False))
+            if kind == "write" and len(files) < 40:
+                files[op.path] = marks
+            free_blocks.update(blocks)
+            free_slots.update(slots)
