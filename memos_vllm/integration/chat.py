@@ -1,0 +1,206 @@
+"""The chat endpoint: recall before, remember after, vLLM's own endpoint in between.
+
+A request without memory is handed to vLLM as it came. One with memory gets the user's memory in its
+messages and the user's salt; everything else (templates, tools, streaming, errors) stays vLLM's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.background import BackgroundTask, BackgroundTasks
+from vllm.entrypoints.openai.chat_completion import api_router as stock
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from memos_vllm.compat.json_body import validate_json_request
+from memos_vllm.errors import MemosError, RequestError
+from memos_vllm.integration import identity, salts
+from memos_vllm.integration.http_errors import error_response
+from memos_vllm.integration.state import MemosState, state_of
+from memos_vllm.memory.assembly import assemble
+from memos_vllm.memory.service import Recall
+from memos_vllm.types import Principal
+
+logger = logging.getLogger(__name__)
+router = APIRouter()
+
+RECALLED_HEADER = "x-memos-recalled"
+_END_OF_STREAM = "data: [DONE]"
+
+
+class MemosField(BaseModel):
+    """The ``memos`` field of a chat request. ``true`` and ``false`` stand for all defaults and off."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user: str | None = None
+    """Which of an application's users; refused where the API key stands for one user."""
+
+    session: str | None = Field(default=None, min_length=1, max_length=256)
+    """Keeps the long-lived memory, hence the prompt's prefix, unchanged over the session's turns."""
+
+    recall: bool = True
+    remember: bool = True
+    top_k: int | None = Field(default=None, ge=1, le=1000)
+    explain: bool = False
+    """Adds what was recalled, and why, to the response (not to a stream)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One chat request with memory."""
+
+    who: Principal
+    options: MemosField
+    messages: list[dict[str, Any]]
+    """As the client sent them."""
+
+
+@router.post(
+    "/v1/chat/completions",
+    dependencies=[Depends(validate_json_request)],
+    responses={200: {"content": {"text/event-stream": {}}}},
+)
+async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
+    state = state_of(raw_request)
+    try:
+        turn = read_turn(request, raw_request, state)
+        if turn is None:
+            return await stock.create_chat_completion(request, raw_request)
+        recall = await add_memory(turn, request, state)
+    except MemosError as error:
+        return error_response(error)
+    response = await stock.create_chat_completion(request, raw_request)
+    if response is None or response.status_code != 200:  # None: the client is gone
+        return response
+    return finish_turn(turn, recall, response, state)
+
+
+def read_turn(request: ChatCompletionRequest, raw_request: Request, state: MemosState) -> Turn | None:
+    """What the request wants of memory; None if nothing. Takes our field out of the request.
+
+    Raises:
+        RequestError: a ``memos`` field of the wrong shape, or no right to what it asks for.
+    """
+    salts.check_client_salt(request.cache_salt)
+    value = (request.model_extra or {}).pop("memos", None)
+    options = parse_field(value)
+    if options is None:
+        if value is False or not _memory_by_default(raw_request, state):
+            return None
+        options = MemosField()
+    who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
+    return Turn(who, options, [_as_dict(message) for message in request.messages])
+
+
+def parse_field(value: Any) -> MemosField | None:
+    """``memos`` of a request; None where it is absent, null or false."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return MemosField()
+    try:
+        return MemosField.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(["memos", *(str(part) for part in problem["loc"])])
+        known = ", ".join(MemosField.model_fields)
+        raise RequestError(f"'{where}': {problem['msg']}; 'memos' is true, false or an object with {known}") from error
+
+
+def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
+    """Whether this key, or the server, uses memory unasked. A request without a key never does."""
+    if not raw_request.headers.get("authorization"):
+        return False
+    try:
+        by_key = identity.resolve(raw_request.headers, state.config.identity).memory_by_default
+    except RequestError:
+        return False
+    return state.config.memory.default == "on" if by_key is None else by_key
+
+
+async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState) -> Recall:
+    """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
+    await state.wait_for_writes(turn.who)
+    recall, salt = await asyncio.to_thread(_recall, turn, state)
+    request.messages = assemble(
+        turn.messages,
+        [record.text for record in recall.long_lived],
+        [hit.record.text for hit in recall.late],
+    )  # type: ignore[assignment]
+    request.cache_salt = salts.combine(salt, request.cache_salt)
+    return recall
+
+
+def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
+    # The salt first: a deletion in between then leaves KV under the old salt, never the reverse.
+    salt = state.salt(turn.who)
+    if not turn.options.recall:
+        return Recall((), ()), salt
+    recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
+    return recall, salt
+
+
+def finish_turn(turn: Turn, recall: Recall, response: Response, state: MemosState) -> Response:
+    """Says what was recalled, and has the turn remembered once the answer is out."""
+    if turn.options.explain and isinstance(response, JSONResponse):
+        body = json.loads(bytes(response.body))
+        body["memos"] = explain(turn, recall)
+        explained = JSONResponse(body, background=response.background)
+        explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
+        response = explained
+    recalled = [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
+    response.headers[RECALLED_HEADER] = ",".join(recalled)
+    if not turn.options.remember:
+        return response
+    announced: list[asyncio.Future[None]] = []
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _announcing_end(response.body_iterator, turn.who, state, announced)
+    else:
+        announced.append(state.announce(turn.who))
+    remember = BackgroundTask(remember_turn, turn, state, announced)
+    response.background = BackgroundTasks([task for task in (response.background, remember) if task])
+    return response
+
+
+async def _announcing_end(
+    chunks: AsyncIterator[Any], who: Principal, state: MemosState, announced: list[asyncio.Future[None]]
+) -> AsyncIterator[Any]:
+    """The client sees the end of the stream before the turn is written; its next request waits."""
+    async for chunk in chunks:
+        if isinstance(chunk, str) and chunk.startswith(_END_OF_STREAM):
+            announced.append(state.announce(who))
+        yield chunk
+
+
+async def remember_turn(turn: Turn, state: MemosState, announced: list[asyncio.Future[None]]) -> None:
+    """Writes what the user said; a write that fails is logged, the answer is out already."""
+    try:
+        await asyncio.to_thread(state.service.remember, turn.who, turn.messages, session=turn.options.session)
+    except MemosError as error:
+        logger.error("a turn of %s was not remembered: %s", turn.who, error)
+    finally:
+        for done in announced:
+            state.written(turn.who, done)
+
+
+def explain(turn: Turn, recall: Recall) -> dict[str, Any]:
+    return {
+        "user": turn.who.user,
+        "recalled": [
+            *({"where": "long_lived", **record.as_json()} for record in recall.long_lived),
+            *({"where": "late", "score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in recall.late),
+        ],
+    }
+
+
+def _as_dict(message: Any) -> dict[str, Any]:
+    return message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)

@@ -1,0 +1,91 @@
+"""The endpoint plugin: attaches our routes to vLLM's application and builds what they share."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from memos_vllm import activation, data_dir
+from memos_vllm.config import load
+from memos_vllm.integration.state import MemosState
+from memos_vllm.memory.service import MemoryService
+from memos_vllm.memory.store import MemoryStore
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+_MAX_TOKEN_COUNTS = 65_536
+
+
+class MemosEndpoints:
+    """See vLLM's ``EndpointPlugin`` protocol."""
+
+    name = "memos"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        if not activation.is_active():  # named in VLLM_PLUGINS by hand, without our flag
+            return
+        import vllm.envs as envs
+
+        from memos_vllm.integration import chat, memories, operations
+
+        _remove_route(app, "/v1/chat/completions", "POST")
+        for router in (chat.router, memories.router, operations.router):
+            app.include_router(router)
+        if envs.VLLM_SERVER_DEV_MODE:
+            app.include_router(operations.development_router)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        if not activation.is_active() or engine_client is None:
+            return
+        config = load(activation.config_path())
+        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
+        state.memos = MemosState(
+            config=config,
+            service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client)),
+            engine=engine_client,
+            secret=data_dir.secret(config.data_dir),
+        )
+
+
+def _remove_route(app: FastAPI, path: str, method: str) -> None:
+    """Takes out vLLM's route that ours replaces.
+
+    vLLM 0.32 would do it itself; 0.26 appends a plugin's routes, where the first match wins.
+    """
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if getattr(route, "path", None) != path or method not in (getattr(route, "methods", None) or ())
+    ]
+
+
+def token_counter(engine_client: Any) -> Callable[[str], int]:
+    """Counts tokens with the served model's tokenizer.
+
+    Remembers counts by content: a user's pinned documents are counted for every request, and
+    tokenising 6,000 tokens takes about as long as all the rest of a recall.
+    """
+    tokenizer = engine_client.renderer.get_tokenizer()
+    counts: OrderedDict[bytes, int] = OrderedDict()
+
+    def count(text: str) -> int:
+        key = xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+        if (known := counts.get(key)) is None:
+            known = counts[key] = len(tokenizer.encode(text, add_special_tokens=False))
+            if len(counts) > _MAX_TOKEN_COUNTS:
+                counts.popitem(last=False)
+        return known
+
+    return count
+
+
+def create_plugin() -> MemosEndpoints:
+    return MemosEndpoints()

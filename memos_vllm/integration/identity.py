@@ -1,0 +1,60 @@
+"""Who a request acts for: from the API key, a trusted gateway's header, and only then the body.
+
+The key decides the tenant. A key that stands for one user, or a gateway's header, decides the user
+too; otherwise the key is an application's, which names its users itself. Nothing in a body reaches
+another tenant, or another user than the one the credential stands for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memos_vllm.config import IdentityConfig
+from memos_vllm.errors import Forbidden, RequestError, Unauthorized
+from memos_vllm.types import Principal
+
+DEFAULT_USER = "default"
+_MAX_USER_CHARS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    principal: Principal
+    memory_by_default: bool | None
+    """What the key's configuration says about requests without a ``memos`` field."""
+
+
+def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str | None = None) -> Identity:
+    """The identity behind a request.
+
+    Args:
+        headers: case-insensitive.
+        user_field: the user that the body or query names, or None.
+
+    Raises:
+        Unauthorized: no key, or one that is not listed where that is required.
+        Forbidden: ``user_field`` names another user than the credential stands for.
+        RequestError: ``user_field`` is no usable name.
+    """
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key:
+        raise Unauthorized("memory needs an API key, which says whose memory it is: send 'Authorization: Bearer KEY'")
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    entry = config.keys.get(key) or config.keys.get(f"sha256:{digest}")
+    if entry is None and config.unlisted_keys == "refuse":
+        raise Unauthorized("this API key has no memory here; the operator lists keys under identity.keys")
+    tenant = entry.tenant if entry else f"key-{digest[:32]}"
+    fixed_user = entry.user if entry else None
+    if config.trusted_user_header and (named := headers.get(config.trusted_user_header)):
+        if fixed_user not in (None, named):
+            raise Forbidden(f"this API key stands for one user, not for {named!r} from {config.trusted_user_header}")
+        fixed_user = named
+    if user_field is not None and not 0 < len(user_field) <= _MAX_USER_CHARS:
+        raise RequestError(f"'user' must have 1 to {_MAX_USER_CHARS} characters")
+    if fixed_user is not None and user_field not in (None, fixed_user):
+        raise Forbidden(f"this API key stands for one user and cannot act for {user_field!r}")
+    user = fixed_user or user_field or DEFAULT_USER
+    return Identity(Principal(tenant, user), entry.memory if entry else None)

@@ -1,0 +1,45 @@
+"""What travels between the scheduler's process and the workers, inside vLLM's own messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from memos_vllm.store.ops import Op, Result
+
+
+@dataclass
+class MemosHandshake(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once: what a block is on this rank."""
+
+    layout: tuple[str, ...]
+    block_bytes: int
+
+
+@dataclass
+class MemosMetadata(KVConnectorMetadata):
+    """Scheduler to workers, each step: copies to start."""
+
+    operations: list[Op] = field(default_factory=list)
+
+    loads: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Request id to the operations that bring its blocks."""
+
+    idle: bool = False
+    """No forward pass in this step: the worker may wait a moment for a copy to finish."""
+
+
+@dataclass
+class MemosWorkerMeta(KVConnectorWorkerMetadata):
+    """Workers to scheduler, each step: copies that ended, of all ranks once aggregated."""
+
+    results: list[Result]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> MemosWorkerMeta:
+        assert isinstance(other, MemosWorkerMeta)
+        return MemosWorkerMeta(self.results + other.results)

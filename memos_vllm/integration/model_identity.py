@@ -1,0 +1,79 @@
+"""What makes KV belong to one model: the facts that go into every key and every file."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memos_vllm.store.identity import FORMAT_VERSION, KVIdentity, fingerprint_adapter, fingerprint_dir
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def identity_of(vllm_config: VllmConfig, layout: tuple[str, ...]) -> KVIdentity:
+    """The identity of the KV that this server computes.
+
+    Args:
+        layout: shape and dtype of each plane of a block on one rank, in order.
+    """
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    weights = _fingerprint(str(model.model), model.revision)
+    if str(vllm_config.load_config.load_format) == "dummy":
+        weights += f"+dummy-seed-{model.seed}"
+    return KVIdentity(
+        format_version=FORMAT_VERSION,
+        model=Path(str(model.model)).name,  # a folder may move; its content is what counts
+        model_fingerprint=weights,
+        revision=str(model.revision),
+        tokenizer=_fingerprint(str(model.tokenizer), model.tokenizer_revision),
+        dtype=str(model.dtype),
+        kv_cache_dtype=str(cache.cache_dtype),
+        block_size=cache.block_size,
+        hash_algo=str(cache.prefix_caching_hash_algo),
+        hash_seed="",
+        world=f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}",
+        layout=layout,
+    )
+
+
+@lru_cache
+def _fingerprint(name: str, revision: str | None) -> str:
+    """Digest of the files behind a model's name: a local folder, or a hub's snapshot.
+
+    A hub's snapshot is named by its commit, which is as good as its content. A name that leads to
+    no files here (weights read from an object store, say) stands for itself.
+    """
+    if Path(name).is_dir():
+        return fingerprint_dir(Path(name))
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return f"name:{name}@{revision}"
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        config = None
+    if isinstance(config, str):
+        return f"commit:{Path(config).parent.name}"
+    return f"name:{name}@{revision}"
+
+
+def rank_of(vllm_config: VllmConfig) -> int:
+    """This worker's rank within its data-parallel engine; it names the worker's files."""
+    return vllm_config.parallel_config.rank
+
+
+def adapter_digest(lora_request: Any | None) -> bytes | None:
+    """Content of the LoRA adapter that a request's KV is computed with; empty for the base model.
+
+    None: the adapter's files cannot be read here, so its KV cannot be named and is not kept.
+    """
+    if lora_request is None:
+        return b""
+    try:
+        return fingerprint_adapter(Path(lora_request.lora_path))
+    except OSError:
+        return None

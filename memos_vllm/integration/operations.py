@@ -1,0 +1,37 @@
+"""Routes for the operator: what the tiers hold; and, in vLLM's development mode, emptying them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from memos_vllm.integration import engine_channel
+from memos_vllm.integration.state import state_of
+
+router = APIRouter(prefix="/v1/memos", tags=["Memos"])
+development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
+
+
+@router.get("/status")
+async def status(raw_request: Request) -> Any:
+    """Counts only; with several data-parallel engines, ``engines`` has one entry each."""
+    state = state_of(raw_request)
+    engines = await engine_channel.call(state.engine, "status")
+    memory = await asyncio.to_thread(state.service.stats)
+    return {"kv": engines[0], "engines": engines, "memory": memory}
+
+
+@development_router.post("/kv/drop")
+async def drop(raw_request: Request, tier: str) -> Any:
+    """Empties a tier, as a benchmark needs it: ``gpu`` (vLLM's prefix cache) or ``host``."""
+    state = state_of(raw_request)
+    if tier == "gpu":
+        dropped = await state.engine.reset_prefix_cache()
+        return JSONResponse({"tier": tier, "dropped": bool(dropped)}, status_code=200 if dropped else 409)
+    if tier == "host":
+        await engine_channel.call(state.engine, "drop_host")
+        return {"tier": tier, "dropped": True}
+    return JSONResponse({"error": {"message": "tier must be gpu or host", "code": 400}}, status_code=400)

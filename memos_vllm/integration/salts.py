@@ -1,0 +1,51 @@
+"""Tenant salts: what keeps one user's KV from ever serving another.
+
+The salt goes into vLLM's ``cache_salt``, hence into the hash of a prompt's first block and through
+the chain into all others, in every tier. It derives from the server's secret, so nobody can name
+another user's salt; and from the user's KV epoch, so that a deletion makes all older KV unreachable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from memos_vllm.errors import RequestError
+from memos_vllm.types import Principal
+
+_PREFIX = "memos:"
+
+
+def salt_of(secret: bytes, who: Principal, kv_epoch: int) -> str:
+    """The ``cache_salt`` of a user's requests with memory."""
+    message = b"".join(len(part).to_bytes(4, "big") + part for part in (who.tenant.encode(), who.user.encode()))
+    digest = hmac.digest(secret, message + kv_epoch.to_bytes(8, "big"), hashlib.sha256)
+    return _PREFIX + digest.hex()
+
+
+def combine(salt: str, client_salt: str | None) -> str:
+    """A client's own salt narrows further; it cannot leave the user's."""
+    if not client_salt:
+        return salt
+    return salt + ":" + hashlib.sha256(client_salt.encode()).hexdigest()[:32]
+
+
+def is_memory_salt(salt: str | None) -> bool:
+    return salt is not None and salt.startswith(_PREFIX)
+
+
+def check_client_salt(salt: str | None) -> None:
+    """Refuses a client's salt that looks like ours: it would be saved as memory without being it."""
+    if is_memory_salt(salt):
+        raise RequestError(f"cache_salt must not start with '{_PREFIX}'; choose another one")
+
+
+def tag(salt: str | None) -> bytes:
+    """What stored KV is filed under, so that a deletion finds it: a digest of the user's salt.
+
+    A client's own salt does not count, so that one deletion finds all of a user's KV.
+    """
+    if is_memory_salt(salt):
+        assert salt is not None
+        salt = ":".join(salt.split(":")[:2])
+    return hashlib.sha256((salt or "").encode()).digest()

@@ -1,0 +1,217 @@
+"""Scheduler side of the connector: decides what is loaded and saved, from the engine's loop only.
+
+    match       a request asks how much of its prompt is off the GPU     (before allocation)
+    plan_load   its blocks are allocated: copies are planned             (same step)
+    plan_save   a request finished: new prefix blocks are planned        (blocks held meanwhile)
+    take_metadata / complete     to the workers and back, every step
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from memos_vllm.config import MemosConfig
+from memos_vllm.data_dir import kv_dir
+from memos_vllm.integration import engine_channel, salts
+from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
+from memos_vllm.integration.model_identity import adapter_digest, identity_of
+from memos_vllm.store.disk_index import DiskIndex
+from memos_vllm.store.host_pool import SlotTable
+from memos_vllm.store.manager import TierManager
+from memos_vllm.store.ops import Op
+from memos_vllm.types import BlockKey
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """State: the tier manager, the operations of the coming step, the GPU blocks held for saves."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: MemosConfig) -> None:
+        self._vllm_config = vllm_config
+        self._config = config
+        self._block_size: int = vllm_config.cache_config.block_size
+        self._num_groups = len(kv_cache_config.kv_cache_groups)
+        self._pool: BlockPool | None = None
+        self._tiers: TierManager | None = None
+        self._operations: list[Op] = []
+        self._loads: dict[str, tuple[int, ...]] = {}
+        self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
+        self._loading: dict[str, set[int]] = {}
+        self._keys: dict[str, list[BlockKey]] = {}
+        self._held: dict[int, int] = {}
+        engine_channel.serve(self.handle)
+
+    def bind_block_pool(self, pool: BlockPool) -> None:
+        self._pool = pool
+
+    def open_tiers(self, handshakes: list[MemosHandshake]) -> None:
+        """Opens host and disk tier once all ranks have said what a block is."""
+        if not self._vllm_config.cache_config.enable_prefix_caching or self._num_groups != 1:
+            logger.warning("activation memory is off: it needs prefix caching and a model with one KV cache group")
+            return
+        kv = self._config.kv
+        world_size = len(handshakes)
+        block_bytes = sum(handshake.block_bytes for handshake in handshakes)
+        largest = max(handshake.block_bytes for handshake in handshakes)
+        identity = identity_of(self._vllm_config, handshakes[0].layout)
+        disk = None
+        if kv.disk_bytes:
+            root = kv_dir(self._config.data_dir, self._vllm_config.parallel_config.data_parallel_rank)
+            disk = DiskIndex(root, identity, kv.disk_bytes, world_size)
+        slots = SlotTable(min(kv.host_bytes // (h.block_bytes * world_size) for h in handshakes))
+        self._identity = identity
+        self._tiers = TierManager(slots, disk, max(1, kv.chunk_bytes // largest), block_bytes, world_size)
+        logger.info(
+            "activation memory: %d bytes a block on %d rank(s), %d host slots, %s on disk, identity %s",
+            block_bytes, world_size, slots.num_slots, "nothing" if disk is None else f"{len(disk)} blocks",
+            identity.digest().hex()[:16],
+        )  # fmt: skip
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond ``num_computed_tokens`` that can be loaded, and whether asynchronously.
+
+        None: another request loads the same blocks right now; ask again in the next step. The last
+        token of a prompt is always computed, since its logits are needed.
+        """
+        self._matched.pop(request.request_id, None)
+        if self._tiers is None:
+            return 0, False
+        first = num_computed_tokens // self._block_size
+        last = (request.num_tokens - 1) // self._block_size
+        keys = self._keys_of(request)[first:last]
+        match = self._tiers.match(keys)
+        if match.pending:
+            return None, False
+        num_tokens = match.num_blocks * self._block_size
+        if num_tokens < self._config.kv.min_load_tokens:
+            return 0, False
+        self._matched[request.request_id] = (first, keys[: match.num_blocks])
+        return num_tokens, True
+
+    def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
+        first, keys = self._matched.pop(request.request_id, (0, []))
+        if not num_external_tokens or self._tiers is None:
+            return
+        num_blocks = num_external_tokens // self._block_size
+        assert num_blocks <= len(keys)
+        operations = self._tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
+        self._operations += operations
+        self._loads[request.request_id] = tuple(operation.op_id for operation in operations)
+        self._loading[request.request_id] = {operation.op_id for operation in operations}
+
+    def plan_save(self, request: Request, block_ids: list[int]) -> None:
+        """Plans the save of a finished request's full blocks that no tier holds yet."""
+        self._matched.pop(request.request_id, None)
+        keys = self._keys_of(request) if self._tiers is not None else []
+        self._keys.pop(request.request_id, None)
+        tag = self._tag(request)
+        if self._tiers is None or self._pool is None or tag is None:
+            return
+        if request.request_id in self._loading:
+            return  # aborted while its blocks were being loaded: they hold nothing yet
+        # The last token was sampled, not computed.
+        num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))
+        operations = self._tiers.plan_save(keys[:num_blocks], block_ids[:num_blocks], tag)
+        if not operations:
+            return
+        held = [block for operation in operations for block in operation.block_ids]
+        self._pool.touch([self._pool.blocks[block] for block in held])
+        for block in held:
+            self._held[block] = self._held.get(block, 0) + 1
+        self._operations += operations
+
+    def _tag(self, request: Request) -> bytes | None:
+        """What a deletion finds the request's KV by; None: the request is not to be saved."""
+        save = self._config.kv.save
+        if save == "none" or (save == "memory" and not salts.is_memory_salt(request.cache_salt)):
+            return None
+        return salts.tag(request.cache_salt)
+
+    def _keys_of(self, request: Request) -> list[BlockKey]:
+        """Keys of all full blocks so far; a waiting request is matched in every step, so kept."""
+        keys = self._keys.setdefault(request.request_id, [])
+        if len(keys) < len(request.block_hashes):
+            adapter = adapter_digest(request.lora_request)
+            if adapter is None:
+                return []
+            keys += [self._identity.block_key(bytes(of), adapter) for of in request.block_hashes[len(keys) :]]
+        return keys
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def take_metadata(self, *, idle: bool) -> MemosMetadata:
+        metadata = MemosMetadata(self._operations, self._loads, idle)
+        self._operations, self._loads = [], {}
+        return metadata
+
+    def complete(self, meta: MemosWorkerMeta) -> None:
+        assert self._tiers is not None and self._pool is not None
+        completion, follow_up = self._tiers.complete(meta.results)
+        self._operations += follow_up
+        released = []
+        for block in completion.released_blocks:
+            self._held[block] -= 1
+            if not self._held[block]:
+                del self._held[block]
+            released.append(self._pool.blocks[block])
+        # Deepest first, as vLLM frees a request: the head of a prefix is then evicted last.
+        self._pool.free_blocks(reversed(released))
+        for request_id, op_ids in list(self._loading.items()):
+            op_ids -= completion.finished_ops
+            if not op_ids:
+                del self._loading[request_id]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the engine must go on stepping for copies, with or without requests."""
+        return self._tiers is not None and self._tiers.num_in_flight > 0
+
+    @property
+    def holds_blocks(self) -> bool:
+        return bool(self._held)
+
+    # -- operator -------------------------------------------------------------------------------
+
+    def handle(self, op: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """Serves the API processes; runs between two steps of the engine."""
+        if self._tiers is None:
+            return {"enabled": False}
+        match op:
+            case "status":
+                return self._status()
+            case "drop_host":
+                self._tiers.drop_host()
+                return self._status()
+            case "forget":
+                return asdict(self._tiers.forget(salts.tag(payload["salt"])))
+        raise ValueError(f"unknown operation {op!r}")
+
+    def _status(self) -> dict[str, Any]:
+        assert self._tiers is not None
+        slots, disk = self._tiers.slots, self._tiers.disk
+        return {
+            "enabled": True,
+            "block_size": self._block_size,
+            "in_flight": self._tiers.num_in_flight,
+            "held_blocks": len(self._held),
+            "host": {"blocks": len(slots), "capacity_blocks": slots.num_slots},
+            "disk": {"blocks": len(disk), "bytes": disk.usage_bytes} if disk else {"blocks": 0, "bytes": 0},
+            "totals": asdict(self._tiers.totals),
+        }
+
+    def shutdown(self) -> None:
+        if self._tiers is not None and self._tiers.disk is not None:
+            self._tiers.disk.close()
+        self._tiers = None

@@ -1,0 +1,119 @@
+"""Worker side of the connector: owns this rank's host pool and copy threads, does what it is told."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from memos_vllm.config import MemosConfig
+from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
+from memos_vllm.integration.model_identity import identity_of, rank_of
+from memos_vllm.kernels.kv_copy import block_bytes, describe_planes, planes_of
+from memos_vllm.store.ops import Result
+from memos_vllm.store.transfer import TransferWorker
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.002
+"""How long a step without a forward pass waits for a running copy.
+
+Without it an engine that has nothing but copies to do polls some 700 times a second. Longer would
+delay a request that arrives meanwhile by as much.
+"""
+
+FLUSH_TIMEOUT_S = 10.0
+"""How long a shutdown goes on writing host copies to disk."""
+
+
+class WorkerSide:
+    """Called by the model runner's thread only; the copies run in the transfer worker's threads."""
+
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: MemosConfig) -> None:
+        self._vllm_config = vllm_config
+        self._num_blocks = kv_cache_config.num_blocks
+        self._config = config
+        self.planes: list[torch.Tensor] = []
+        self._transfer: TransferWorker | None = None
+        self._handshake: MemosHandshake | None = None
+        self._loads: dict[str, set[int]] = {}
+        self._results: list[Result] = []
+        self._idle = False
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Takes the KV cache tensors of this rank; called once, before the first step."""
+        self.planes = planes = planes_of([kv_caches[name] for name in sorted(kv_caches, key=_layer_order)], self._num_blocks)
+        layout = describe_planes(planes)
+        size_bytes = block_bytes(planes)
+        world_size = self._vllm_config.parallel_config.world_size
+        self._handshake = MemosHandshake(layout=layout, block_bytes=size_bytes)
+        self._transfer = TransferWorker(
+            planes,
+            num_slots=self._config.kv.host_bytes // (size_bytes * world_size),
+            identity=identity_of(self._vllm_config, layout),
+            rank=rank_of(self._vllm_config),
+            io_threads=self._config.kv.io_threads,
+            pin_memory=planes[0].is_cuda,
+        )
+
+    def handshake(self) -> MemosHandshake | None:
+        return self._handshake
+
+    def start(self, metadata: MemosMetadata) -> None:
+        """Starts the copies of a step; returns at once."""
+        assert self._transfer is not None
+        self._idle = metadata.idle
+        for request_id, op_ids in metadata.loads.items():
+            self._loads[request_id] = set(op_ids)
+        if metadata.operations:
+            self._transfer.submit(metadata.operations, after=self._after_queued_work())
+
+    def _after_queued_work(self) -> torch.cuda.Event | None:
+        """An event behind everything that the compute stream was given so far.
+
+        With asynchronous scheduling a pass that still reads or writes a block may be queued when
+        the block is given to a load; the copy must come after it.
+        """
+        if not torch.cuda.is_available():
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def take_finished_loads(self) -> set[str] | None:
+        """Requests whose blocks are all there, or failed; called once a step, before the two below."""
+        assert self._transfer is not None
+        if self._idle and self._transfer.in_flight:
+            self._transfer.wait(IDLE_WAIT_S)
+        self._results = self._transfer.drain()
+        ended = {result.op_id for result in self._results}
+        finished = set()
+        for request_id, op_ids in self._loads.items():
+            op_ids -= ended
+            if not op_ids:
+                finished.add(request_id)
+        for request_id in finished:
+            del self._loads[request_id]
+        return finished or None
+
+    def take_failed_blocks(self) -> set[int]:
+        return {block for result in self._results for block in result.failed_blocks}
+
+    def take_results(self) -> MemosWorkerMeta | None:
+        results, self._results = self._results, []
+        return MemosWorkerMeta(results) if results else None
+
+    def shutdown(self) -> None:
+        if self._transfer is not None:
+            self._transfer.shutdown(FLUSH_TIMEOUT_S)
+            self._transfer = None
+
+
+def _layer_order(name: str) -> list[tuple[int, str]]:
+    """``model.layers.10.attn`` after ``model.layers.9.attn``: the order is part of the file format."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
