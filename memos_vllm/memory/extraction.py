@@ -1,0 +1,115 @@
+"""Remembering by rules: which of a user's words are worth keeping.
+
+Kept: statements, in the user's own words (less a greeting in front). Not kept: questions, greetings,
+thanks, acknowledgements and commands to the assistant, unless the sentence asks to remember
+something; then its content is kept. Code and long pastes become one document. The word lists are for
+English, with the commonest forms of Chinese and Japanese; a sentence in another language counts as a
+statement unless it ends with a question mark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import regex
+
+from memos_vllm.memory import sentences, speech
+
+LONG_TEXT_CHARS = 2000
+_CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    text: str
+    type: str
+    """``fact`` or ``document``."""
+
+    rule: str
+    """Why it was kept: ``statement``, ``asked``, ``code`` or ``long``."""
+
+
+def extract(text: str) -> list[Extract]:
+    """What to keep of one message, in its order."""
+    text = text.strip()
+    if len(text) > LONG_TEXT_CHARS:
+        return [Extract(text, "document", "long")]
+    kept = [extracted for sentence in sentences.split(_CODE.sub("\n\n", text)) if (extracted := judge(sentence))]
+    if code := "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text)):
+        kept.append(Extract(code, "document", "code"))
+    return kept
+
+
+def judge(sentence: str) -> Extract | None:
+    """Whether to keep one sentence, and as what."""
+    if asked := _asked_to_remember(sentence):
+        return Extract(asked, "fact", "asked")
+    lead_in = _LEAD_IN.match(sentence)
+    statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
+    plain = statement.strip().replace("’", "'").lower()
+    if not speech.says_something(plain) or speech.is_noise(plain):
+        return None
+    return Extract(statement, "fact", "statement")
+
+
+_ASKED = regex.compile(
+    r"""
+    (?: (?:hi|hey|hello|ok|okay|so|and|also|but|oh|well) [,\ ]+ )?
+    (?P<polite> (?:can|could|will|would)\ you\ + )?
+    (?: please[,\ ]+ | kindly\ )? (?:always\ )?
+    (?: remember | note | don't\ forget | do\ not\ forget | never\ forget | keep\ in\ mind | bear\ in\ mind
+      | memori[sz]e | make\ a\ note )
+    (?: [,\ ]+please )?
+    (?: \s*[,:]\s* | \s+ (?:that|this|the\ following)? \s* [,:]? \s* )
+    (?P<content> .+ )
+    """,
+    regex.I | regex.S | regex.X,
+)
+_NO_CONTENT = regex.compile(r"(?:when|how|what|who|where|why|if|whether|me|us|it|him|her|them)\b", regex.I)
+_TO_DO = regex.compile(r"to\b", regex.I)
+_POLITE_END = regex.compile(r",? (?:please|thanks|thank you|for me|ok|okay)(?=[.!?]*$)", regex.I)
+_ASKED_CHINESE = regex.compile(
+    r"""
+    [请請]? [你您]? (?:[帮幫]我)? 要? (?: [记記]住 | [记記]得 | [别別]忘了 | 不要忘[记記] ) (?:了|一下)? [，,：:\ ]*
+    (?P<content> .{2,} )
+    """,
+    regex.X,
+)
+_ASKED_JAPANESE = regex.compile(
+    r"""
+    (?P<content> .{2,}? )
+    (?: という(?:こと|の) | こと | って | と | の )? [をは]? 、?
+    (?: 覚えて | おぼえて | 記憶して | 忘れないで ) (?:おいて)? (?:いて)? (?: ください | 下さい | ね | くれ )? [。！!]*
+    """,
+    regex.X,
+)
+_QUESTION_ENDS = ("?", "？", "吗", "嗎", "か")
+
+
+def _asked_to_remember(sentence: str) -> str | None:
+    """What the sentence asks to remember, as a sentence of its own."""
+    stripped = sentence.strip()
+    if match := _ASKED.fullmatch(stripped.replace("’", "'")):
+        content = stripped[match.start("content") :]
+        if _NO_CONTENT.match(content) or (content.endswith("?") and not match["polite"]):
+            return None
+        if _TO_DO.match(content):  # "Remember to call Ann" says nothing without its verb
+            return stripped
+        content = _POLITE_END.sub("", content.rstrip("?"))
+        return _capitalise(content if content.endswith((".", "!")) else content + ".")
+    for pattern in (_ASKED_CHINESE, _ASKED_JAPANESE):
+        match = pattern.fullmatch(stripped)
+        if match and not match["content"].endswith(_QUESTION_ENDS):
+            return match["content"] if match["content"].endswith(("。", "！")) else match["content"] + "。"
+    return None
+
+
+_LEAD_IN = regex.compile(
+    r"(?:(?:hi|hello|hey|thanks|thank you|thx|by the way|btw)(?: (?:there|all|so much|a lot|again))?"
+    r"\s*(?:[,:;]|--?|–|—)\s*)+(?=\S)",
+    regex.I,
+)
+
+
+def _capitalise(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

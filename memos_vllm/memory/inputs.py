@@ -1,0 +1,73 @@
+"""Checks on what callers hand in; each failure is a ``RequestError`` of one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from memos_vllm.errors import RequestError
+from memos_vllm.memory.records import TYPES
+
+MAX_TEXT_BYTES = 2**20
+MAX_TAGS = 10_000
+MAX_NAME_CHARS = 256
+"""Of a tag or a session."""
+
+MAX_LIMIT = 1000
+
+
+def check_text(text: Any, name: str = "text") -> str:
+    if not isinstance(text, str):
+        raise RequestError(f"'{name}' must be a string, not {type(text).__name__}")
+    if not text.strip():
+        raise RequestError(f"'{name}' is empty; give it at least one character")
+    size_bytes = len(_utf8(text, name))
+    if size_bytes > MAX_TEXT_BYTES:
+        raise RequestError(f"'{name}' has {size_bytes} bytes; a memory holds at most {MAX_TEXT_BYTES}: split it")
+    return text
+
+
+def check_type(value: Any) -> str:
+    if value not in TYPES:
+        raise RequestError(f"unknown type {value!r}; use one of {', '.join(TYPES)}")
+    return str(value)
+
+
+def check_pinned(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"'pinned' must be true or false, not {value!r}")
+    return value
+
+
+def check_tags(tags: Any) -> tuple[str, ...]:
+    """Without repeats, in their order."""
+    if isinstance(tags, (str, bytes)) or not isinstance(tags, Iterable):
+        raise RequestError(f"'tags' must be a list of strings, not {type(tags).__name__}")
+    unique = tuple(dict.fromkeys(_name(tag, "tags") for tag in tags))
+    if len(unique) > MAX_TAGS:
+        raise RequestError(f"{len(unique)} tags are too many; a memory has at most {MAX_TAGS}")
+    return unique
+
+
+def check_session(session: Any) -> str | None:
+    return None if session is None else _name(session, "session")
+
+
+def check_limit(value: Any, name: str = "limit") -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_LIMIT:
+        raise RequestError(f"'{name}' must be a whole number from 1 to {MAX_LIMIT}, not {value!r}")
+    return value
+
+
+def _name(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME_CHARS:
+        raise RequestError(f"'{name}': {str(value)[:40]!r} is not a string of 1 to {MAX_NAME_CHARS} characters")
+    _utf8(value, name)
+    return value
+
+
+def _utf8(text: str, name: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"'{name}' has half of a surrogate pair at {error.start}; send valid Unicode") from error

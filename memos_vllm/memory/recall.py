@@ -1,0 +1,70 @@
+"""Which memories go into a prompt, and in which order.
+
+Long-lived memory must keep the prompt's prefix stable, so its order never depends on the query and
+it only grows at the end:
+
+1. Pinned memories, then the user's other facts, preferences and profile; each in order of creation.
+2. A memory that alone exceeds the whole budget never stands there. That depends on nothing but
+   itself, so leaving it out moves no other memory. Search still finds it.
+3. Each of the two runs stops at its first memory that does not fit into what is left. Going around
+   it would move the later ones as soon as it fits.
+
+So a new fact leaves the list as it was or is appended. A pinned memory is worth a new prefix: it
+goes in front of the facts, behind the pinned ones, and may push facts out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.results import Hit
+from memos_vllm.memory.search import UserIndex
+from memos_vllm.memory.transactions import UserReader
+from memos_vllm.types import MemoryId
+
+CountTokens = Callable[[str], int]
+
+
+class Budget:
+    """Tokens, as the list items that ``assembly`` renders."""
+
+    def __init__(self, num_tokens: int, count_tokens: CountTokens):
+        self.num_tokens = num_tokens
+        self._left = num_tokens
+        self._count_tokens = count_tokens
+
+    def cost(self, text: str) -> int:
+        return self._count_tokens(f"- {text}\n")
+
+    def take(self, cost: int) -> bool:
+        if cost > self._left:
+            return False
+        self._left -= cost
+        return True
+
+
+def long_lived(user: UserReader, index: UserIndex, budget: Budget) -> list[MemoryRecord]:
+    """See the module's docstring for the rule."""
+    chosen = _run(user, index.pinned(), budget)
+    return chosen + _run(user, index.standing(), budget)
+
+
+def _run(user: UserReader, ids: Iterable[MemoryId], budget: Budget) -> list[MemoryRecord]:
+    chosen = []
+    for memory_id in ids:
+        record = user.get(memory_id)
+        if record is None:  # deleted since the transaction began
+            continue
+        cost = budget.cost(record.text)
+        if cost > budget.num_tokens:
+            continue
+        if not budget.take(cost):
+            break
+        chosen.append(record)
+    return chosen
+
+
+def fitting(hits: Iterable[Hit], budget: Budget) -> list[Hit]:
+    """The hits that fit. Nothing here need be stable, so a large one does not block the others."""
+    return [hit for hit in hits if budget.take(budget.cost(hit.record.text))]

@@ -1,0 +1,52 @@
+"""What the memory service answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.types import MemoryId
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    record: MemoryRecord
+    score: float
+    why: dict[str, Any]
+    """As JSON: the method, and each matched term's part of the score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    long_lived: tuple[MemoryRecord, ...]
+    late: tuple[Hit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    records: tuple[MemoryRecord, ...]
+    next: MemoryId | None
+    """``after`` of the next page; None on the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionReceipt:
+    """What a deletion removed, and from where."""
+
+    records: tuple[MemoryId, ...]
+    versions: int
+    """Earlier versions in the history."""
+
+    postings: int
+    """Entries that this call took out of the process's search index: none where the user has no index
+    now, or a search of the same moment was faster. Every index follows before it answers again."""
+
+    sessions: int
+    """Sessions whose frozen long-lived memory held it."""
+
+    kv_epoch: int
+    """The user's new one: KV of earlier epochs cannot be reached any more, in any tier."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "records": list(self.records)}

@@ -1,0 +1,98 @@
+"""Text into sentences: by rules, for any script, for what people type into a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import regex
+
+_BULLET = regex.compile(r"\s*(?:[-*+•‣◦·–]|\(?\d{1,3}[.)])\s+")
+_WRAPPED_LINE_CHARS = 60  # a line this long that ends in mid-sentence was wrapped by an editor
+
+# "." only before a space, so that decimals, versions and addresses stay whole. The full stops of
+# Chinese and Japanese need no space after them.
+_END = regex.compile(r"(?:[.!?…]+|[।۔؟։])[\"'”’»)\]]*(?=\s|$)|[。！？｡]+[」』”’）\"']*")
+_QUOTE = regex.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»|「[^」]*」|『[^』]*』|\([^()]*\)|（[^）]*）")
+
+_STOPS = ".!?…।۔؟։。！？｡"
+
+_TITLES = frozenset(
+    "mr mrs ms mx dr prof st sr mt ft gen col capt sgt lt rev hon pres gov vs e.g i.e cf approx ca".split()
+)
+"""A name or a number follows: never the end."""
+
+_BEFORE_NUMBERS = frozenset("no nos fig figs p pp vol ch sec art eq".split())
+_SHORTENED = frozenset(
+    "etc inc ltd co corp jr dept est al a.m p.m am pm u.s u.k e.u u.n d.c ph.d b.sc m.sc "
+    "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun ave blvd rd".split()
+)
+"""The end only before a capital letter."""
+
+
+def split(text: str) -> list[str]:
+    """The sentences of a text, in order, stripped, without bullets; nothing else is left out."""
+    return [sentence for unit in _units(text) for sentence in _sentences(unit)]
+
+
+def _units(text: str) -> Iterator[str]:
+    """Paragraphs and list items, each on one line; an item carries the line that introduces the list."""
+    unit = introduction = ""
+    last_line = ""
+    for line in text.splitlines():
+        bullet = _BULLET.match(line)
+        content = (line[bullet.end() :] if bullet else line).strip()
+        if content and not bullet and unit and _continues(last_line, content):
+            unit = f"{unit} {content}"
+        else:
+            if unit:
+                yield unit
+            if bullet:
+                unit = f"{introduction} {content}" if introduction else content
+            else:
+                introduction = content if content.endswith((":", "：")) else introduction if not content else ""
+                unit = "" if introduction else content
+        last_line = line
+    if unit:
+        yield unit
+
+
+def _continues(line: str, content: str) -> bool:
+    """Whether ``content`` goes on with the sentence of the line before it."""
+    if not line.strip():
+        return False
+    return content[0].islower() or (len(line) >= _WRAPPED_LINE_CHARS and not _END.search(line.rstrip()[-3:]))
+
+
+def _sentences(unit: str) -> Iterator[str]:
+    quotes = [match.span() for match in _QUOTE.finditer(unit)]
+    start = 0
+    for match in _END.finditer(unit):
+        if any(left < match.end() < right for left, right in quotes):
+            continue
+        if _ends_sentence(unit[start : match.start()], match[0], unit[match.end() :].lstrip()):
+            yield unit[start : match.end()].strip()
+            start = match.end()
+    if rest := unit[start:].strip():
+        yield rest
+
+
+def _ends_sentence(before: str, end: str, after: str) -> bool:
+    if not after:
+        return True
+    goes_on = after[0].islower()
+    if end[-1] not in _STOPS and goes_on:  # "... it is late," she said
+        return False
+    if end[0] in "。！？｡" and end[-1] not in _STOPS and after[0].isalpha():  # 「...。」と言った
+        return False
+    if end.startswith(("..", "…")):
+        return not goes_on
+    if end[0] != ".":
+        return True
+    word = regex.search(r"[\p{L}\p{N}.]*$", before)[0].lower()
+    if word in _TITLES or (word in _BEFORE_NUMBERS and after[0].isdigit()):
+        return False
+    if word in _SHORTENED:
+        return after[0].isupper()
+    if len(word) == 1 and word.isalpha() and word != "i":  # an initial: J. Smith
+        return False
+    return not (word.isdigit() and before.strip() == word)  # "1." in a line of its own numbering

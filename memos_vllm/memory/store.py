@@ -1,0 +1,247 @@
+"""Plaintext memory on disk: one LMDB environment, the single source of truth.
+
+Any number of threads and processes may read and write. A write is one LMDB transaction and returns
+once it is synced. The map starts small and doubles when it is full, up to a maximum.
+
+LMDB cannot resize its map while this process has transactions open, so transactions hold the
+``Gate`` shared and a resize holds it alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+
+from memos_vllm.errors import DataDirError, StoreError, StoreFull
+from memos_vllm.memory import tables
+from memos_vllm.memory.gate import Gate
+from memos_vllm.memory.transactions import UserReader, UserWriter
+from memos_vllm.types import Principal
+
+FIRST_MAP_BYTES = 64 * 2**20
+MIN_MAP_BYTES = 2**20
+
+DELETE_RESERVE_BYTES = 2**20
+"""A deletion may go this far beyond the maximum: LMDB writes copies of pages before it frees any,
+and a full store that cannot delete could never be anything else."""
+
+LOW_DISK_BYTES = 2**20
+_MAX_READERS = 1024
+T = TypeVar("T")
+
+
+class MemoryStore:
+    """Opens or creates the environment in a directory.
+
+    Args:
+        path: the directory, created if it is missing.
+        max_map_bytes: how large the map may grow, at least ``MIN_MAP_BYTES``.
+
+    Raises:
+        DataDirError: no such directory can be made or written, this process has it open already,
+            it is damaged, or a newer Memos wrote it.
+    """
+
+    def __init__(self, path: Path, max_map_bytes: int):
+        self._path = path
+        self._max_map_bytes = max(max_map_bytes, MIN_MAP_BYTES)
+        self._gate = Gate()
+        self._pid = os.getpid()
+        self._env = _open(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
+        try:
+            self._env.reader_check()  # slots of processes that were killed
+            self._dbs = self._open_tables()
+        except lmdb.MapFullError as error:
+            self._env.close()
+            raise DataDirError(f"the memory map of {path} is full; raise memory.max_map_bytes") from error
+        except (lmdb.Error, OSError) as error:
+            self._env.close()
+            raise _unusable(path, error) from error
+        except DataDirError:
+            self._env.close()
+            raise
+
+    def close(self) -> None:
+        """Waits for the transactions of other threads."""
+        with self._gate.alone():
+            self._env.close()
+
+    @contextmanager
+    def read(self, who: Principal) -> Iterator[UserReader]:
+        """One user's memories as of now. A thread must not read or write within a read.
+
+        Raises:
+            StoreError: LMDB failed.
+        """
+        try:
+            with self._begin() as txn:
+                yield UserReader(txn, self._dbs, who)
+        except lmdb.Error as error:
+            raise StoreError(f"the memory store {self._path} cannot be read: {error}") from error
+
+    def write(self, who: Principal, work: Callable[[UserWriter], T], *, frees: bool = False) -> T:
+        """Runs ``work`` in one transaction; on return it is on disk, on any error none of it is.
+
+        Args:
+            work: may be called again where the map has to grow, so it must have no other effect.
+            frees: it deletes, and may use ``DELETE_RESERVE_BYTES``.
+
+        Raises:
+            StoreFull: the map is at its maximum, or the disk is full.
+            StoreError: LMDB failed otherwise.
+        """
+        limit_bytes = self._max_map_bytes + (DELETE_RESERVE_BYTES if frees else 0)
+        try:
+            while True:
+                try:
+                    return self._try_write(who, work)
+                except lmdb.MapFullError as error:
+                    self._grow(limit_bytes, error)
+        except lmdb.Error as error:
+            raise self._failed(error) from error
+        finally:
+            if frees:
+                self._shrink_to_maximum()
+
+    def stats(self) -> dict[str, int]:
+        """Entries, and bytes of the map and of the pages in use or freed for reuse."""
+        with self._begin() as txn:
+            entries = {name: txn.stat(db)["entries"] for name, db in self._dbs.items()}
+            info = self._env.info()
+            page_bytes = self._env.stat()["psize"]
+        return {
+            "users": entries["owners"],
+            "memories": entries["records"],
+            "versions": entries["versions"],
+            "sessions": entries["sessions"],
+            "file_bytes": (info["last_pgno"] + 1) * page_bytes,
+            "map_bytes": info["map_size"],
+            "max_map_bytes": self._max_map_bytes,
+        }
+
+    def _try_write(self, who: Principal, work: Callable[[UserWriter], T]) -> T:
+        with self._begin(write=True) as txn:
+            user = UserWriter(txn, self._dbs, who)
+            result = work(user)
+            user.finish()
+        return result
+
+    @contextmanager
+    def _begin(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
+        assert os.getpid() == self._pid, "an LMDB environment does not survive a fork; open the store in the child"
+        while True:
+            with self._gate.shared():
+                try:
+                    txn = self._env.begin(write=write)
+                except lmdb.MapResizedError:
+                    txn = None
+                if txn is not None:
+                    with txn:
+                        yield txn
+                    return
+            with self._gate.alone():
+                self._env.set_mapsize(0)  # another process grew the map: adopt its size
+
+    def _grow(self, limit_bytes: int, error: lmdb.MapFullError) -> None:
+        """Doubles the map, up to the limit."""
+        with self._gate.alone():
+            map_bytes = self._env.info()["map_size"]
+            if map_bytes >= limit_bytes:
+                raise StoreFull(
+                    f"the memory store {self._path} is full at {self._max_map_bytes} bytes and nothing of this write "
+                    "was stored; delete memories or raise memory.max_map_bytes"
+                ) from error
+            self._env.set_mapsize(_whole_pages(min(2 * map_bytes, limit_bytes)))
+
+    def _shrink_to_maximum(self) -> None:
+        """Takes the reserve back; LMDB keeps what is in use."""
+        if self._env.info()["map_size"] > self._max_map_bytes:
+            with self._gate.alone():
+                self._env.set_mapsize(_whole_pages(self._max_map_bytes))
+
+    def _failed(self, error: lmdb.Error) -> StoreError:
+        # LMDB reports a disk that fills up within a write as an input/output error.
+        if isinstance(error, lmdb.DiskError) or shutil.disk_usage(self._path).free < LOW_DISK_BYTES:
+            return StoreFull(f"the disk of {self._path} is full and nothing of this write was stored; free some space")
+        return StoreError(f"the memory store {self._path} failed and nothing of this write was stored: {error}")
+
+    def _open_tables(self) -> dict[str, Any]:
+        """Creates them on the first start, and refuses a schema that this version does not know."""
+        with self._begin(write=True) as txn:
+            dbs = {
+                name: self._env.open_db(name.encode(), txn, dupsort=name in tables.SEVERAL_VALUES)
+                for name in tables.NAMES
+            }
+            meta = dbs["meta"]
+            schema = int(txn.get(b"schema_version", str(tables.SCHEMA_VERSION).encode(), db=meta))
+            if schema > tables.SCHEMA_VERSION:
+                raise DataDirError(
+                    f"a newer Memos wrote {self._path} (schema {schema}, this one knows {tables.SCHEMA_VERSION}); "
+                    "upgrade Memos or choose another data_dir"
+                )
+            txn.put(b"schema_version", str(schema).encode(), db=meta)
+            txn.put(b"next_owner", b"1", db=meta, overwrite=False)
+        return dbs
+
+
+def _open(path: Path, map_bytes: int) -> lmdb.Environment:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        env = lmdb.open(
+            str(path), map_size=_whole_pages(map_bytes), max_dbs=len(tables.NAMES), max_readers=_MAX_READERS
+        )
+    except (lmdb.Error, OSError) as error:
+        raise _unusable(path, error) from error
+    try:
+        _check_length(env, path / "data.mdb")
+    except DataDirError:
+        env.close()
+        raise
+    return env
+
+
+def _check_length(env: lmdb.Environment, file: Path) -> None:
+    """Reading a page beyond the end of a truncated file would kill the process (SIGBUS).
+
+    A sound file may be short too, by pages that its last transaction took and gave back. So the end
+    is filled with zeros, and every table must still be readable.
+    """
+    have_bytes, want_bytes = file.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    if have_bytes >= want_bytes:
+        return
+    os.truncate(file, want_bytes)
+    try:
+        with env.begin() as txn:
+            for name in [key for key, _ in txn.cursor()]:
+                for _, value in txn.cursor(db=env.open_db(name, txn, create=False)):
+                    if name in (b"records", b"versions", b"sessions"):
+                        json.loads(value)
+    except (lmdb.Error, ValueError) as error:
+        os.truncate(file, have_bytes)
+        raise DataDirError(
+            f"{file} is damaged: {want_bytes - have_bytes} bytes are missing; restore it from a backup"
+        ) from error
+
+
+def _unusable(path: Path, error: Exception) -> DataDirError:
+    if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
+        return DataDirError(f"{path / 'data.mdb'} is damaged or no LMDB file ({error}); restore it from a backup")
+    if "already open" in str(error):
+        return DataDirError(f"this process has the memory store {path} open already; use the one MemoryStore it has")
+    if isinstance(error, lmdb.DiskError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    ):
+        return DataDirError(f"no space left for the memory store {path}; free some or set data_dir elsewhere")
+    return DataDirError(f"cannot use {path} as the memory store: {error}; check data_dir and its permissions")
+
+
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // 4096) * 4096

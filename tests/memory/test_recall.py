@@ -1,0 +1,216 @@
+"""What goes into the prompt: long-lived memory with a stable prefix, frozen sessions, late memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_factories import ALICE, BOB, Clock, make_service, says, texts
+
+from memos_vllm.errors import StoreFull
+from memos_vllm.memory.service import MemoryService
+
+Make = Callable[..., MemoryService]
+
+
+def long_lived(service: MemoryService, session: str | None = None) -> list[str]:
+    return texts(service.recall(ALICE, says("xyzzy"), session=session).long_lived)
+
+
+def late(service: MemoryService, query: object) -> list[str]:
+    return texts(service.recall(ALICE, says(query)).late)
+
+
+def test_pinned_first_then_statements_in_order(service: MemoryService) -> None:
+    service.add(ALICE, "fact 1")
+    service.add(ALICE, "a document", type="document")
+    service.add(ALICE, "pinned document", type="document", pinned=True)
+    service.add(ALICE, "preference 2", type="preference")
+    service.add(ALICE, "pinned fact", pinned=True)
+    service.add(ALICE, "working", type="working")
+    assert long_lived(service) == ["pinned document", "pinned fact", "fact 1", "preference 2"]
+
+
+def test_each_run_stops_at_the_first_that_does_not_fit(make: Make) -> None:
+    service = make(long_lived_tokens=8)
+    for text in ("one two three", "one two three four five six", "one"):
+        service.add(ALICE, text)
+    assert long_lived(service) == ["one two three"]
+    service.add(ALICE, "p1 p2 p3 p4", pinned=True)
+    service.add(ALICE, "q1 q2 q3 q4 q5", pinned=True)
+    assert long_lived(service) == ["p1 p2 p3 p4", "one two three"]
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_one_that_exceeds_the_whole_budget_blocks_nothing(make: Make, pinned: bool) -> None:
+    service = make(long_lived_tokens=5)
+    service.add(ALICE, "far too long for this budget", pinned=pinned)
+    service.add(ALICE, "small pinned", pinned=True)
+    service.add(ALICE, "small fact")
+    assert long_lived(service) == ["small pinned", "small fact"]
+
+
+def test_no_budget_no_memory(make: Make) -> None:
+    service = make(long_lived_tokens=0, late_tokens=0)
+    service.add(ALICE, "tea")
+    assert service.recall(ALICE, says("tea")).late == ()
+    assert long_lived(service) == []
+
+
+MEMORY = st.tuples(st.integers(1, 12), st.booleans(), st.sampled_from(["fact", "profile", "document"]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(MEMORY, max_size=12))
+def test_a_new_memory_keeps_the_prefix(memories: list[tuple[int, bool, str]]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        service = make_service(Path(directory), long_lived_tokens=10)
+        before: list[str] = []
+        for number, (num_words, pinned, kind) in enumerate(memories):
+            service.add(ALICE, " ".join([str(number)] * num_words), pinned=pinned, type=kind)
+            after = long_lived(service)
+            if not pinned:
+                assert after[: len(before)] == before
+            assert sum(len(text.split()) for text in after) <= 10
+            before = after
+        service._store.close()
+
+
+def test_a_session_freezes_the_choice(service: MemoryService) -> None:
+    service.add(ALICE, "first")
+    assert long_lived(service, "s") == ["first"]
+    service.add(ALICE, "second")
+    service.add(ALICE, "pinned", pinned=True)
+    assert long_lived(service, "s") == ["first"]
+    assert long_lived(service, "other") == ["pinned", "first", "second"]
+    assert long_lived(service) == ["pinned", "first", "second"]
+
+
+def test_an_empty_choice_is_frozen_too(service: MemoryService) -> None:
+    assert long_lived(service, "s") == []
+    service.add(ALICE, "first")
+    assert long_lived(service, "s") == []
+
+
+def test_a_frozen_session_shows_current_texts_and_nothing_deleted(service: MemoryService) -> None:
+    first, second = service.add(ALICE, "first"), service.add(ALICE, "second")
+    service.remember(ALICE, says("My favourite drink is tea."))
+    assert len(long_lived(service, "s")) == 3
+    service.update(ALICE, first.id, text="changed")
+    assert service.delete(ALICE, second.id).sessions == 1
+    service.remember(ALICE, says("My favourite drink is milk."))
+    assert long_lived(service, "s") == ["changed"]
+
+
+def test_what_came_after_the_freeze_is_recalled_late(service: MemoryService) -> None:
+    long_lived(service, "s")
+    service.add(ALICE, "green tea")
+    recall = service.recall(ALICE, says("tea"), session="s")
+    assert (texts(recall.long_lived), texts(recall.late)) == ([], ["green tea"])
+
+
+def test_a_session_outlives_the_process(make: Make) -> None:
+    service = make()
+    service.add(ALICE, "first")
+    long_lived(service, "s")
+    service._store.close()
+    service = make()
+    service.add(ALICE, "second")
+    assert long_lived(service, "s") == ["first"]
+
+
+def test_sessions_of_two_users_are_apart(service: MemoryService) -> None:
+    service.add(ALICE, "first")
+    long_lived(service, "s")
+    assert service.recall(BOB, says("first"), session="s").long_lived == ()
+
+
+def test_an_idle_session_ends_and_a_used_one_does_not(make: Make, clock: Clock) -> None:
+    service = make(session_ttl_s=100)
+    service.add(ALICE, "first")
+    long_lived(service, "s")
+    service.add(ALICE, "second")
+    for _ in range(20):
+        clock.forward(99)
+        assert long_lived(service, "s") == ["first"]
+    clock.forward(111)
+    assert long_lived(service, "s") == ["first", "second"]
+
+
+def test_sessions_that_are_over_are_taken_out(make: Make, clock: Clock) -> None:
+    service = make(session_ttl_s=100)
+    for name in ("a", "b", "c"):
+        long_lived(service, name)
+    assert service.stats()["sessions"] == 3
+    clock.forward(200)
+    long_lived(service, "d")
+    assert service.stats()["sessions"] == 1
+
+
+def test_a_turn_writes_nothing_once_the_session_is_frozen(
+    service: MemoryService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_lived(service, "s")
+    monkeypatch.setattr(service._store, "write", None)
+    long_lived(service, "s")
+
+
+def test_a_full_store_does_not_stop_a_recall(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.add(ALICE, "first")
+
+    def full(*_: object, **__: object) -> None:
+        raise StoreFull("full")
+
+    monkeypatch.setattr(service._store, "write", full)
+    assert long_lived(service, "s") == ["first"]
+
+
+def test_late_is_what_the_query_finds_beside_long_lived(make: Make) -> None:
+    service = make(long_lived_tokens=3)
+    for text in ("I like tea", "tea is from China", "the tea ceremony of Japan", "cats"):
+        service.add(ALICE, text)
+    assert long_lived(service) == ["I like tea"]
+    assert late(service, "tea ceremony?") == ["the tea ceremony of Japan", "tea is from China"]
+    assert late(service, "quantum?") == []
+
+
+def test_late_keeps_to_its_budget_and_top_k(make: Make) -> None:
+    service = make(long_lived_tokens=0, late_tokens=5, top_k=3)
+    for text in ("tea tea tea tea tea tea", "tea and milk", "tea with lemon", "tea"):
+        service.add(ALICE, text)
+    recalled = late(service, "tea")
+    assert sum(len(text.split()) for text in recalled) <= 5
+    assert "tea" in recalled and "tea tea tea tea tea tea" not in recalled
+    assert len(service.recall(ALICE, says("tea"), top_k=1).late) <= 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "tea?",
+        [{"type": "text", "text": "tea?"}],
+        [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "tea"}],
+    ],
+)
+def test_the_query_is_the_last_user_message(make: Make, content: object) -> None:
+    service = make(long_lived_tokens=0)
+    service.add(ALICE, "green tea")
+    service.add(ALICE, "black coffee")
+    conversation = [
+        *says("coffee"),
+        {"role": "assistant", "content": "x"},
+        *says(content),
+        {"role": "tool", "content": "y"},
+    ]
+    assert texts(service.recall(ALICE, conversation).late) == ["green tea"]
+
+
+@pytest.mark.parametrize("messages", [[], says(None), says([]), [{"role": "system", "content": "tea"}], [{}]])
+def test_no_user_message_no_late_memory(make: Make, messages: list[dict[str, object]]) -> None:
+    service = make(long_lived_tokens=0)
+    service.add(ALICE, "green tea")
+    assert service.recall(ALICE, messages).late == ()
