@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -63,6 +64,9 @@ class Turn:
     messages: list[dict[str, Any]]
     """As the client sent them."""
 
+    request_id: str
+    """Provenance of what is remembered; the id of the completion ends with it."""
+
 
 @router.post(
     "/v1/chat/completions",
@@ -98,7 +102,7 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
-    return Turn(who, options, [_as_dict(message) for message in request.messages])
+    return Turn(who, options, [_as_dict(message) for message in request.messages], request.request_id)
 
 
 def parse_field(value: Any) -> MemosField | None:
@@ -184,7 +188,8 @@ async def _announcing_end(
 async def remember_turn(turn: Turn, state: MemosState, announced: list[asyncio.Future[None]]) -> None:
     """Writes what the user said; a write that fails is logged, the answer is out already."""
     try:
-        await asyncio.to_thread(state.service.remember, turn.who, turn.messages, session=turn.options.session)
+        remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
+        await asyncio.to_thread(remember, turn.who, turn.messages)
     except MemosError as error:
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:

@@ -57,3 +57,9 @@ def test_a_path_that_is_no_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = attempt(tmp_path / "file", clean_environment())
     assert "cannot use the data directory" in refused.stderr and "check data_dir" in refused.stderr
+
+
+def test_a_full_disk_is_found_at_start(tmp_path: Path) -> None:
+    (tmp_path / "probe.tmp").symlink_to("/dev/full")
+    refused = attempt(tmp_path, clean_environment())
+    assert "no space left" in refused.stderr and "set data_dir elsewhere" in refused.stderr

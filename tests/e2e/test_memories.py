@@ -1,0 +1,85 @@
+"""REST for memories: one user's own, and gone when deleted."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Memos, cached_tokens
+
+pytestmark = pytest.mark.e2e
+
+DOCUMENT = {"text": "The ferry leaves at seven. " * 40, "type": "document", "pinned": True}
+
+
+@pytest.fixture
+def key() -> str:
+    return f"key-{uuid.uuid4().hex}"
+
+
+def test_add_read_change_list_search_delete(memos: Memos, key: str) -> None:
+    added = memos.call("POST", "/v1/memories", key, json={"text": "My job is baker.", "tags": ["work"]}).json()
+    path = f"/v1/memories/{added['id']}"
+    assert memos.call("GET", path, key).json() == added
+    changed = memos.call("PATCH", path, key, json={"text": "My job is pilot."}).json()
+    assert (changed["text"], changed["version"], changed["tags"]) == ("My job is pilot.", 2, ["work"])
+    assert [item["text"] for item in memos.call("GET", "/v1/memories?tag=work", key).json()["data"]] == ["My job is pilot."]
+    hits = memos.call("POST", "/v1/memories/search", key, json={"query": "which job"}).json()["data"]
+    assert [hit["id"] for hit in hits] == [added["id"]] and hits[0]["score"] > 0
+    assert memos.answer(key, "What is my job?") == "Your job is pilot."
+    assert memos.call("DELETE", path, key).json()["deleted"] is True
+    assert memos.call("GET", path, key).status_code == 404
+    assert "pilot" not in memos.answer(key, "What is my job?")
+
+
+def test_nobody_else_sees_or_touches_it(memos: Memos, key: str) -> None:
+    added = memos.call("POST", "/v1/memories", key, json={"text": "My job is baker."}).json()
+    path = f"/v1/memories/{added['id']}"
+    other = key + "x"
+    for method, options in (("GET", {}), ("PATCH", {"json": {"text": "stolen"}}), ("DELETE", {})):
+        assert memos.call(method, path, other, **options).status_code == 404
+    assert memos.call("GET", "/v1/memories", other).json()["data"] == []
+    assert memos.call("POST", "/v1/memories/search", other, json={"query": "job"}).json()["data"] == []
+    assert memos.call("GET", path, key).json() == added
+
+
+def test_deleting_makes_the_kv_unreachable_and_says_so(memos: Memos, key: str) -> None:
+    added = memos.call("POST", "/v1/memories", key, json=DOCUMENT).json()
+    ask = lambda: memos.chat(key, "What is my job?", {"remember": False})  # noqa: E731
+    ask()
+    assert cached_tokens(ask()) > 100
+    memos.settle()
+    receipt = memos.call("DELETE", f"/v1/memories/{added['id']}", key).json()
+    assert receipt["kv"]["host_blocks"] > 0 and receipt["kv"]["disk_blocks"] > 0
+    memos.call("POST", "/v1/memories", key, json=DOCUMENT)
+    assert cached_tokens(ask()) == 0, "the same text again is computed again"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status", "words"),
+    [
+        ("POST", "/v1/memories", {"json": {}}, 400, "'text'"),
+        ("POST", "/v1/memories", {"json": {"text": "x", "colour": 1}}, 400, "'colour'"),
+        ("POST", "/v1/memories", {"json": {"text": " "}}, 400, "text"),
+        ("POST", "/v1/memories", {"json": {"text": "x", "type": "poem"}}, 400, "poem"),
+        ("POST", "/v1/memories", {"content": b"{"}, 400, "JSON"),
+        ("POST", "/v1/memories/search", {"json": {"query": "x", "top_k": 0}}, 400, "'top_k'"),
+        ("PATCH", "/v1/memories/unknown", {"json": {"text": "x"}}, 404, "unknown"),
+        ("PATCH", "/v1/memories/unknown", {"json": {}}, 400, "nothing to change"),
+        ("DELETE", "/v1/memories/unknown", {}, 404, "unknown"),
+    ],
+)
+def test_bad_requests_are_one_clear_sentence(
+    memos: Memos, key: str, method: str, path: str, options: dict[str, Any], status: int, words: str
+) -> None:
+    response = memos.call(method, path, key, **options)
+    assert response.status_code == status
+    message = response.json()["error"]["message"]
+    assert words in message and "\n" not in message
+
+
+def test_without_a_key_there_is_no_memory(memos: Memos) -> None:
+    for method, path in (("GET", "/v1/memories"), ("POST", "/v1/memories/search"), ("DELETE", "/v1/memories")):
+        assert memos.call(method, path, None, json={"query": "x"}).status_code in (401,)
