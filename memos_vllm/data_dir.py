@@ -1,10 +1,10 @@
 """The data directory: who may use it, and where everything in it is.
 
-    data_dir/
-      lock          held (flock) by the one server that uses the directory
-      secret        32 random bytes; tenant salts derive from it
-      memory/       LMDB: plaintext memory, the single source of truth
-      kv/dp<rank>/  LMDB index and safetensors files of activation memory, per data-parallel engine
+data_dir/
+  lock          held (flock) by the one server that uses the directory
+  secret        32 random bytes; tenant salts derive from it
+  memory/       LMDB: plaintext memory, the single source of truth
+  kv/dp<rank>/  LMDB index and safetensors files of activation memory, per data-parallel engine
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def acquire(data_dir: Path) -> None:
         return
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(data_dir / "lock", "a+b")
+        lock = open(data_dir / "lock", "a+b")  # noqa: SIM115 - held as long as the process
     except OSError as error:
         raise _unusable(data_dir, error) from error
     try:
@@ -81,7 +81,9 @@ def secret(data_dir: Path) -> bytes:
     with contextlib.suppress(FileNotFoundError):
         value = path.read_bytes()
         if len(value) != _SECRET_BYTES:
-            raise DataDirError(f"{path} must hold {_SECRET_BYTES} bytes but holds {len(value)}; restore it from a backup")
+            raise DataDirError(
+                f"{path} must hold {_SECRET_BYTES} bytes but holds {len(value)}; restore it from a backup"
+            )
         return value
     temporary = path.with_name(f"secret.{os.getpid()}.tmp")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

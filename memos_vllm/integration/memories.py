@@ -151,7 +151,9 @@ async def update(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)
     body: UpdateBody = await _body(raw_request, UpdateBody)
     who = _who(raw_request, state, body.user)
-    changes = {name: getattr(body, name) for name in ("text", "type", "pinned", "tags") if name in body.model_fields_set}
+    changes = {
+        name: getattr(body, name) for name in ("text", "type", "pinned", "tags") if name in body.model_fields_set
+    }
     if not changes:
         raise RequestError("nothing to change: give text, type, pinned or tags")
     epoch = state.service.kv_epoch(who)

@@ -1,9 +1,9 @@
 """Scheduler side of the connector: decides what is loaded and saved, from the engine's loop only.
 
-    match       a request asks how much of its prompt is off the GPU     (before allocation)
-    plan_load   its blocks are allocated: copies are planned             (same step)
-    plan_save   a request finished: new prefix blocks are planned        (blocks held meanwhile)
-    take_metadata / complete     to the workers and back, every step
+match       a request asks how much of its prompt is off the GPU     (before allocation)
+plan_load   its blocks are allocated: copies are planned             (same step)
+plan_save   a request finished: new prefix blocks are planned        (blocks held meanwhile)
+take_metadata / complete     to the workers and back, every step
 """
 
 from __future__ import annotations

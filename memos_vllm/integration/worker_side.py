@@ -47,7 +47,9 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Takes the KV cache tensors of this rank; called once, before the first step."""
-        self.planes = planes = planes_of([kv_caches[name] for name in sorted(kv_caches, key=_layer_order)], self._num_blocks)
+        self.planes = planes = planes_of(
+            [kv_caches[name] for name in sorted(kv_caches, key=_layer_order)], self._num_blocks
+        )
         layout = describe_planes(planes)
         size_bytes = block_bytes(planes)
         world_size = self._vllm_config.parallel_config.world_size

@@ -131,5 +131,9 @@ def plain_answer(client: Any, model: str, body: dict[str, Any]) -> tuple[int, An
 
 def without_ids(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_ids(item) for name, item in value.items() if name not in ("id", "created", "system_fingerprint")}
+        return {
+            name: without_ids(item)
+            for name, item in value.items()
+            if name not in ("id", "created", "system_fingerprint")
+        }
     return [without_ids(item) for item in value] if isinstance(value, list) else value

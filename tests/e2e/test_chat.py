@@ -89,7 +89,12 @@ def test_explain_says_what_was_recalled(memos: Memos, key: str) -> None:
 
 
 def test_a_session_keeps_its_prefix_while_memory_grows(memos: Memos, key: str) -> None:
-    memos.call("POST", "/v1/memories", key, json={"text": "The ferry leaves at seven. " * 40, "type": "document", "pinned": True})
+    memos.call(
+        "POST",
+        "/v1/memories",
+        key,
+        json={"text": "The ferry leaves at seven. " * 40, "type": "document", "pinned": True},
+    )
     first = memos.chat(key, "My job is baker.", {"session": "s"})
     assert cached_tokens(first) == 0
     second = memos.chat(key, "My home city is Turin.", {"session": "s"})
@@ -130,7 +135,9 @@ def test_a_field_of_the_wrong_shape_is_one_clear_sentence(memos: Memos, key: str
 def test_rights_are_not_widened_by_a_body(memos: Memos) -> None:
     with pytest.raises(openai.PermissionDeniedError, match="cannot act for 'alice'"):
         memos.chat("personal-key", QUESTION, {"user": "alice"})
-    response = memos.call("POST", "/v1/chat/completions", None, json={"model": memos.server.model, "messages": [], "memos": True})
+    response = memos.call(
+        "POST", "/v1/chat/completions", None, json={"model": memos.server.model, "messages": [], "memos": True}
+    )
     assert response.status_code == 401 and "Authorization: Bearer" in response.json()["error"]["message"]
 
 

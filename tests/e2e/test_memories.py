@@ -25,7 +25,9 @@ def test_add_read_change_list_search_delete(memos: Memos, key: str) -> None:
     assert memos.call("GET", path, key).json() == added
     changed = memos.call("PATCH", path, key, json={"text": "My job is pilot."}).json()
     assert (changed["text"], changed["version"], changed["tags"]) == ("My job is pilot.", 2, ["work"])
-    assert [item["text"] for item in memos.call("GET", "/v1/memories?tag=work", key).json()["data"]] == ["My job is pilot."]
+    assert [item["text"] for item in memos.call("GET", "/v1/memories?tag=work", key).json()["data"]] == [
+        "My job is pilot."
+    ]
     hits = memos.call("POST", "/v1/memories/search", key, json={"query": "which job"}).json()["data"]
     assert [hit["id"] for hit in hits] == [added["id"]] and hits[0]["score"] > 0
     assert memos.answer(key, "What is my job?") == "Your job is pilot."

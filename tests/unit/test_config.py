@@ -46,7 +46,7 @@ def test_bad_configuration_is_one_clear_sentence(tmp_path: Path, text: str, word
 
 
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the configuration .*absent.yaml"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*absent\.yaml"):
         load(tmp_path / "absent.yaml")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read the configuration"):
@@ -54,7 +54,8 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size_bytes"), [("4GiB", 4 * 2**30), ("500MB", 5 * 10**8), ("1.5 KiB", 1536), (7, 7), ("7", 7), ("1t", 10**12)]
+    ("text", "size_bytes"),
+    [("4GiB", 4 * 2**30), ("500MB", 5 * 10**8), ("1.5 KiB", 1536), (7, 7), ("7", 7), ("1t", 10**12)],
 )
 def test_sizes(text: object, size_bytes: int) -> None:
     assert parse_bytes(text) == size_bytes

@@ -12,8 +12,14 @@ import pytest
 from memos_vllm import data_dir
 from memos_vllm.errors import DataDirError
 
-HOLD = "from pathlib import Path; import sys; from memos_vllm import data_dir; data_dir.acquire(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-TRY = "from pathlib import Path; import sys; from memos_vllm import data_dir; data_dir.acquire(Path(sys.argv[1])); print('held')"
+TRY = """
+import sys
+from pathlib import Path
+from memos_vllm import data_dir
+data_dir.acquire(Path(sys.argv[1]))
+print("held", flush=True)
+"""
+HOLD = TRY + "sys.stdin.read()"
 
 
 def clean_environment() -> dict[str, str]:
