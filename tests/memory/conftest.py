@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_factories import Clock, make_service
 
 from memos_vllm.memory.service import MemoryService
+from tests.memory.memory_factories import Clock, make_service
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_factories import ALICE, BOB, Clock, says, texts
 
 from memos_vllm.errors import NotFound, RequestError
 from memos_vllm.memory import records
 from memos_vllm.memory.service import MemoryService, estimate_tokens
 from memos_vllm.types import Principal
+from tests.memory.memory_factories import ALICE, BOB, Clock, says, texts
 
 Make = Callable[..., MemoryService]
 

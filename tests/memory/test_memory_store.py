@@ -14,12 +14,12 @@ from pathlib import Path
 
 import lmdb
 import pytest
-from memory_factories import ALICE, BOB, make_service, texts
 
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
 from memos_vllm.memory import sessions
 from memos_vllm.memory import store as store_module
 from memos_vllm.memory.store import MemoryStore
+from tests.memory.memory_factories import ALICE, BOB, make_service, texts
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -30,7 +30,7 @@ class Child:
 
     def __init__(self, path: Path, max_map_bytes: int = 2**30):
         program = (
-            "import sys\nfrom pathlib import Path\nfrom memory_factories import *\n"
+            "import sys\nfrom pathlib import Path\nfrom tests.memory.memory_factories import *\n"
             f"service = make_service(Path({str(path)!r}), max_map_bytes={max_map_bytes})\n"
             "print('ready', flush=True)\n"
             "for line in sys.stdin:\n"

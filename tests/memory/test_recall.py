@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_factories import ALICE, BOB, Clock, make_service, says, texts
 
 from memos_vllm.errors import StoreFull
 from memos_vllm.memory.service import MemoryService
+from tests.memory.memory_factories import ALICE, BOB, Clock, make_service, says, texts
 
 Make = Callable[..., MemoryService]
 

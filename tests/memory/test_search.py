@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_factories import ALICE, BOB, texts
 
 from memos_vllm.errors import RequestError
 from memos_vllm.memory import search as search_module
 from memos_vllm.memory import tables
 from memos_vllm.memory.analysis import query_terms, terms
 from memos_vllm.memory.service import MemoryService
+from tests.memory.memory_factories import ALICE, BOB, texts
 
 
 @pytest.mark.parametrize(

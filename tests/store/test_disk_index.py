@@ -11,12 +11,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from store_factories import make_identity, make_key, make_keys, random_rows
 
 from memos_vllm.errors import DataDirError, DataDirInUse
 from memos_vllm.store.disk_index import DiskIndex, DropReport, Location
 from memos_vllm.store.kv_file import write_chunk
 from memos_vllm.store.ops import path_for_rank
+from tests.store.store_factories import make_identity, make_key, make_keys, random_rows
 
 IDENTITY = make_identity()
 ROW_BYTES = 64

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from store_factories import make_key, make_keys
 
 from memos_vllm.store.host_pool import DropOutcome, SlotCounts, SlotState, SlotTable
+from tests.store.store_factories import make_key, make_keys
 
 
 def ready(table: SlotTable, *numbers: int) -> None:

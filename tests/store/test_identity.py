@@ -1,10 +1,10 @@
 import os
 
 import pytest
-from store_factories import IDENTITY_FIELDS, make_identity, make_keys, other_identity
 
 from memos_vllm.store import identity as module
 from memos_vllm.store.identity import chunk_id, fingerprint_adapter, fingerprint_dir
+from tests.store.store_factories import IDENTITY_FIELDS, make_identity, make_keys, other_identity
 
 
 @pytest.mark.parametrize("field", IDENTITY_FIELDS)

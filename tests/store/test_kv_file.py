@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from store_factories import IDENTITY_FIELDS, make_identity, make_keys, other_identity, random_rows
 
 from memos_vllm.errors import KVFileCorrupt, KVFileError, KVFileMismatch
 from memos_vllm.store import kv_file
 from memos_vllm.store.kv_file import read_blocks, write_chunk, write_chunk_in_pieces
+from tests.store.store_factories import IDENTITY_FIELDS, make_identity, make_keys, other_identity, random_rows
 
 IDENTITY = make_identity()
 KEYS = make_keys(*range(5))
@@ -170,7 +170,7 @@ def test_a_kill_between_write_and_rename_leaves_nothing_visible(tmp_path):
     code = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
-from store_factories import *
+from tests.store.store_factories import *
 from memos_vllm.store import kv_file
 os.rename = lambda *_: os._exit(9)
 kv_file.write_chunk({str(tmp_path / "c.safetensors")!r}, random_rows(2, 64), make_keys(1, 2), make_identity(), 0)

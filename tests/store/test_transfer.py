@@ -8,12 +8,12 @@ import threading
 
 import pytest
 import torch
-from store_factories import make_identity, make_keys, other_identity
 
 from memos_vllm.kernels.kv_copy import block_bytes, gather_reference, planes_of, scatter_reference
 from memos_vllm.store import host_memory, kv_file, transfer
 from memos_vllm.store.kv_file import read_blocks
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
+from tests.store.store_factories import make_identity, make_keys, other_identity
 
 IDENTITY = make_identity()
 BLOCKS, SLOTS = 24, 16
