@@ -106,6 +106,16 @@ class KVConfig(Section):
     """Threads for disk reads and writes, per rank."""
 
 
+class PredictionConfig(Section):
+    """Next-scene prediction."""
+
+    enabled: bool = True
+    """Whether predicted prefixes are brought into, and kept in, the GPU's prefix cache."""
+
+    max_scenes: int = Field(default=64, ge=1, le=10_000)
+    """How many scenes are expected at a time at most; the GPU's size limits them further."""
+
+
 class MemosConfig(Section):
     """The whole file."""
 
@@ -115,6 +125,7 @@ class MemosConfig(Section):
     identity: IdentityConfig = IdentityConfig()
     memory: MemoryConfig = MemoryConfig()
     kv: KVConfig = KVConfig()
+    prediction: PredictionConfig = PredictionConfig()
 
 
 def load(path: str | os.PathLike[str] | None) -> MemosConfig:

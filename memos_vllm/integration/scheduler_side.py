@@ -17,6 +17,7 @@ from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import adapter_digest, identity_of
+from memos_vllm.integration.scene_table import SCENE_PARAM, SceneTable
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotTable
 from memos_vllm.store.manager import TierManager
@@ -42,6 +43,8 @@ class SchedulerSide:
         self._num_groups = len(kv_cache_config.kv_cache_groups)
         self._pool: BlockPool | None = None
         self._tiers: TierManager | None = None
+        self._scenes: SceneTable | None = None
+        self._arrived: set[str] = set()
         self._operations: list[Op] = []
         self._loads: dict[str, tuple[int, ...]] = {}
         self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
@@ -69,7 +72,11 @@ class SchedulerSide:
             disk = DiskIndex(root, identity, kv.disk_bytes, world_size)
         slots = SlotTable(min(kv.host_bytes // (h.block_bytes * world_size) for h in handshakes))
         self._identity = identity
-        self._tiers = TierManager(slots, disk, max(1, kv.chunk_bytes // largest), block_bytes, world_size)
+        chunk_blocks = max(1, kv.chunk_bytes // largest)
+        self._tiers = TierManager(slots, disk, chunk_blocks, block_bytes, world_size)
+        if self._config.prediction.enabled:
+            assert self._pool is not None
+            self._scenes = SceneTable(self._pool, self._tiers, self._block_size, chunk_blocks)
         logger.info(
             "activation memory: %d bytes a block on %d rank(s), %d host slots, %s on disk, identity %s",
             block_bytes, world_size, slots.num_slots, "nothing" if disk is None else f"{len(disk)} blocks",
@@ -89,6 +96,7 @@ class SchedulerSide:
             return 0, False
         first = num_computed_tokens // self._block_size
         last = (request.num_tokens - 1) // self._block_size
+        self._note_arrival(request, first)
         keys = self._keys_of(request)[first:last]
         match = self._tiers.match(keys)
         if match.pending:
@@ -98,6 +106,13 @@ class SchedulerSide:
             return 0, False
         self._matched[request.request_id] = (first, keys[: match.num_blocks])
         return num_tokens, True
+
+    def _note_arrival(self, request: Request, num_resident_blocks: int) -> None:
+        """Tells the scene table, once per request, how much of its scene was on the GPU."""
+        scene_id = _scene_of(request)
+        if self._scenes is not None and scene_id is not None and request.request_id not in self._arrived:
+            self._arrived.add(request.request_id)
+            self._scenes.arrived(scene_id, request, num_resident_blocks)
 
     def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
         first, keys = self._matched.pop(request.request_id, (0, []))
@@ -115,6 +130,7 @@ class SchedulerSide:
         self._matched.pop(request.request_id, None)
         keys = self._keys_of(request) if self._tiers is not None else []
         self._keys.pop(request.request_id, None)
+        self._arrived.discard(request.request_id)
         tag = self._tag(request)
         if self._tiers is None or self._pool is None or tag is None:
             return
@@ -123,6 +139,8 @@ class SchedulerSide:
         # The last token was sampled, not computed.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))
+        if self._scenes is not None and (scene_id := _scene_of(request)) is not None:
+            self._scenes.register(scene_id, request, keys[:num_blocks])
         operations = self._tiers.plan_save(keys[:num_blocks], block_ids[:num_blocks], tag)
         if not operations:
             return
@@ -172,6 +190,8 @@ class SchedulerSide:
             op_ids -= completion.finished_ops
             if not op_ids:
                 del self._loading[request_id]
+        if self._scenes is not None:
+            self._operations += self._scenes.complete(completion.finished_ops, completion.failed_ops)
 
     @property
     def has_work(self) -> bool:
@@ -180,7 +200,7 @@ class SchedulerSide:
 
     @property
     def holds_blocks(self) -> bool:
-        return bool(self._held)
+        return bool(self._held) or (self._scenes is not None and self._scenes.num_loading_blocks > 0)
 
     # -- operator -------------------------------------------------------------------------------
 
@@ -195,8 +215,20 @@ class SchedulerSide:
                 self._tiers.drop_host()
                 return self._status()
             case "forget":
-                return asdict(self._tiers.forget(salts.tag(payload["salt"])))
+                return self._forget(salts.tag(payload["salt"]))
+            case "expect" if self._scenes is not None:
+                self._operations += self._scenes.expect(payload["scenes"])
+                return {"enabled": True, "loading_blocks": self._scenes.num_loading_blocks}
+            case "scene" if self._scenes is not None:
+                return {"enabled": True, **self._scenes.state(payload["scene"])}
+            case "expect" | "scene":
+                return {"enabled": False}
         raise ValueError(f"unknown operation {op!r}")
+
+    def _forget(self, tag: bytes) -> dict[str, int]:
+        assert self._tiers is not None
+        num_scenes = self._scenes.forget(salts.tag, tag) if self._scenes is not None else 0
+        return {**asdict(self._tiers.forget(tag)), "scenes": num_scenes}
 
     def _status(self) -> dict[str, Any]:
         assert self._tiers is not None
@@ -209,9 +241,15 @@ class SchedulerSide:
             "host": {"blocks": len(slots), "capacity_blocks": slots.num_slots},
             "disk": {"blocks": len(disk), "bytes": disk.usage_bytes} if disk else {"blocks": 0, "bytes": 0},
             "totals": asdict(self._tiers.totals),
+            "prediction": {"enabled": True, **self._scenes.status()} if self._scenes else {"enabled": False},
         }
 
     def shutdown(self) -> None:
         if self._tiers is not None and self._tiers.disk is not None:
             self._tiers.disk.close()
         self._tiers = None
+
+
+def _scene_of(request: Request) -> str | None:
+    """The scene that an API process named for a request."""
+    return (request.kv_transfer_params or {}).get(SCENE_PARAM)

@@ -50,6 +50,9 @@ class Completion:
     finished_ops: set[int]
     """Operations that ended on every rank, well or not."""
 
+    failed_ops: set[int]
+    """Those of them that failed on some rank."""
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -121,8 +124,12 @@ class TierManager:
 
     # -- load -----------------------------------------------------------------------------------
 
-    def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int]) -> list[Op]:
-        """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks."""
+    def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int], *, prefetch: bool = False) -> list[Op]:
+        """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks.
+
+        Args:
+            prefetch: no request waits for them; the copies go behind those that one waits for.
+        """
         assert len(keys) == len(block_ids)
         operations: list[Op] = []
         sources = [(self._source(key), key, block) for key, block in zip(keys, block_ids, strict=True)]
@@ -134,7 +141,7 @@ class TierManager:
                 part = pairs[start : start + self._chunk_blocks]
                 part_keys = tuple(key for key, _ in part)
                 part_blocks = tuple(block for _, block in part)
-                operations.append(self._plan_part(source, part_keys, part_blocks))
+                operations.append(self._plan_part(source, part_keys, part_blocks, prefetch))
         for key in keys:
             self._loading[key] = self._loading.get(key, 0) + 1
         return operations
@@ -148,12 +155,12 @@ class TierManager:
         assert location is not None, "a key must be matched in the same step in which it is loaded"
         return location.chunk
 
-    def _plan_part(self, chunk: str, keys: tuple[BlockKey, ...], block_ids: tuple[int, ...]) -> Op:
+    def _plan_part(self, chunk: str, keys: tuple[BlockKey, ...], block_ids: tuple[int, ...], prefetch: bool) -> Op:
         op_id = next(self._op_ids)
         operation: Op
         if not chunk:
             slots = tuple(slot for key in keys if (slot := self.slots.lookup(key)) is not None)
-            operation = Load(op_id=op_id, slots=slots, block_ids=block_ids)
+            operation = Load(op_id=op_id, slots=slots, block_ids=block_ids, prefetch=prefetch)
             self._start(_Pending(operation, keys))
             return operation
         assert self.disk is not None
@@ -172,6 +179,7 @@ class TierManager:
             keys=keys,
             block_ids=block_ids,
             slots=None if promoted is None else tuple(promoted),
+            prefetch=prefetch,
         )
         self._start(_Pending(operation, keys, tag=self.disk.tag_of(chunk), promoted=promoted is not None))
         return operation
@@ -211,6 +219,7 @@ class TierManager:
         released: list[int] = []
         follow_up: list[Op] = []
         finished: set[int] = set()
+        failed: set[int] = set()
         for result in results:
             pending = self._pending[result.op_id]
             pending.ranks_left -= 1
@@ -221,6 +230,7 @@ class TierManager:
             del self._pending[result.op_id]
             finished.add(result.op_id)
             if pending.errors:
+                failed.add(result.op_id)
                 self.totals.failed_ops += 1
                 logger.warning("%s failed: %s", type(pending.operation).__name__, pending.errors[0])
             match pending.operation:
@@ -233,7 +243,7 @@ class TierManager:
                     self._loaded(pending)
                 case Read():
                     self._read(pending)
-        return Completion(released, finished), follow_up
+        return Completion(released, finished, failed), follow_up
 
     def _saved(self, pending: _Pending, save: Save) -> list[Op]:
         if pending.errors or pending.tag in self._forgotten:

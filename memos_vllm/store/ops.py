@@ -27,6 +27,8 @@ class Load:
     op_id: int
     slots: tuple[int, ...]
     block_ids: tuple[int, ...]
+    prefetch: bool = False
+    """No request waits for it: goes behind those that one waits for."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Read:
     keys: tuple[BlockKey, ...]
     block_ids: tuple[int, ...]
     slots: tuple[int, ...] | None
+    prefetch: bool = False
+    """As in ``Load``."""
 
 
 Op = Save | Load | Write | Read

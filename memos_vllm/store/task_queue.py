@@ -18,8 +18,9 @@ class Priority(IntEnum):
 
     LOAD = 0
     READ = 1
-    SAVE = 2
-    WRITE = 3
+    PREFETCH = 2
+    SAVE = 3
+    WRITE = 4
 
 
 class Task(ABC):

@@ -87,9 +87,13 @@ class TransferWorker:
             job = _Job(op, self.block_bytes, self._report)
             match op:
                 case Load():
-                    self._copies.put(Priority.LOAD, _Steps(job, self._load(op, after)))
+                    self._copies.put(
+                        Priority.PREFETCH if op.prefetch else Priority.LOAD, _Steps(job, self._load(op, after))
+                    )
                 case Read():
-                    self._files.put(Priority.READ, _Steps(job, self._read(op, job, after)))
+                    self._files.put(
+                        Priority.PREFETCH if op.prefetch else Priority.READ, _Steps(job, self._read(op, job, after))
+                    )
                 case Save():
                     self._copies.put(Priority.SAVE, _Steps(job, self._save(op, after)))
                 case Write():
@@ -167,7 +171,9 @@ class TransferWorker:
                 # Verified: only from here on may the bytes reach a GPU block.
                 job.add_part()
                 copy = partial(self._link.load, groups, block_ids, after)
-                self._copies.put(Priority.LOAD, _Scatter(job, block_ids, copy, staged))
+                self._copies.put(
+                    Priority.PREFETCH if op.prefetch else Priority.LOAD, _Scatter(job, block_ids, copy, staged)
+                )
                 yield len(block_ids)
 
     def _report(self, op: Op, result: Result) -> None:

@@ -50,12 +50,25 @@ class Engine:
 
         return get_kv_transfer_group().worker_side
 
-    def generate(self, token_ids: list[int], salt: str | None = "memos:test", max_tokens: int = 8) -> Any:
+    def generate(
+        self,
+        token_ids: list[int],
+        salt: str | None = "memos:test",
+        max_tokens: int = 8,
+        extra_args: dict[str, Any] | None = None,
+    ) -> Any:
         """One request, to its end, greedy; copies may still be under way."""
         from vllm import SamplingParams
 
         prompt = {"prompt_token_ids": token_ids} | ({"cache_salt": salt} if salt else {})
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=4, detokenize=False)
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            logprobs=4,
+            detokenize=False,
+            extra_args=extra_args,
+        )
         return self.llm.generate([prompt], params, use_tqdm=False)[0]
 
     def settle(self) -> None:

@@ -1,0 +1,358 @@
+"""Scenes in the engine: which predicted prefixes are on the GPU, and bringing them there.
+
+A *scene* is an ordered token prefix that a coming request will probably have, with its salt and
+adapter. The table learns scenes from finished requests, and is told by the API processes which of
+them come next, in order of value. The algorithm, per scene of that order (MemOS, arXiv 2507.03724,
+next-scene prediction; vLLM RFC 57103 asks for the same primitive):
+
+    resolve    leading blocks that are resident already; of the rest, what a tier holds
+    reserve    free blocks, of what nobody expects first; never more than the budget
+    load       asynchronously, in chunks, behind every load that a request waits for
+    publish    each block's hash, once every rank has its copy
+    keep       resident blocks of predicted scenes leave the free queue last (``free_queue``)
+
+No forward pass, no request, no pin: references are held only while the copy runs, and a live
+request that needs the blocks takes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from memos_vllm.integration.free_queue import KeepingFreeQueue
+from memos_vllm.store.manager import TierManager
+from memos_vllm.store.ops import Op
+from memos_vllm.types import BlockKey
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+SCENE_PARAM = "memos_scene"
+"""Key in ``kv_transfer_params`` by which a request names its scene."""
+
+KEEP_SHARE = 0.9
+"""Share of the pool that kept blocks may take; the rest stays plain for whoever comes unexpected."""
+
+IN_FLIGHT_SHARE = 0.25
+"""Share of the pool that prefetches may hold at a time; a live request waits for no more than that."""
+
+MAX_SCENES = 100_000
+
+
+class SceneState(StrEnum):
+    UNKNOWN = "unknown"
+    """No finished request has shown what the scene is."""
+    ABSENT = "absent"
+    """In no tier; only a prefill can bring it."""
+    STORED = "stored"
+    """Off the GPU, at least in part."""
+    LOADING = "loading"
+    READY = "ready"
+    """Every block is in the GPU's prefix cache."""
+
+
+@dataclass(slots=True)
+class Scene:
+    scene_id: str
+    request: Request
+    """The finished request that showed it; holds tokens, salt, adapter and hashes."""
+    keys: list[BlockKey]
+    """One per full block."""
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(slots=True)
+class _Load:
+    """One chunk of a prefetch under way."""
+
+    scene: Scene
+    first: int
+    """Position of the first block in the scene."""
+    blocks: list[KVCacheBlock]
+    op_ids: set[int]
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class SceneTotals:
+    """Since the start. An arrival is a request that names a scene which was registered before."""
+
+    ready: int = 0
+    """Arrivals that found all they share with the scene on the GPU."""
+    late: int = 0
+    """Arrivals whose prefetch was under way."""
+    missed: int = 0
+    """Arrivals that found less, with nothing under way."""
+    other: int = 0
+    """Arrivals whose prompt shares no block with the scene: memory or system prompt changed."""
+    prefetched_blocks: int = 0
+    used_blocks: int = 0
+    """Prefetched blocks that an arrival found."""
+    wasted_blocks: int = 0
+    """Prefetched blocks that were gone, or not asked for, before an arrival used them."""
+    failed_blocks: int = 0
+
+
+@dataclass(slots=True)
+class SceneTable:
+    """Owned by the engine's loop.
+
+    Args:
+        pool: vLLM's block pool; its free queue is replaced.
+        tiers: where blocks are off the GPU.
+        chunk_blocks: blocks per prefetch step.
+    """
+
+    pool: BlockPool
+    tiers: TierManager
+    block_size: int
+    chunk_blocks: int
+    totals: SceneTotals = field(default_factory=SceneTotals)
+    queue: KeepingFreeQueue = field(init=False)
+    _scenes: OrderedDict[str, Scene] = field(default_factory=OrderedDict)
+    _expected: list[str] = field(default_factory=list)
+    """Predicted scenes, most valuable first."""
+    _wanted: deque[str] = field(default_factory=deque)
+    """Of the expected ones, those that may still need a load."""
+    _loads: list[_Load] = field(default_factory=list)
+    _unused: dict[bytes, None] = field(default_factory=dict)
+    """Hashes of prefetched blocks that no arrival has used yet."""
+
+    def __post_init__(self) -> None:
+        self.queue = KeepingFreeQueue(self.pool.free_block_queue)
+        self.pool.free_block_queue = self.queue
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def register(self, scene_id: str, request: Request, keys: Sequence[BlockKey]) -> None:
+        """A request ended; its full blocks are what the scene is from now on."""
+        if not keys:
+            return
+        self._scenes[scene_id] = Scene(scene_id, request, list(keys))
+        self._scenes.move_to_end(scene_id)
+        if len(self._scenes) > MAX_SCENES:
+            self._scenes.popitem(last=False)
+        if scene_id in self._expected:
+            self._rekeep()
+
+    def arrived(self, scene_id: str, request: Request, num_resident_blocks: int) -> None:
+        """A request with this scene asks for its blocks for the first time.
+
+        Args:
+            num_resident_blocks: leading blocks of the request in the GPU's prefix cache.
+        """
+        scene = self._scenes.get(scene_id)
+        if scene is None:
+            return
+        num_shared = _num_shared_blocks(scene, request)
+        for index in range(min(num_resident_blocks, num_shared)):
+            if self._hash(scene, index) in self._unused:
+                del self._unused[self._hash(scene, index)]
+                self.totals.used_blocks += 1
+        if not num_shared:
+            self.totals.other += 1
+        elif num_resident_blocks >= num_shared:
+            self.totals.ready += 1
+        elif any(load.scene.scene_id == scene_id for load in self._loads):
+            self.totals.late += 1
+        else:
+            self.totals.missed += 1
+        if scene_id in self._wanted:
+            self._wanted.remove(scene_id)  # the request loads what is missing itself
+
+    def forget(self, tag_of: Callable[[str | None], bytes], tag: bytes) -> int:
+        """Forgets the scenes of a deleted salt, and their blocks on the GPU; how many scenes there were."""
+        gone = [scene_id for scene_id, scene in self._scenes.items() if tag_of(scene.request.cache_salt) == tag]
+        for scene_id in gone:
+            scene = self._scenes.pop(scene_id)
+            resident = [block for index in range(scene.num_blocks) if (block := self._resident(scene, index))]
+            self.pool.evict_blocks({block.block_id for block in resident})
+        self._expected = [scene_id for scene_id in self._expected if scene_id in self._scenes]
+        self._wanted = deque(scene_id for scene_id in self._wanted if scene_id in self._scenes)
+        self._rekeep()
+        return len(gone)
+
+    # -- materialising -------------------------------------------------------------------------
+
+    def expect(self, scene_ids: Sequence[str]) -> list[Op]:
+        """Says anew which scenes come next, most valuable first; returns the first copies.
+
+        What does not fit into the budget together with more valuable scenes is left out.
+        """
+        budget = int(KEEP_SHARE * self.pool.num_gpu_blocks)
+        self._expected = []
+        for scene_id in dict.fromkeys(scene_ids):
+            scene = self._scenes.get(scene_id)
+            if scene is not None and scene.num_blocks <= budget:
+                budget -= scene.num_blocks
+                self._expected.append(scene_id)
+        self._rekeep()
+        self._wanted = deque(self._expected)
+        return self.advance()
+
+    def advance(self) -> list[Op]:
+        """Starts further chunks as far as the share in flight allows."""
+        operations: list[Op] = []
+        while self._wanted:
+            scene = self._scenes.get(self._wanted[0])
+            started = self._start_chunk(scene) if scene is not None else None
+            if started is None:
+                self._wanted.popleft()
+            elif started:
+                operations += started
+            else:
+                break  # no room now; goes on when a copy ends
+        return operations
+
+    def _start_chunk(self, scene: Scene) -> list[Op] | None:
+        """The next chunk of a scene: its copies, [] if there is no room now, None if all is done."""
+        first = self._num_covered(scene)
+        if first == scene.num_blocks:
+            return None
+        match = self.tiers.match(scene.keys[first : first + self.chunk_blocks])
+        if not match.num_blocks:
+            return None
+        in_flight = sum(len(load.blocks) for load in self._loads)
+        # Plain blocks only: what is kept fits beside what is expected (``expect``), so plain blocks
+        # run short only where live requests hold them, and then a prefetch waits.
+        room = min(int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks) - in_flight, self.queue.num_plain_blocks)
+        num_blocks = min(match.num_blocks, room)
+        if num_blocks <= 0:
+            return [] if self._loads else None
+        blocks = self.pool.get_new_blocks(num_blocks)
+        operations = self.tiers.plan_load(
+            scene.keys[first : first + num_blocks], [block.block_id for block in blocks], prefetch=True
+        )
+        self._loads.append(_Load(scene, first, blocks, {operation.op_id for operation in operations}))
+        return operations
+
+    def _num_covered(self, scene: Scene) -> int:
+        """Leading blocks that are resident or under way."""
+        loading = {
+            load.first + offset for load in self._loads if load.scene is scene for offset in range(len(load.blocks))
+        }
+        index = 0
+        while index < scene.num_blocks and (index in loading or self._resident(scene, index)):
+            index += 1
+        return index
+
+    def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
+        """Publishes and releases what has arrived; returns the copies that follow."""
+        done = []
+        for load in self._loads:
+            load.failed |= bool(load.op_ids & failed_ops)
+            load.op_ids -= finished_ops
+            if load.op_ids:
+                continue
+            done.append(load)
+            if load.failed:
+                self.totals.failed_blocks += len(load.blocks)
+            else:
+                self._publish(load)
+        for load in done:
+            self._loads.remove(load)
+            self.pool.free_blocks(reversed(load.blocks))
+        return self.advance() if done else []
+
+    def _publish(self, load: _Load) -> None:
+        for offset, block in enumerate(load.blocks):
+            index = load.first + offset
+            if self._resident(load.scene, index):
+                continue  # a live request computed it meanwhile
+            blocks = [block] * (index + 1)  # only the last one is looked at
+            self.pool.cache_full_blocks(load.scene.request, blocks, index, index + 1, self.block_size, 0)
+            self._unused[self._hash(load.scene, index)] = None
+            self.totals.prefetched_blocks += 1
+        if len(self._unused) > self.pool.num_gpu_blocks:
+            self._count_wasted()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def num_loading_blocks(self) -> int:
+        return sum(len(load.blocks) for load in self._loads)
+
+    def state(self, scene_id: str) -> dict[str, Any]:
+        """What an application may know about its scene."""
+        scene = self._scenes.get(scene_id)
+        if scene is None:
+            return {"state": SceneState.UNKNOWN, "blocks": 0, "resident_blocks": 0}
+        resident = 0
+        while resident < scene.num_blocks and self._resident(scene, resident):
+            resident += 1
+        if resident == scene.num_blocks:
+            state = SceneState.READY
+        elif any(load.scene is scene for load in self._loads):
+            state = SceneState.LOADING
+        elif self.tiers.match(scene.keys[resident:]).num_blocks or resident:
+            state = SceneState.STORED
+        else:
+            state = SceneState.ABSENT
+        return {"state": state, "blocks": scene.num_blocks, "resident_blocks": resident}
+
+    def status(self) -> dict[str, Any]:
+        self._count_wasted()
+        return {
+            "scenes": len(self._scenes),
+            "expected": len(self._expected),
+            "kept_blocks": self.queue.num_kept_blocks,
+            "loading_blocks": self.num_loading_blocks,
+            **asdict(self.totals),
+        }
+
+    def check_integrity(self) -> None:
+        """Free, plain and kept blocks add up, and every block is in exactly one part."""
+        free = self.queue.get_all_free_blocks()
+        assert len(free) == self.queue.num_free_blocks == len({block.block_id for block in free})
+        assert all(block.ref_cnt == 0 for block in free)
+
+    def _count_wasted(self) -> None:
+        gone = [
+            block_hash
+            for block_hash in self._unused
+            if self.pool.cached_block_hash_to_block.get_one_block(block_hash) is None
+        ]
+        for block_hash in gone:
+            del self._unused[block_hash]
+        self.totals.wasted_blocks += len(gone)
+
+    def _rekeep(self) -> None:
+        """Least valuable scene first, and of a scene the last block first."""
+        hashes, blocks = [], []
+        for scene_id in reversed(self._expected):
+            scene = self._scenes[scene_id]
+            for index in reversed(range(scene.num_blocks)):
+                hashes.append(self._hash(scene, index))
+                if block := self._resident(scene, index):
+                    blocks.append(block)
+        self.queue.keep(hashes, blocks)
+
+    def _hash(self, scene: Scene, index: int) -> bytes:
+        from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+        return make_block_hash_with_group_id(scene.request.block_hashes[index], 0)
+
+    def _resident(self, scene: Scene, index: int) -> KVCacheBlock | None:
+        return self.pool.cached_block_hash_to_block.get_one_block(self._hash(scene, index))
+
+
+def _num_shared_blocks(scene: Scene, request: Request) -> int:
+    """Leading blocks that a request has in common with the scene it names."""
+    num_shared = 0
+    for of_scene, of_request in zip(scene.request.block_hashes[: scene.num_blocks], request.block_hashes, strict=False):
+        if of_scene != of_request:
+            break
+        num_shared += 1
+    return num_shared
