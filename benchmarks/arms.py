@@ -221,11 +221,26 @@ class MemosArm(Arm):
             time.sleep(_POLL_S)
 
 
+def alternate(arms: Sequence[Arm], steps: Sequence[Iterator[None]]) -> None:
+    """One step of each arm in turn until all have ended; while one is measured, the others' servers are paused."""
+    waiting = list(zip(arms, steps, strict=True))
+    try:
+        while waiting:
+            for arm, iterator in list(waiting):
+                for other in arms:
+                    other.server.resume() if other is arm else other.server.pause()
+                if next(iterator, StopIteration) is StopIteration:
+                    waiting.remove((arm, iterator))
+    finally:
+        for arm in arms:
+            arm.server.resume()
+
+
 def _warm_chat(
     http: httpx.Client, model: str, messages: list[dict[str, Any]], max_tokens: int, **fields: Any
 ) -> Answer:
-    """A chat on a connection that is open, so that no arm pays for TCP."""
-    http.get("/health")
+    """A chat on an open connection and an API server that has just answered something, in every arm."""
+    http.get("/metrics")
     return chat(http, model, messages, max_tokens=max_tokens, **fields)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import socket
@@ -132,7 +133,9 @@ class Server:
         assert self.process is not None, "start() comes first"
         code = self.process.poll()
         if code is not None:
-            raise ServerError(f"the server ended with code {code}; its log is {self.log_path}:\n{self.log_tail()}")
+            raise ServerError(
+                f"the server ended with code {code}{self._cause()}; its log is {self.log_path}:\n{self.log_tail()}"
+            )
 
     def stop(self) -> int | None:
         """Ends the server as an operator would (SIGTERM), the whole group by force if that takes too long.
@@ -143,6 +146,7 @@ class Server:
         if self.process is None:
             return None
         if self.process.poll() is None:
+            self.resume()
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(_STOP_TIMEOUT_S)
@@ -153,9 +157,22 @@ class Server:
         """``kill -9`` for the server and everything that it started."""
         if self.process is None:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self.process.wait()
+
+    def pause(self) -> None:
+        """Freezes every process of the server. vLLM's workers spin for a second after each step, which
+        would take a core from another server that is being timed."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undoes ``pause``; does nothing to a server that runs."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
     def restart(self, *, wait: bool = True, timeout_s: float = 300.0) -> None:
         """Stops and starts again with the same flags, port and log."""
@@ -182,6 +199,12 @@ class Server:
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
+
+    def _cause(self) -> str:
+        """The error of the process that failed first, which stands far above the log's end."""
+        this_start = self.log().rpartition("\n$ ")[2]
+        causes = re.findall(r"\bERROR .*?\] *(\w+(?:\.\w+)*(?:Error|Exception|InUse|Full)\b: .*)", this_start)
+        return f" ({causes[0].strip()})" if causes else ""
 
     # -- how it is started ----------------------------------------------------------------------
 

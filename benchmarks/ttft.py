@@ -36,7 +36,7 @@ import httpx
 import yaml
 
 from benchmarks import models, report, texts, ttft_table
-from benchmarks.arms import Arm, MemosArm, Sample, StockArm, Trial
+from benchmarks.arms import Arm, MemosArm, Sample, StockArm, Trial, alternate
 from benchmarks.client import RequestFailed, chat, count_tokens
 from benchmarks.serving import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Server, ServerError, has_gpu
 from memos_vllm.memory.assembly import assemble
@@ -125,7 +125,8 @@ class Run:
     """One model on both arms.
 
     Both servers live at once where they fit, and their requests alternate, so that a machine that
-    slows down slows both arms. Where they don't fit one GPU, one arm follows the other.
+    slows down slows both arms; the one that is not asked is paused. Where they don't fit one GPU, one
+    arm follows the other.
 
     Attributes:
         samples: of both arms, also those with a problem.
@@ -182,7 +183,7 @@ class Run:
             rehearsal = make_trial(max(self.options.contexts), max(self.options.queries), repeat=-1)
             rehearsal = replace(rehearsal, hits=rehearsal.hits[:2] + rehearsal.hits[-1:])
             advance("rehearsal")
-            interleave([arm.steps(rehearsal) for arm in arms])
+            alternate(arms, [arm.steps(rehearsal) for arm in arms])
             for arm in arms:
                 arm.samples.clear()
             trials = []
@@ -207,7 +208,7 @@ class Run:
             with arm.server.http() as http:
                 chat(http, arm.server.model, messages, max_tokens=self.options.max_tokens)
         measured = [len(arm.samples) for arm in arms]
-        interleave([arm.restart_steps(rehearsal) for arm in arms])
+        alternate(arms, [arm.restart_steps(rehearsal) for arm in arms])
         for arm, number in zip(arms, measured, strict=True):
             del arm.samples[number:]
         for trial in trials:
@@ -217,7 +218,7 @@ class Run:
     def _attempt(self, arms: Sequence[Arm], trial: Trial, steps: Sequence[Iterator[None]]) -> None:
         """One trial; if it fails while the servers live, the others are still worth measuring."""
         try:
-            interleave(steps)
+            alternate(arms, steps)
         except (RequestFailed, httpx.HTTPError) as error:
             for arm in arms:
                 arm.server.check_alive()
@@ -234,13 +235,6 @@ def start(servers: Sequence[Server]) -> None:
         if has_gpu():
             server.start()
         server.wait_until_ready(START_TIMEOUT_S)
-
-
-def interleave(iterators: Sequence[Iterator[None]]) -> None:
-    """One step of each in turn until all have ended."""
-    waiting = list(iterators)
-    while waiting:
-        waiting = [iterator for iterator in waiting if next(iterator, StopIteration) is not StopIteration]
 
 
 class TrialMaker:
