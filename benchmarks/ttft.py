@@ -303,6 +303,8 @@ def memos_config(options: Options, data_dir: Path) -> dict[str, Any]:
     return {
         "data_dir": str(data_dir / "data"),
         "memory": {"long_lived_tokens": 2 * max(options.contexts)},
+        # The tiers are measured as they are found; prediction would bring KV to the GPU before the request.
+        "prediction": {"enabled": False},
         "kv": {"host_bytes": "16GiB" if has_gpu() else "1GiB", "disk_bytes": "256GiB" if has_gpu() else "16GiB"},
     }
 

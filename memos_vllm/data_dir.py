@@ -1,10 +1,11 @@
 """The data directory: who may use it, and where everything in it is.
 
-data_dir/
-  lock          held (flock) by the one server that uses the directory
-  secret        32 random bytes; tenant salts derive from it
-  memory/       LMDB: plaintext memory, the single source of truth
-  kv/dp<rank>/  LMDB index and safetensors files of activation memory, per data-parallel engine
+    data_dir/
+      lock            held (flock) by the one server that uses the directory
+      secret          32 random bytes; tenant salts derive from it
+      predictor.json  what next-scene prediction has learned
+      memory/         LMDB: plaintext memory, the single source of truth
+      kv/dp<index>/   LMDB index and safetensors files of activation memory, per data-parallel engine
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def acquire(data_dir: Path) -> None:
     if _held is not None or HOLDER_ENV in os.environ:
         return
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = open(data_dir / "lock", "a+b")  # noqa: SIM115 - held as long as the process
     except OSError as error:
         raise _unusable(data_dir, error) from error

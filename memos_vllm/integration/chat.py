@@ -24,7 +24,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from memos_vllm.compat.json_body import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
-from memos_vllm.integration.http_errors import error_response
+from memos_vllm.integration.rest import error_response
+from memos_vllm.integration.scene_table import SCENE_PARAM
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.service import Recall
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 RECALLED_HEADER = "x-memos-recalled"
+_MAX_HEADER_IDS = 50
+"""A proxy refuses long headers; ``explain`` tells all."""
 _END_OF_STREAM = "data: [DONE]"
 
 
@@ -82,10 +85,17 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         recall = await add_memory(turn, request, state)
     except MemosError as error:
         return error_response(error)
-    response = await stock.create_chat_completion(request, raw_request)
-    if response is None or response.status_code != 200:  # None: the client is gone
+    scene_id = state.planner.turn_started(turn.who, turn.options.session)
+    request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
+    response = None
+    try:
+        response = await stock.create_chat_completion(request, raw_request)
+    finally:
+        if response is None or response.status_code != 200:  # an error, or the client is gone
+            state.planner.turn_ended(scene_id)
+    if response is None or response.status_code != 200:
         return response
-    return finish_turn(turn, recall, response, state)
+    return finish_turn(turn, recall, scene_id, response, state)
 
 
 def read_turn(request: ChatCompletionRequest, raw_request: Request, state: MemosState) -> Turn | None:
@@ -95,6 +105,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
         RequestError: a ``memos`` field of the wrong shape, or no right to what it asks for.
     """
     salts.check_client_salt(request.cache_salt)
+    if request.kv_transfer_params:
+        request.kv_transfer_params.pop(SCENE_PARAM, None)
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)
     if options is None:
@@ -153,8 +165,8 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     return recall, salt
 
 
-def finish_turn(turn: Turn, recall: Recall, response: Response, state: MemosState) -> Response:
-    """Says what was recalled, and has the turn remembered once the answer is out."""
+def finish_turn(turn: Turn, recall: Recall, scene_id: str, response: Response, state: MemosState) -> Response:
+    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted."""
     if turn.options.explain and isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
         body["memos"] = explain(turn, recall)
@@ -162,16 +174,16 @@ def finish_turn(turn: Turn, recall: Recall, response: Response, state: MemosStat
         explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
         response = explained
     recalled = [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
-    response.headers[RECALLED_HEADER] = ",".join(recalled)
-    if not turn.options.remember:
-        return response
+    response.headers[RECALLED_HEADER] = ",".join(recalled[:_MAX_HEADER_IDS])
     announced: list[asyncio.Future[None]] = []
-    if isinstance(response, StreamingResponse):
+    if not turn.options.remember:
+        pass
+    elif isinstance(response, StreamingResponse):
         response.body_iterator = _announcing_end(response.body_iterator, turn.who, state, announced)
     else:
         announced.append(state.announce(turn.who))
-    remember = BackgroundTask(remember_turn, turn, state, announced)
-    response.background = BackgroundTasks([task for task in (response.background, remember) if task])
+    end = BackgroundTask(end_turn, turn, scene_id, state, announced)
+    response.background = BackgroundTasks([task for task in (response.background, end) if task])
     return response
 
 
@@ -185,8 +197,14 @@ async def _announcing_end(
         yield chunk
 
 
-async def remember_turn(turn: Turn, state: MemosState, announced: list[asyncio.Future[None]]) -> None:
-    """Writes what the user said; a write that fails is logged, the answer is out already."""
+async def end_turn(turn: Turn, scene_id: str, state: MemosState, announced: list[asyncio.Future[None]]) -> None:
+    """The answer is out: predicts what comes next, and writes what the user said.
+
+    A write that fails is logged; nobody waits for it any more.
+    """
+    state.planner.turn_ended(scene_id)
+    if not turn.options.remember:
+        return
     try:
         remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
         await asyncio.to_thread(remember, turn.who, turn.messages)

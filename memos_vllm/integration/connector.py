@@ -56,10 +56,15 @@ class MemosConnector(KVConnectorBase_V1):
         self._scheduler.bind_block_pool(gpu_block_pool)
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], MemosHandshake]) -> None:
-        self._scheduler.open_tiers(list(metadata.values()))
+        self._scheduler.open_tiers([item for item in metadata.values() if isinstance(item, MemosHandshake)])
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, MemosHandshake]) -> None:
-        self._scheduler.open_tiers(list(metadata.values()))  # before 0.32
+        self.set_xfer_handshake_metadata_pp_aware({(0, rank): item for rank, item in metadata.items()})  # before 0.32
+
+    def on_new_request(self, request: Request) -> None:
+        # A client may send anything here, and vLLM itself reads it as a mapping right after this call.
+        if not isinstance(request.kv_transfer_params, dict):
+            request.kv_transfer_params = None
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.match(request, num_computed_tokens)
@@ -78,6 +83,10 @@ class MemosConnector(KVConnectorBase_V1):
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._scheduler.plan_save(request, block_ids)
         return False, None
+
+    def reset_cache(self) -> bool:
+        self._scheduler.reset_cache()
+        return True
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler.has_work

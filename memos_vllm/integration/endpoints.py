@@ -11,6 +11,7 @@ import xxhash
 
 from memos_vllm import activation, data_dir
 from memos_vllm.config import load
+from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -34,10 +35,10 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import chat, memories, operations
+        from memos_vllm.integration import chat, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        for router in (chat.router, memories.router, operations.router):
+        for router in (chat.router, memories.router, scenes.router, operations.router):
             app.include_router(router)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)
@@ -52,6 +53,7 @@ class MemosEndpoints:
             service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client)),
             engine=engine_client,
             secret=data_dir.secret(config.data_dir),
+            planner=ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json"),
         )
 
 

@@ -43,18 +43,28 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
     if scheme.lower() != "bearer" or not key:
         raise Unauthorized("memory needs an API key, which says whose memory it is: send 'Authorization: Bearer KEY'")
     digest = hashlib.sha256(key.encode()).hexdigest()
-    entry = config.keys.get(key) or config.keys.get(f"sha256:{digest}")
+    # The digest of a key, which a configuration may show, is not a key.
+    listed_as = None if key.startswith("sha256:") else config.keys.get(key)
+    entry = listed_as or config.keys.get(f"sha256:{digest}")
     if entry is None and config.unlisted_keys == "refuse":
         raise Unauthorized("this API key has no memory here; the operator lists keys under identity.keys")
     tenant = entry.tenant if entry else f"key-{digest[:32]}"
     fixed_user = entry.user if entry else None
-    if config.trusted_user_header and (named := headers.get(config.trusted_user_header)):
-        if fixed_user not in (None, named):
+    if config.trusted_user_header:
+        named = headers.get(config.trusted_user_header)
+        if not named and fixed_user is None:
+            raise Unauthorized(f"the gateway named no user in {config.trusted_user_header}")
+        if named and fixed_user not in (None, named):
             raise Forbidden(f"this API key stands for one user, not for {named!r} from {config.trusted_user_header}")
-        fixed_user = named
-    if user_field is not None and not 0 < len(user_field) <= _MAX_USER_CHARS:
-        raise RequestError(f"'user' must have 1 to {_MAX_USER_CHARS} characters")
+        fixed_user = _checked(named) if named else fixed_user
+    user_field = None if user_field is None else _checked(user_field)
     if fixed_user is not None and user_field not in (None, fixed_user):
         raise Forbidden(f"this API key stands for one user and cannot act for {user_field!r}")
     user = fixed_user or user_field or DEFAULT_USER
     return Identity(Principal(tenant, user), entry.memory if entry else None)
+
+
+def _checked(user: str) -> str:
+    if not 0 < len(user) <= _MAX_USER_CHARS:
+        raise RequestError(f"'user' must have 1 to {_MAX_USER_CHARS} characters")
+    return user

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from memos_vllm.errors import MemosError, RequestError
-from memos_vllm.integration import identity
-from memos_vllm.integration.http_errors import error_response
+from memos_vllm.errors import RequestError
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
 router = APIRouter(prefix="/v1/memories", tags=["Memos"])
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    user: str | None = None
-    """Which of an application's users; refused where the API key stands for one user."""
 
 
 class AddBody(Body):
@@ -49,45 +39,12 @@ class SearchBody(Body):
     tag: str | None = None
 
 
-Handler = Callable[..., Awaitable[Any]]
-
-
-def answers_errors(handler: Handler) -> Handler:
-    """Ours as JSON in the OpenAI API's form; anything else is vLLM's to handle."""
-
-    @wraps(handler)
-    async def wrapper(*args: Any, **kwargs: Any) -> Response:
-        try:
-            return JSONResponse(await handler(*args, **kwargs))
-        except MemosError as error:
-            return error_response(error)
-
-    return wrapper
-
-
-async def _body(raw_request: Request, model: type[Body]) -> Any:
-    """Parsed here rather than by FastAPI, for errors in one sentence."""
-    raw = await raw_request.body()
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        fields = ", ".join(model.model_fields)
-        prefix = f"'{where}': " if where else ""
-        raise RequestError(f"{prefix}{problem['msg']}; the body is a JSON object with {fields}") from error
-
-
-def _who(raw_request: Request, state: MemosState, user: str | None) -> Principal:
-    return identity.resolve(raw_request.headers, state.config.identity, user).principal
-
-
 @router.post("")
 @answers_errors
 async def add(raw_request: Request) -> Any:
     state = state_of(raw_request)
-    body: AddBody = await _body(raw_request, AddBody)
-    who = _who(raw_request, state, body.user)
+    body: AddBody = await parse_body(raw_request, AddBody)
+    who = principal(raw_request, state, body.user)
     record = await asyncio.to_thread(
         state.service.add,
         who,
@@ -113,7 +70,7 @@ async def list_memories(
     session: str | None = None,
 ) -> Any:
     state = state_of(raw_request)
-    who = _who(raw_request, state, user)
+    who = principal(raw_request, state, user)
     await state.wait_for_writes(who)
     page = await asyncio.to_thread(
         state.service.list, who, limit=limit, after=after, type=type, tag=tag, session=session
@@ -125,8 +82,8 @@ async def list_memories(
 @answers_errors
 async def search(raw_request: Request) -> Any:
     state = state_of(raw_request)
-    body: SearchBody = await _body(raw_request, SearchBody)
-    who = _who(raw_request, state, body.user)
+    body: SearchBody = await parse_body(raw_request, SearchBody)
+    who = principal(raw_request, state, body.user)
     await state.wait_for_writes(who)
     hits = await asyncio.to_thread(
         state.service.search, who, body.query, top_k=body.top_k, type=body.type, tag=body.tag
@@ -141,7 +98,7 @@ async def search(raw_request: Request) -> Any:
 @answers_errors
 async def get(raw_request: Request, memory_id: str, user: str | None = None) -> Any:
     state = state_of(raw_request)
-    record = await asyncio.to_thread(state.service.get, _who(raw_request, state, user), memory_id)
+    record = await asyncio.to_thread(state.service.get, principal(raw_request, state, user), memory_id)
     return record.as_json()
 
 
@@ -149,8 +106,8 @@ async def get(raw_request: Request, memory_id: str, user: str | None = None) -> 
 @answers_errors
 async def update(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)
-    body: UpdateBody = await _body(raw_request, UpdateBody)
-    who = _who(raw_request, state, body.user)
+    body: UpdateBody = await parse_body(raw_request, UpdateBody)
+    who = principal(raw_request, state, body.user)
     changes = {
         name: getattr(body, name) for name in ("text", "type", "pinned", "tags") if name in body.model_fields_set
     }
@@ -158,8 +115,7 @@ async def update(raw_request: Request, memory_id: str) -> Any:
         raise RequestError("nothing to change: give text, type, pinned or tags")
     epoch = state.service.kv_epoch(who)
     record = await asyncio.to_thread(state.service.update, who, memory_id, **changes)
-    if state.service.kv_epoch(who) != epoch:
-        await state.forget_kv(who, epoch)
+    await state.forget_kv(who, epoch, state.service.kv_epoch(who))
     return record.as_json()
 
 
@@ -167,7 +123,7 @@ async def update(raw_request: Request, memory_id: str) -> Any:
 @answers_errors
 async def delete(raw_request: Request, memory_id: str, user: str | None = None) -> Any:
     state = state_of(raw_request)
-    who = _who(raw_request, state, user)
+    who = principal(raw_request, state, user)
     return await _forget(state, who, state.service.delete, who, memory_id)
 
 
@@ -175,7 +131,8 @@ async def delete(raw_request: Request, memory_id: str, user: str | None = None) 
 @answers_errors
 async def delete_all(raw_request: Request, user: str | None = None) -> Any:
     state = state_of(raw_request)
-    who = _who(raw_request, state, user)
+    who = principal(raw_request, state, user)
+    state.planner.forget(who)
     return await _forget(state, who, state.service.delete_all, who)
 
 
@@ -184,5 +141,5 @@ async def _forget(state: MemosState, who: Principal, remove: Callable[..., Any],
     await state.wait_for_writes(who)
     epoch = state.service.kv_epoch(who)
     receipt = await asyncio.to_thread(remove, *args)
-    kv = await state.forget_kv(who, epoch)
+    kv = await state.forget_kv(who, epoch, receipt.kv_epoch)
     return {"deleted": True, **receipt.as_json(), "kv": kv}

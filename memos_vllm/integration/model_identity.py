@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memos_vllm.store.identity import FORMAT_VERSION, KVIdentity, fingerprint_adapter, fingerprint_dir
+from memos_vllm.store.identity import FORMAT_VERSION, KVIdentity, fingerprint_adapter, fingerprint_dir, fingerprint_file
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,21 +34,31 @@ def identity_of(vllm_config: VllmConfig, layout: tuple[str, ...]) -> KVIdentity:
         kv_cache_dtype=str(cache.cache_dtype),
         block_size=cache.block_size,
         hash_algo=str(cache.prefix_caching_hash_algo),
-        hash_seed="",
+        effective_config=_effective_config(vllm_config),
         world=f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}",
         layout=layout,
     )
 
 
+def _effective_config(vllm_config: VllmConfig) -> str:
+    """What the command line changes about the computation: ``--hf-overrides``, ``--quantization``."""
+    config = vllm_config.model_config.hf_config.to_dict()
+    config.pop("_name_or_path", None)  # a folder may move
+    text = json.dumps([config, str(vllm_config.model_config.quantization)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @lru_cache
 def _fingerprint(name: str, revision: str | None) -> str:
-    """Digest of the files behind a model's name: a local folder, or a hub's snapshot.
+    """Digest of the files behind a model's name: a local folder or file, or a hub's snapshot.
 
     A hub's snapshot is named by its commit, which is as good as its content. A name that leads to
     no files here (weights read from an object store, say) stands for itself.
     """
     if Path(name).is_dir():
-        return fingerprint_dir(Path(name))
+        return fingerprint_dir(name)
+    if Path(name).is_file():
+        return fingerprint_file(name)
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -69,10 +81,13 @@ def rank_of(vllm_config: VllmConfig) -> int:
 def adapter_digest(lora_request: Any | None) -> bytes | None:
     """Content of the LoRA adapter that a request's KV is computed with; empty for the base model.
 
-    None: the adapter's files cannot be read here, so its KV cannot be named and is not kept.
+    None: the adapter's files cannot be read here, or are loaded anew at will, so its KV cannot be
+    named and is not kept.
     """
     if lora_request is None:
         return b""
+    if lora_request.load_inplace:
+        return None
     try:
         return fingerprint_adapter(Path(lora_request.lora_path))
     except OSError:

@@ -6,6 +6,7 @@ the flag from the environment. Each step may run twice.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from importlib.metadata import entry_points
@@ -93,15 +94,24 @@ def connector_config(existing: Any, config: MemosConfig) -> Any:
         "kv_role": "kv_both",
         "kv_connector_extra_config": extra,
     }
-    theirs = {
-        "kv_connector": existing.kv_connector,
-        "kv_connector_module_path": existing.kv_connector_module_path,
-        "kv_role": existing.kv_role,
-        "kv_connector_extra_config": existing.kv_connector_extra_config,
-    }
+    _check_combines(existing)
+    theirs = {field.name: getattr(existing, field.name) for field in dataclasses.fields(existing)}
     return KVTransferConfig(
         kv_connector="MultiConnector",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
         kv_connector_extra_config={"connectors": [ours, theirs]},
     )
+
+
+def _check_combines(existing: Any) -> None:
+    """Refuses a connector that greets its workers as ours does: vLLM passes on one greeting only."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    connector = KVConnectorFactory.get_connector_class(existing)
+    if connector.get_handshake_metadata is not KVConnectorBase_V1.get_handshake_metadata:
+        raise SystemExit(
+            f"memos: --plugin memos cannot run beside the KV connector {existing.kv_connector}; "
+            "leave out one of the two"
+        )

@@ -45,7 +45,8 @@ KEEP_SHARE = 0.9
 IN_FLIGHT_SHARE = 0.25
 """Share of the pool that prefetches may hold at a time; a live request waits for no more than that."""
 
-MAX_SCENES = 100_000
+MAX_KNOWN_BLOCKS = 1_000_000
+"""Blocks over all known scenes; about 200 bytes each. The scenes used least recently are forgotten first."""
 
 
 class SceneState(StrEnum):
@@ -61,10 +62,17 @@ class SceneState(StrEnum):
 
 
 @dataclass(slots=True)
+class _Shown:
+    """What is kept of the request that showed a scene: as much as publishing its blocks takes."""
+
+    block_hashes: list[Any]
+    cache_salt: str | None
+
+
+@dataclass(slots=True, eq=False)
 class Scene:
     scene_id: str
-    request: Request
-    """The finished request that showed it; holds tokens, salt, adapter and hashes."""
+    request: _Shown | Request
     keys: list[BlockKey]
     """One per full block."""
 
@@ -122,8 +130,11 @@ class SceneTable:
     totals: SceneTotals = field(default_factory=SceneTotals)
     queue: KeepingFreeQueue = field(init=False)
     _scenes: OrderedDict[str, Scene] = field(default_factory=OrderedDict)
+    _num_known_blocks: int = 0
+    _told: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
+    """By each API process: value and id of the scenes it expects."""
     _expected: list[str] = field(default_factory=list)
-    """Predicted scenes, most valuable first."""
+    """Predicted scenes that fit, most valuable first."""
     _wanted: deque[str] = field(default_factory=deque)
     """Of the expected ones, those that may still need a load."""
     _loads: list[_Load] = field(default_factory=list)
@@ -140,12 +151,33 @@ class SceneTable:
         """A request ended; its full blocks are what the scene is from now on."""
         if not keys:
             return
-        self._scenes[scene_id] = Scene(scene_id, request, list(keys))
-        self._scenes.move_to_end(scene_id)
-        if len(self._scenes) > MAX_SCENES:
-            self._scenes.popitem(last=False)
+        # vLLM's events of cached blocks tell tokens and more; without them hashes are enough.
+        shown = request
+        if not self.pool.enable_kv_cache_events:
+            shown = _Shown(list(request.block_hashes[: len(keys)]), request.cache_salt)
+        if (old := self._scenes.pop(scene_id, None)) is not None:
+            self._num_known_blocks -= old.num_blocks
+        self._scenes[scene_id] = Scene(scene_id, shown, list(keys))
+        self._num_known_blocks += len(keys)
+        while self._num_known_blocks > MAX_KNOWN_BLOCKS and len(self._scenes) > 1:
+            self._remove(next(iter(self._scenes)))
         if scene_id in self._expected:
             self._rekeep()
+
+    def _remove(self, scene_id: str) -> None:
+        self._num_known_blocks -= self._scenes.pop(scene_id).num_blocks
+        if scene_id in self._expected:
+            self._expected.remove(scene_id)
+        if scene_id in self._wanted:
+            self._wanted.remove(scene_id)
+
+    def clear(self) -> None:
+        """Forgets all scenes; what is under way is not published."""
+        for load in self._loads:
+            load.failed = True
+        for scene_id in list(self._scenes):
+            self._remove(scene_id)
+        self._rekeep()
 
     def arrived(self, scene_id: str, request: Request, num_resident_blocks: int) -> None:
         """A request with this scene asks for its blocks for the first time.
@@ -176,24 +208,31 @@ class SceneTable:
         """Forgets the scenes of a deleted salt, and their blocks on the GPU; how many scenes there were."""
         gone = [scene_id for scene_id, scene in self._scenes.items() if tag_of(scene.request.cache_salt) == tag]
         for scene_id in gone:
-            scene = self._scenes.pop(scene_id)
+            scene = self._scenes[scene_id]
             resident = [block for index in range(scene.num_blocks) if (block := self._resident(scene, index))]
             self.pool.evict_blocks({block.block_id for block in resident})
-        self._expected = [scene_id for scene_id in self._expected if scene_id in self._scenes]
-        self._wanted = deque(scene_id for scene_id in self._wanted if scene_id in self._scenes)
+            self._remove(scene_id)
+        for load in self._loads:
+            load.failed |= tag_of(load.scene.request.cache_salt) == tag  # arrives, and is not published
         self._rekeep()
         return len(gone)
 
     # -- materialising -------------------------------------------------------------------------
 
-    def expect(self, scene_ids: Sequence[str]) -> list[Op]:
-        """Says anew which scenes come next, most valuable first; returns the first copies.
+    def expect(self, planner: str, scenes: Sequence[tuple[float, str]]) -> list[Op]:
+        """Says anew which scenes come next; returns the first copies.
 
         What does not fit into the budget together with more valuable scenes is left out.
+
+        Args:
+            planner: the API process that says so; its earlier word is void, that of others stands.
+            scenes: value and id.
         """
+        self._told[planner] = list(scenes)
+        told = sorted((item for items in self._told.values() for item in items), key=lambda item: -item[0])
         budget = int(KEEP_SHARE * self.pool.num_gpu_blocks)
         self._expected = []
-        for scene_id in dict.fromkeys(scene_ids):
+        for scene_id in dict.fromkeys(scene_id for _, scene_id in told):
             scene = self._scenes.get(scene_id)
             if scene is not None and scene.num_blocks <= budget:
                 budget -= scene.num_blocks
@@ -259,6 +298,8 @@ class SceneTable:
             done.append(load)
             if load.failed:
                 self.totals.failed_blocks += len(load.blocks)
+                if load.scene.scene_id in self._wanted:
+                    self._wanted.remove(load.scene.scene_id)  # not again and again
             else:
                 self._publish(load)
         for load in done:
@@ -279,6 +320,10 @@ class SceneTable:
             self._count_wasted()
 
     # -- looking --------------------------------------------------------------------------------
+
+    def expected_blocks(self) -> dict[str, int]:
+        """Size of each expected scene, in blocks."""
+        return {scene_id: self._scenes[scene_id].num_blocks for scene_id in self._expected}
 
     @property
     def num_loading_blocks(self) -> int:

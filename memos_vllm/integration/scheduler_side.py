@@ -9,9 +9,12 @@ take_metadata / complete     to the workers and back, every step
 from __future__ import annotations
 
 import logging
+import secrets
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from memos_vllm.compat.kv_cache_specs import is_full_attention
 from memos_vllm.config import MemosConfig
 from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration import engine_channel, salts
@@ -20,7 +23,7 @@ from memos_vllm.integration.model_identity import adapter_digest, identity_of
 from memos_vllm.integration.scene_table import SCENE_PARAM, SceneTable
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotTable
-from memos_vllm.store.manager import TierManager
+from memos_vllm.store.manager import Pending, TierManager
 from memos_vllm.store.ops import Op
 from memos_vllm.types import BlockKey
 
@@ -32,6 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREFETCH_PATIENCE_S = 0.05
+"""How long a request waits for a prefetch of its own blocks before it loads them itself.
+
+A prefetch goes behind every load that a request waits for, so under steady load it may not end.
+"""
+
 
 class SchedulerSide:
     """State: the tier manager, the operations of the coming step, the GPU blocks held for saves."""
@@ -40,7 +49,7 @@ class SchedulerSide:
         self._vllm_config = vllm_config
         self._config = config
         self._block_size: int = vllm_config.cache_config.block_size
-        self._num_groups = len(kv_cache_config.kv_cache_groups)
+        self._groups = kv_cache_config.kv_cache_groups
         self._pool: BlockPool | None = None
         self._tiers: TierManager | None = None
         self._scenes: SceneTable | None = None
@@ -50,6 +59,10 @@ class SchedulerSide:
         self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
         self._keys: dict[str, list[BlockKey]] = {}
+        self._adapters: dict[tuple[int, str], bytes | None] = {}
+        self._generation = b""
+        self._prefetch_waits: dict[str, float] = {}
+        self._failed: set[str] = set()
         self._held: dict[int, int] = {}
         engine_channel.serve(self.handle)
 
@@ -58,8 +71,8 @@ class SchedulerSide:
 
     def open_tiers(self, handshakes: list[MemosHandshake]) -> None:
         """Opens host and disk tier once all ranks have said what a block is."""
-        if not self._vllm_config.cache_config.enable_prefix_caching or self._num_groups != 1:
-            logger.warning("activation memory is off: it needs prefix caching and a model with one KV cache group")
+        if reason := self._why_off(handshakes):
+            logger.warning("activation memory is off: %s", reason)
             return
         kv = self._config.kv
         world_size = len(handshakes)
@@ -68,11 +81,16 @@ class SchedulerSide:
         identity = identity_of(self._vllm_config, handshakes[0].layout)
         disk = None
         if kv.disk_bytes:
-            root = kv_dir(self._config.data_dir, self._vllm_config.parallel_config.data_parallel_rank)
+            # Not data_parallel_rank: independent engines of a dense model all have rank 0.
+            root = kv_dir(self._config.data_dir, self._vllm_config.parallel_config.data_parallel_index)
             disk = DiskIndex(root, identity, kv.disk_bytes, world_size)
         slots = SlotTable(min(kv.host_bytes // (h.block_bytes * world_size) for h in handshakes))
         self._identity = identity
-        chunk_blocks = max(1, kv.chunk_bytes // largest)
+        if not slots.num_slots:
+            logger.warning(
+                "activation memory saves nothing: kv.host_bytes is less than one block (%d bytes)", block_bytes
+            )
+        chunk_blocks = max(1, min(kv.chunk_bytes // largest, slots.num_slots))
         self._tiers = TierManager(slots, disk, chunk_blocks, block_bytes, world_size)
         if self._config.prediction.enabled:
             assert self._pool is not None
@@ -83,6 +101,18 @@ class SchedulerSide:
             identity.digest().hex()[:16],
         )  # fmt: skip
 
+    def _why_off(self, handshakes: list[MemosHandshake]) -> str | None:
+        """Why blocks of this model cannot be kept by their hash; None if they can."""
+        if not handshakes:
+            return "no worker said what a block is (is another KV connector in front of ours?)"
+        if not self._vllm_config.cache_config.enable_prefix_caching:
+            return "prefix caching is off"
+        if len(self._groups) != 1 or not is_full_attention(self._groups[0].kv_cache_spec):
+            return "the model has layers without full attention, whose blocks do not hold a whole prefix"
+        if self._vllm_config.parallel_config.decode_context_parallel_size > 1:
+            return "decode context parallelism spreads a block over ranks"
+        return None
+
     # -- requests -------------------------------------------------------------------------------
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -92,14 +122,14 @@ class SchedulerSide:
         token of a prompt is always computed, since its logits are needed.
         """
         self._matched.pop(request.request_id, None)
-        if self._tiers is None:
+        if self._tiers is None or request.request_id in self._failed:
             return 0, False
         first = num_computed_tokens // self._block_size
         last = (request.num_tokens - 1) // self._block_size
         self._note_arrival(request, first)
         keys = self._keys_of(request)[first:last]
         match = self._tiers.match(keys)
-        if match.pending:
+        if match.pending is Pending.LOAD or (match.pending is Pending.PREFETCH and self._waits(request)):
             return None, False
         num_tokens = match.num_blocks * self._block_size
         if num_tokens < self._config.kv.min_load_tokens:
@@ -113,6 +143,11 @@ class SchedulerSide:
         if self._scenes is not None and scene_id is not None and request.request_id not in self._arrived:
             self._arrived.add(request.request_id)
             self._scenes.arrived(scene_id, request, num_resident_blocks)
+
+    def _waits(self, request: Request) -> bool:
+        """Whether a request still waits for a prefetch of its first blocks, which others may overtake."""
+        now = time.monotonic()
+        return now - self._prefetch_waits.setdefault(request.request_id, now) < PREFETCH_PATIENCE_S
 
     def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
         first, keys = self._matched.pop(request.request_id, (0, []))
@@ -131,6 +166,8 @@ class SchedulerSide:
         keys = self._keys_of(request) if self._tiers is not None else []
         self._keys.pop(request.request_id, None)
         self._arrived.discard(request.request_id)
+        self._failed.discard(request.request_id)
+        self._prefetch_waits.pop(request.request_id, None)
         tag = self._tag(request)
         if self._tiers is None or self._pool is None or tag is None:
             return
@@ -139,6 +176,8 @@ class SchedulerSide:
         # The last token was sampled, not computed.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))
+        if any(self._pool.blocks[block].is_null for block in block_ids[:num_blocks]):
+            return
         if self._scenes is not None and (scene_id := _scene_of(request)) is not None:
             self._scenes.register(scene_id, request, keys[:num_blocks])
         operations = self._tiers.plan_save(keys[:num_blocks], block_ids[:num_blocks], tag)
@@ -161,11 +200,21 @@ class SchedulerSide:
         """Keys of all full blocks so far; a waiting request is matched in every step, so kept."""
         keys = self._keys.setdefault(request.request_id, [])
         if len(keys) < len(request.block_hashes):
-            adapter = adapter_digest(request.lora_request)
+            adapter = self._adapter_digest(request)
             if adapter is None:
                 return []
-            keys += [self._identity.block_key(bytes(of), adapter) for of in request.block_hashes[len(keys) :]]
+            new = request.block_hashes[len(keys) :]
+            keys += [self._identity.block_key(bytes(of), adapter, self._generation) for of in new]
         return keys
+
+    def _adapter_digest(self, request: Request) -> bytes | None:
+        """Read once per loaded adapter, so that weights that change on disk later do not rename its KV."""
+        if (lora := request.lora_request) is None:
+            return b""
+        loaded = (lora.lora_int_id, lora.lora_path)
+        if loaded not in self._adapters:
+            self._adapters[loaded] = adapter_digest(lora)
+        return self._adapters[loaded]
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -187,6 +236,8 @@ class SchedulerSide:
         # Deepest first, as vLLM frees a request: the head of a prefix is then evicted last.
         self._pool.free_blocks(reversed(released))
         for request_id, op_ids in list(self._loading.items()):
+            if op_ids & completion.failed_ops:
+                self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
             op_ids -= completion.finished_ops
             if not op_ids:
                 del self._loading[request_id]
@@ -201,6 +252,16 @@ class SchedulerSide:
     @property
     def holds_blocks(self) -> bool:
         return bool(self._held) or (self._scenes is not None and self._scenes.num_loading_blocks > 0)
+
+    def reset_cache(self) -> None:
+        """The weights changed, or the operator wants no older KV: nothing saved so far is found again."""
+        self._generation = secrets.token_bytes(16)
+        self._keys.clear()
+        self._matched.clear()
+        if self._tiers is not None:
+            self._tiers.drop_host()
+        if self._scenes is not None:
+            self._scenes.clear()
 
     # -- operator -------------------------------------------------------------------------------
 
@@ -217,8 +278,8 @@ class SchedulerSide:
             case "forget":
                 return self._forget(salts.tag(payload["salt"]))
             case "expect" if self._scenes is not None:
-                self._operations += self._scenes.expect(payload["scenes"])
-                return {"enabled": True, "loading_blocks": self._scenes.num_loading_blocks}
+                self._operations += self._scenes.expect(payload["planner"], payload["scenes"])
+                return {"enabled": True, "blocks": self._scenes.expected_blocks()}
             case "scene" if self._scenes is not None:
                 return {"enabled": True, **self._scenes.state(payload["scene"])}
             case "expect" | "scene":
@@ -251,5 +312,6 @@ class SchedulerSide:
 
 
 def _scene_of(request: Request) -> str | None:
-    """The scene that an API process named for a request."""
-    return (request.kv_transfer_params or {}).get(SCENE_PARAM)
+    """The scene that an API process named for a request with memory."""
+    scene_id = (request.kv_transfer_params or {}).get(SCENE_PARAM)
+    return scene_id if isinstance(scene_id, str) and salts.is_memory_salt(request.cache_salt) else None

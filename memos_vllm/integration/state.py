@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, salts
+from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 READ_YOUR_WRITES_TIMEOUT_S = 2.0
 """How long a request waits for what the same user's last turn is still writing."""
 
+ANNOUNCEMENT_TIMEOUT_S = 30.0
+
 
 @dataclass
 class MemosState:
@@ -25,29 +28,40 @@ class MemosState:
     service: MemoryService
     engine: EngineClient
     secret: bytes
+    planner: ScenePlanner
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:
         return salts.salt_of(self.secret, who, self.service.kv_epoch(who))
 
-    async def forget_kv(self, who: Principal, epoch: int) -> dict[str, int]:
-        """Removes the KV of a past epoch from host and disk; blocks removed, over all engines."""
-        salt = salts.salt_of(self.secret, who, epoch)
-        reports = await engine_channel.call(self.engine, "forget", {"salt": salt})
-        return {name: sum(report.get(name, 0) for report in reports) for name in ("host_blocks", "disk_blocks")}
+    async def forget_kv(self, who: Principal, first: int, end: int) -> dict[str, int]:
+        """Removes the KV of past epochs, ``first`` to before ``end``; blocks and scenes, over all engines.
+
+        Deletions that ran at the same time forget some epochs twice, and none never.
+        """
+        removed = Counter(host_blocks=0, disk_blocks=0, scenes=0)
+        for epoch in range(first, end):
+            payload = {"salt": salts.salt_of(self.secret, who, epoch)}
+            for report in await engine_channel.call(self.engine, "forget", payload):
+                removed.update({name: report.get(name, 0) for name in removed})
+        return dict(removed)
 
     def announce(self, who: Principal) -> asyncio.Future[None]:
         """Says that a write is coming, so that the user's next request does not overtake it."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writes[who].add(done)
+        # A response that is never finished must not make the user wait for ever.
+        asyncio.get_running_loop().call_later(ANNOUNCEMENT_TIMEOUT_S, self.written, who, done)
         return done
 
     def written(self, who: Principal, done: asyncio.Future[None]) -> None:
+        """The announced write has ended, well or not. May be called twice."""
         if not done.done():
             done.set_result(None)
-        self._writes[who].discard(done)
-        if not self._writes[who]:
-            del self._writes[who]
+        writes = self._writes.get(who, set())
+        writes.discard(done)
+        if not writes:
+            self._writes.pop(who, None)
 
     async def wait_for_writes(self, who: Principal) -> None:
         """Returns once the writes that were announced are done, or after a moment."""

@@ -27,8 +27,8 @@ Without it an engine that has nothing but copies to do polls some 700 times a se
 delay a request that arrives meanwhile by as much.
 """
 
-FLUSH_TIMEOUT_S = 10.0
-"""How long a shutdown goes on writing host copies to disk."""
+FLUSH_TIMEOUT_S = 4.0
+"""How long a shutdown goes on writing host copies to disk; vLLM kills its workers after 5 s."""
 
 
 class WorkerSide:

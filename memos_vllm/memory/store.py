@@ -194,9 +194,13 @@ class MemoryStore:
 
 def _open(path: Path, map_bytes: int) -> lmdb.Environment:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         env = lmdb.open(
-            str(path), map_size=_whole_pages(map_bytes), max_dbs=len(tables.NAMES), max_readers=_MAX_READERS
+            str(path),
+            map_size=_whole_pages(map_bytes),
+            max_dbs=len(tables.NAMES),
+            max_readers=_MAX_READERS,
+            mode=0o600,
         )
     except (lmdb.Error, OSError) as error:
         raise _unusable(path, error) from error

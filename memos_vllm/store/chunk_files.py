@@ -101,8 +101,13 @@ def unlink(paths: Iterable[str], sync: bool = False) -> list[str]:
             logger.warning("cannot remove a KV file: %s", error)
             left.append(path)
     for directory in directories if sync else ():
-        if os.path.isdir(directory):
+        try:
             sync_directory(directory)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.warning("cannot sync a KV directory: %s", error)
+            left.append(directory)
     return left
 
 

@@ -45,8 +45,8 @@ class KVIdentity:
     block_size: int
     """Tokens per block."""
     hash_algo: str
-    hash_seed: str
-    """Hex of vLLM's ``NONE_HASH``, the parent of every first block."""
+    effective_config: str
+    """Digest of what changes the computation without changing a file: overrides, online quantisation."""
     world: str
     """Parallel shape, such as ``tp2pp1``."""
     layout: tuple[str, ...]
@@ -69,14 +69,16 @@ class KVIdentity:
         """Names of the fields that are absent from ``metadata`` or have another value there."""
         return [name for name, value in self.as_metadata().items() if metadata.get(name) != value]
 
-    def block_key(self, block_hash: bytes, adapter_digest: bytes = b"") -> BlockKey:
+    def block_key(self, block_hash: bytes, adapter_digest: bytes = b"", generation: bytes = b"") -> BlockKey:
         """Key of the block that vLLM calls ``block_hash`` (which covers its tokens, all before, and the salt).
 
         Args:
+            generation: empty until the weights change in a running server; then a random text, so that
+                nothing older is found, and nothing of it after a restart.
             adapter_digest: of the LoRA adapter's content (``fingerprint_adapter``), empty without one.
                 vLLM's hash has the adapter's name only, which survives a change of its weights.
         """
-        return BlockKey(_digest_parts((self._digest, block_hash, adapter_digest)))
+        return BlockKey(_digest_parts((self._digest, block_hash, adapter_digest, generation)))
 
 
 def chunk_id(keys: Sequence[BlockKey]) -> str:
@@ -102,6 +104,11 @@ def fingerprint_dir(path: str | os.PathLike[str]) -> str:
     if not names:
         raise FileNotFoundError(f"{root} holds no model files to fingerprint")
     return _digest_parts(part for name in names for part in (name.encode(), _sampled_digest(root / name))).hex()
+
+
+def fingerprint_file(path: str | os.PathLike[str]) -> str:
+    """Fingerprint of a model that is one file (GGUF, say), sampled as in ``fingerprint_dir``."""
+    return _sampled_digest(Path(path)).hex()
 
 
 def fingerprint_adapter(path: str | os.PathLike[str]) -> bytes:

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from memos_vllm.store.disk_index import DiskIndex, PlannedChunk
 from memos_vllm.store.host_pool import SlotState, SlotTable
@@ -30,14 +32,22 @@ from memos_vllm.types import BlockKey
 logger = logging.getLogger(__name__)
 
 
+class Pending(Enum):
+    NO = auto()
+    LOAD = auto()
+    """For a request; it will be in the GPU's prefix cache soon."""
+    PREFETCH = auto()
+    """For no request; others may overtake it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """How much of a list of keys is off the GPU and ready, counted in blocks from the first key."""
 
     num_blocks: int
     num_host_blocks: int
-    pending: bool
-    """The first key is being loaded for another request; it will be in the GPU's prefix cache soon."""
+    pending: Pending
+    """Whether the first key is on its way to the GPU already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,7 @@ class _Pending:
     promoted: bool = False
     ranks_left: int = 0
     errors: list[str] = field(default_factory=list)
+    corrupt: bool = False
 
 
 @dataclass(slots=True)
@@ -103,7 +114,8 @@ class TierManager:
         self._world_size = world_size
         self._op_ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
-        self._loading: dict[BlockKey, int] = {}
+        self._loading: Counter[BlockKey] = Counter()
+        self._prefetching: Counter[BlockKey] = Counter()
         self._host_tags: dict[BlockKey, bytes] = {}
         self._forgotten: set[bytes] = set()
 
@@ -111,8 +123,11 @@ class TierManager:
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """Longest prefix of ``keys`` in any tier. Changes nothing."""
+        pending = Pending.NO
         if keys and keys[0] in self._loading:
-            return Match(0, 0, pending=True)
+            pending = Pending.LOAD
+        elif keys and keys[0] in self._prefetching:
+            pending = Pending.PREFETCH
         num_blocks = num_host = 0
         for key in keys:
             if self.slots.lookup(key) is not None:
@@ -120,7 +135,7 @@ class TierManager:
             elif self.disk is None or self.disk.lookup(key) is None:
                 break
             num_blocks += 1
-        return Match(num_blocks, num_host, pending=False)
+        return Match(num_blocks, num_host, pending)
 
     # -- load -----------------------------------------------------------------------------------
 
@@ -142,8 +157,7 @@ class TierManager:
                 part_keys = tuple(key for key, _ in part)
                 part_blocks = tuple(block for _, block in part)
                 operations.append(self._plan_part(source, part_keys, part_blocks, prefetch))
-        for key in keys:
-            self._loading[key] = self._loading.get(key, 0) + 1
+        (self._prefetching if prefetch else self._loading).update(keys)
         return operations
 
     def _source(self, key: BlockKey) -> str:
@@ -225,6 +239,7 @@ class TierManager:
             pending.ranks_left -= 1
             if not result.ok:
                 pending.errors.append(result.error or "unknown error")
+                pending.corrupt |= result.corrupt
             if pending.ranks_left:
                 continue
             del self._pending[result.op_id]
@@ -239,10 +254,10 @@ class TierManager:
                     follow_up.extend(self._saved(pending, save))
                 case Write():
                     self._written(pending)
-                case Load():
-                    self._loaded(pending)
-                case Read():
-                    self._read(pending)
+                case Load() as load:
+                    self._loaded(pending, load)
+                case Read() as read:
+                    self._read(pending, read)
         return Completion(released, finished, failed), follow_up
 
     def _saved(self, pending: _Pending, save: Save) -> list[Op]:
@@ -274,27 +289,27 @@ class TierManager:
             self.disk.commit(pending.planned.chunk)
             self.totals.written_blocks += len(pending.keys)
 
-    def _loaded(self, pending: _Pending) -> None:
+    def _loaded(self, pending: _Pending, load: Load) -> None:
         self.slots.unpin(reversed(pending.keys))
-        self._not_loading(pending.keys)
+        self._not_loading(pending.keys, prefetch=load.prefetch)
         if pending.errors:
             self.slots.drop(pending.keys)
         else:
             self.totals.loaded_host_blocks += len(pending.keys)
 
-    def _read(self, pending: _Pending) -> None:
-        assert self.disk is not None and isinstance(pending.operation, Read)
-        self.disk.unpin(pending.operation.chunk)
-        self._not_loading(pending.keys)
+    def _read(self, pending: _Pending, read: Read) -> None:
+        assert self.disk is not None
+        self.disk.unpin(read.chunk)
+        self._not_loading(pending.keys, prefetch=read.prefetch)
         if pending.promoted:
             if pending.errors or pending.tag in self._forgotten:
                 self.slots.abort(pending.keys)
             else:
                 self.slots.commit(reversed(pending.keys))
                 self._tag_host_copies(pending.keys, pending.tag)
-        if pending.errors:
-            self.disk.drop(pending.operation.chunk)  # its content is in doubt; it is built again
-        else:
+        if pending.corrupt:
+            self.disk.drop(read.chunk)  # it is built again
+        elif not pending.errors:
             self.totals.loaded_disk_blocks += len(pending.keys)
 
     def _tag_host_copies(self, keys: Sequence[BlockKey], tag: bytes) -> None:
@@ -304,11 +319,12 @@ class TierManager:
                 key: of for key, of in self._host_tags.items() if self.slots.state(key) is not SlotState.ABSENT
             }
 
-    def _not_loading(self, keys: Sequence[BlockKey]) -> None:
+    def _not_loading(self, keys: Sequence[BlockKey], *, prefetch: bool) -> None:
+        loading = self._prefetching if prefetch else self._loading
         for key in keys:
-            self._loading[key] -= 1
-            if not self._loading[key]:
-                del self._loading[key]
+            loading[key] -= 1
+            if not loading[key]:
+                del loading[key]
 
     def _start(self, pending: _Pending) -> None:
         pending.ranks_left = self._world_size
@@ -340,7 +356,7 @@ class TierManager:
         """Asserts conservation; at idle nothing is pinned and nothing is being written."""
         self.slots.check_integrity()
         if not self._pending:
-            assert not self._loading, self._loading
+            assert not self._loading and not self._prefetching
 
 
 @dataclass(frozen=True, slots=True)

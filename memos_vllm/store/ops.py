@@ -73,6 +73,8 @@ class Result:
     """Bytes that were moved, of pieces that finished."""
     seconds: float
     """From the first piece's start to the end; pieces of operations that overtook it are inside."""
+    corrupt: bool = False
+    """The file itself is damaged, foreign or gone; otherwise this attempt failed and another may not."""
 
 
 def path_for_rank(path: str, rank: int) -> str:

@@ -192,6 +192,7 @@ class _Job:
         self._lock = threading.Lock()
         self._parts = 1
         self._error: str | None = None
+        self._corrupt = False
         self._failed: set[int] = set()
         self._blocks = 0
         self._started: float | None = None
@@ -199,6 +200,12 @@ class _Job:
     def start(self) -> None:
         if self._started is None:
             self._started = time.perf_counter()
+
+    def fail(self, error: Exception) -> str:
+        """Takes down what went wrong; returns it in words."""
+        if isinstance(error, (KVFileError, FileNotFoundError)):
+            self._corrupt = True
+        return _describe(error, self.op)
 
     def add_part(self) -> None:
         with self._lock:
@@ -216,7 +223,9 @@ class _Job:
         loaded = self.op.block_ids if isinstance(self.op, Load | Read) else ()
         failed = tuple(block for block in loaded if block in self._failed)
         nbytes = self._blocks * self._block_bytes
-        self._report(self.op, Result(self.op.op_id, self._error is None, self._error, failed, nbytes, seconds))
+        self._report(
+            self.op, Result(self.op.op_id, self._error is None, self._error, failed, nbytes, seconds, self._corrupt)
+        )
 
 
 class _Steps(Task):
@@ -234,7 +243,7 @@ class _Steps(Task):
         except StopIteration:
             self._end(None)
         except Exception as error:
-            self._end(_describe(error, self._job.op))
+            self._end(self._job.fail(error))
         return False
 
     def cancel(self) -> None:
@@ -263,7 +272,7 @@ class _Scatter(Task):
         try:
             self._copy()
         except Exception as error:
-            self._end(_describe(error, self._job.op))
+            self._end(self._job.fail(error))
         else:
             self._end(None)
         return False

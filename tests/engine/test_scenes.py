@@ -23,8 +23,12 @@ def ask(engine: Engine, scene: str, token_ids: list[int], salt: str = SALT) -> A
 
 def expect(engine: Engine, *scenes: str) -> None:
     """As an API process does it; returns when all copies have ended."""
-    engine.side.handle("expect", {"scenes": list(scenes)})
+    tell(engine, *scenes)
     engine.settle()
+
+
+def tell(engine: Engine, *scenes: str) -> None:
+    engine.side.handle("expect", {"planner": "p", "scenes": [(-float(i), scene) for i, scene in enumerate(scenes)]})
 
 
 def totals(engine: Engine) -> dict[str, int]:
@@ -128,7 +132,7 @@ def test_nothing_is_published_before_its_copy_ended(engine: Engine) -> None:
     ask(engine, "s", token_ids)
     engine.drop_gpu()
     with withheld_results(engine):
-        engine.side.handle("expect", {"scenes": ["s"]})
+        tell(engine, "s")
         for _ in range(20):
             engine.core.step_fn()
         assert engine.side.holds_blocks
@@ -151,7 +155,7 @@ def test_a_request_that_comes_during_the_prefetch_waits_and_hits(engine: Engine)
     engine.drop_gpu()
     late = totals(engine)["late"]
     with withheld_results(engine):
-        engine.side.handle("expect", {"scenes": ["s"]})
+        tell(engine, "s")
         params = SamplingParams(
             temperature=0,
             max_tokens=8,

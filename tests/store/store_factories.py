@@ -17,7 +17,7 @@ _DEFAULTS = {
     "kv_cache_dtype": "auto",
     "block_size": 16,
     "hash_algo": "sha256",
-    "hash_seed": "00",
+    "effective_config": "00",
     "world": "tp2pp1",
     "layout": ("bfloat16[2,16,64]",),
 }

@@ -296,7 +296,7 @@ def test_a_kill_during_writes_leaves_a_sound_directory(open_index, tmp_path):
     code = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
-from test_disk_index import *
+from tests.store.test_disk_index import *
 index = DiskIndex({str(tmp_path / "kv")!r}, IDENTITY, 10**6, 2)
 for number in range(10):
     write(index, number)

@@ -13,12 +13,13 @@ BASE = {"types", "errors", "config", "activation", "data_dir"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "__init__": {"activation", "integration"},  # lazily, inside register()
+    "core": BASE | {"core"},
     "memory": BASE | {"memory"},
     "store": BASE | {"store", "kernels"},
     "adapters": BASE | {"adapters"},
     "kernels": {"kernels"},
     "compat": BASE | {"compat"},
-    "integration": BASE | {"memory", "store", "adapters", "kernels", "compat", "integration"},
+    "integration": BASE | {"core", "memory", "store", "adapters", "kernels", "compat", "integration"},
 }
 MAY_IMPORT_VLLM = {"integration", "compat"}
 MAY_IMPORT_TORCH = {"store", "adapters", "kernels", "integration", "compat"}

@@ -1,0 +1,365 @@
+"""Which blocks to keep, which to give up first, and which to bring from a lower tier before they are asked for.
+
+A scene's value is per byte, so a block is worth the sum over the scenes that contain it: the head of a
+chain is worth what all its continuations are, the last block least, and giving up the least valuable
+block shortens chains from their end. Among equals the least recently used goes first.
+
+The policy only decides. The caller moves the bytes and tells what became of them:
+
+    ABSENT --plan / loading--> LOADING --resident--> RESIDENT --evict / absent--> ABSENT
+                                  '------absent------> ABSENT
+    held: a request uses the block; it is never given up meanwhile
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from memos_vllm.core.block_tree import ABSENT, LOADING, RESIDENT, BlockTree, Segment
+from memos_vllm.core.predictor import Predictor
+
+SWAP_GAIN = 1.25
+"""A block is brought in place of another only if it is worth this many times as much: a copy costs
+bandwidth, and estimates that differ by less are the same estimate."""
+
+_Low = tuple[float, float, int, int, Segment]
+_High = tuple[float, int, int, Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Blocks to bring, in this order, and blocks that make room for them; both are marked already."""
+
+    fetch: list[Hashable] = field(default_factory=list)
+    evict: list[Hashable] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Chain:
+    body: Segment
+    """Ends with the last block, or with the one before where the last stands apart."""
+    tail: Segment | None
+    length: int
+    value: float = 0.0
+    tail_value: float = 0.0
+
+
+class ResidencyPolicy:
+    """Not safe for threads; one loop owns it, with the predictor.
+
+    Args:
+        swap_gain: see ``SWAP_GAIN``.
+        partial_tails: a chain's last block may be partial, so that a longer chain has another one in its
+            place. How often it is used again is then learned apart. vLLM's blocks are full: False.
+    """
+
+    def __init__(self, predictor: Predictor, swap_gain: float = SWAP_GAIN, partial_tails: bool = False) -> None:
+        self.predictor, self.swap_gain, self.partial_tails = predictor, swap_gain, partial_tails
+        self.tree = BlockTree()
+        self.num_resident = 0
+        """RESIDENT or LOADING."""
+        self._chains: dict[str, _Chain] = {}
+        self._low: list[_Low] = []
+        self._high: list[_High] = []
+        self._tail_uses, self._tail_returns = 1.0, 2.0
+
+    # -- scenes ------------------------------------------------------------------------------------
+
+    def track(self, scene_id: str, blocks: Sequence[Hashable]) -> None:
+        """The scene's blocks from the first on; replaces what was tracked, e.g. when a conversation went on."""
+        assert blocks
+        old = self._chains.get(scene_id)
+        if self.partial_tails and len(blocks) > 1:
+            body, touched = self.tree.insert(blocks[:-1])
+            tail, more = self.tree.insert(blocks[-1:], after=body)
+            touched += more
+        else:
+            body, touched = self.tree.insert(blocks)
+            tail = None
+        chain = _Chain(body, tail, len(blocks))
+        self._chains[scene_id] = chain
+        if tail is not None:
+            tail.num_tails += 1
+        for segment in self._path(chain):
+            segment.num_scenes += 1
+        for segment in touched:
+            self._queue(segment)
+        self._apply(chain, self.predictor.value(scene_id))
+        if old is not None:
+            self._drop(old)
+
+    def forget(self, scene_id: str) -> None:
+        """The scene is gone. Its blocks that are resident stay so until room is needed: they are worth nothing now."""
+        chain = self._chains.pop(scene_id, None)
+        if chain is not None:
+            self._drop(chain)
+
+    def used(self, scene_id: str, num_blocks: int, now: float) -> None:
+        """A request used the first ``num_blocks`` of the scene's chain."""
+        chain = self._chains.get(scene_id)
+        if chain is None:
+            return
+        if chain.tail is not None and num_blocks >= chain.length - 1:
+            self._tail_returns += 1
+            self._tail_uses += num_blocks >= chain.length
+        for segment in self._path(chain):
+            if segment.start < num_blocks:
+                segment.last_use = max(segment.last_use, now)
+                self._queue(segment)
+
+    def update(self) -> None:
+        """Takes over what the predictor has changed since the last call."""
+        for scene_id in self.predictor.take_changes():
+            chain = self._chains.get(scene_id)
+            if chain is not None:
+                self._apply(chain, self.predictor.value(scene_id))
+
+    # -- blocks ------------------------------------------------------------------------------------
+
+    def state(self, block: Hashable) -> int:
+        found = self.tree.find(block)
+        return ABSENT if found is None else found[0].states[found[1]]
+
+    def value(self, block: Hashable) -> float:
+        """Expected seconds saved per byte; 0 for a block of no scene."""
+        segment = self.tree.segment_of(block)
+        return 0.0 if segment is None else segment.value
+
+    def resident(self, blocks: Iterable[Hashable]) -> None:
+        """Arrived, or were computed. Blocks of no tracked chain are ignored."""
+        self._mark(blocks, RESIDENT)
+
+    def loading(self, blocks: Iterable[Hashable]) -> None:
+        """On their way, and have their place."""
+        self._mark(blocks, LOADING)
+
+    def absent(self, blocks: Iterable[Hashable]) -> None:
+        """Given up, or did not arrive."""
+        self._mark(blocks, ABSENT)
+
+    def hold(self, blocks: Iterable[Hashable]) -> None:
+        """A request uses them: counted, until ``release``."""
+        self._hold(blocks, 1)
+
+    def release(self, blocks: Iterable[Hashable]) -> None:
+        self._hold(blocks, -1)
+
+    # -- decisions ---------------------------------------------------------------------------------
+
+    def order(self, blocks: Iterable[Hashable]) -> list[Hashable]:
+        """Sorted: what to give up first stands first. Blocks of no scene come before all others, as they were."""
+
+        def key(block: Hashable) -> tuple[float, float, int]:
+            segment = self.tree.segment_of(block)
+            if segment is None:
+                return (-1.0, 0.0, 0)
+            return (segment.value, segment.last_use, -self.tree.depth(block))
+
+        return sorted(blocks, key=key)
+
+    def coldest(self, num_blocks: int, below: float = math.inf) -> list[Hashable]:
+        """Up to ``num_blocks`` RESIDENT blocks that nobody holds, worth less than ``below``; least first."""
+        out: list[Hashable] = []
+        taken: set[Segment] = set()
+        while len(out) < num_blocks:
+            segment = self._lowest()
+            if segment is None or segment.value >= below:
+                break
+            heapq.heappop(self._low)
+            if segment in taken:  # queued twice
+                continue
+            taken.add(segment)
+            for i in range(len(segment.blocks) - 1, -1, -1):
+                if segment.states[i] == RESIDENT and not segment.held[i] and len(out) < num_blocks:
+                    out.append(segment.blocks[i])
+        for segment in taken:
+            self._queue(segment)
+        return out
+
+    def evict(self, num_blocks: int, below: float = math.inf) -> list[Hashable] | None:
+        """Gives up exactly ``num_blocks``, marked ABSENT; or None, and nothing has changed."""
+        blocks = self.coldest(num_blocks, below)
+        if len(blocks) < num_blocks:
+            return None
+        self.absent(blocks)
+        return blocks
+
+    def plan(
+        self, budget_blocks: int, free_blocks: int, available: Callable[[Hashable], bool] = lambda block: True
+    ) -> Plan:
+        """What to bring now: the most valuable absent blocks, first into free places, then in place of others.
+
+        Args:
+            budget_blocks: how many at most.
+            free_blocks: places that hold nothing.
+            available: whether a lower tier has the block. A block behind one that is not available is not brought.
+        """
+        plan = Plan()
+        skipped: list[Segment] = []
+        while len(plan.fetch) < budget_blocks:
+            segment = self._highest()
+            if segment is None or segment.value <= 0.0:
+                break
+            parent = segment.parent
+            block = segment.blocks[segment.states.index(ABSENT)]
+            if (parent is not None and parent.num_absent) or not available(block):
+                heapq.heappop(self._high)
+                skipped.append(segment)
+                continue
+            if free_blocks > 0:
+                free_blocks -= 1
+            else:
+                lowest = self._lowest()
+                if lowest is None or lowest.value * self.swap_gain >= segment.value:
+                    break
+                victim = _last_evictable(lowest)
+                plan.evict.append(lowest.blocks[victim])
+                self._set_state(lowest, victim, ABSENT)
+                self._prune(lowest)
+            self._mark([block], LOADING)
+            plan.fetch.append(block)
+        for segment in skipped:
+            self._queue(segment)
+        return plan
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    @property
+    def tail_share(self) -> float:
+        """How often a chain's last block was used again when the rest was."""
+        return self._tail_uses / self._tail_returns
+
+    def check_integrity(self) -> None:
+        """Asserts that counters and values are the sums that they stand for."""
+        resident = 0
+        expected: dict[Segment, list[float]] = {}
+        for chain in self._chains.values():
+            for segment in self._path(chain):
+                cell = expected.setdefault(segment, [0, 0.0])
+                cell[0] += 1
+                cell[1] += chain.tail_value if segment is chain.tail else chain.value
+        for segment in {self.tree.segment_of(block) for block in self.tree.blocks()}:
+            assert segment is not None
+            num_scenes, value = expected.get(segment, (0, 0.0))
+            assert segment.num_scenes == num_scenes
+            assert math.isclose(segment.value, value, rel_tol=1e-6, abs_tol=1e-12)
+            assert segment.num_absent == segment.states.count(ABSENT)
+            evictable = sum(map(_evictable, segment.states, segment.held))
+            assert segment.num_evictable == evictable
+            assert not evictable or any(entry[4] is segment and _low_valid(entry) for entry in self._low)
+            wanted = segment.num_absent and segment.value > 0.0
+            assert not wanted or any(entry[3] is segment and _high_valid(entry) for entry in self._high)
+            resident += len(segment.blocks) - segment.num_absent
+        assert resident == self.num_resident
+
+    def _path(self, chain: _Chain) -> Iterable[Segment]:
+        return self.tree.path(chain.tail or chain.body)
+
+    def _apply(self, chain: _Chain, value: float) -> None:
+        tail_value = value * self.tail_share
+        body, tail = value - chain.value, tail_value - chain.tail_value
+        chain.value, chain.tail_value = value, tail_value
+        for segment in self._path(chain):
+            segment.value = max(0.0, segment.value + (tail if segment is chain.tail else body))
+            self._queue(segment)
+
+    def _drop(self, chain: _Chain) -> None:
+        for segment in self._path(chain):
+            segment.num_scenes -= 1
+            own = chain.tail_value if segment is chain.tail else chain.value
+            segment.value = max(0.0, segment.value - own) if segment.num_scenes else 0.0
+            self._queue(segment)
+        if chain.tail is not None:
+            chain.tail.num_tails -= 1
+        self._prune(chain.tail or chain.body)
+
+    def _prune(self, segment: Segment) -> None:
+        joined = self.tree.prune(segment)
+        if joined is not None:
+            self._queue(joined)
+
+    def _mark(self, blocks: Iterable[Hashable], state: int) -> None:
+        for block in blocks:
+            found = self.tree.find(block)
+            if found is not None:
+                self._set_state(*found, state)
+                if state == ABSENT:
+                    self._prune(found[0])
+
+    def _set_state(self, segment: Segment, place: int, state: int) -> None:
+        old = segment.states[place]
+        if old == state:
+            return
+        free = not segment.held[place]
+        segment.states[place] = state
+        segment.num_absent += (state == ABSENT) - (old == ABSENT)
+        segment.num_evictable += free * ((state == RESIDENT) - (old == RESIDENT))
+        self.num_resident += (old == ABSENT) - (state == ABSENT)
+        if segment.num_absent == 1 or segment.num_evictable == 1:  # it may have been in a queue before, or not
+            self._queue(segment)
+
+    def _hold(self, blocks: Iterable[Hashable], change: int) -> None:
+        for block in blocks:
+            found = self.tree.find(block)
+            if found is None:
+                continue
+            segment, place = found
+            before = segment.held[place]
+            segment.held[place] = before + change
+            assert segment.held[place] >= 0, "release without hold"
+            if segment.states[place] == RESIDENT and (before == 0) != (segment.held[place] == 0):
+                segment.num_evictable -= change
+                self._queue(segment)
+            if change < 0:
+                self._prune(segment)
+
+    def _queue(self, segment: Segment) -> None:
+        if segment.num_evictable:
+            heapq.heappush(self._low, (segment.value, segment.last_use, -segment.start, segment.serial, segment))
+        if segment.num_absent and segment.value > 0.0:
+            heapq.heappush(self._high, (-segment.value, segment.start, segment.serial, segment))
+        limit = 8 * self.tree.num_segments + 1024
+        if len(self._low) > limit:
+            self._low = list({each[4]: each for each in self._low if _low_valid(each)}.values())
+            heapq.heapify(self._low)
+        if len(self._high) > limit:
+            self._high = list({each[3]: each for each in self._high if _high_valid(each)}.values())
+            heapq.heapify(self._high)
+
+    def _lowest(self) -> Segment | None:
+        while self._low:
+            if _low_valid(self._low[0]):
+                return self._low[0][4]
+            heapq.heappop(self._low)
+        return None
+
+    def _highest(self) -> Segment | None:
+        while self._high:
+            if _high_valid(self._high[0]):
+                return self._high[0][3]
+            heapq.heappop(self._high)
+        return None
+
+
+def _low_valid(entry: _Low) -> bool:
+    segment = entry[4]
+    return segment.value == entry[0] and segment.last_use == entry[1] and segment.num_evictable > 0
+
+
+def _high_valid(entry: _High) -> bool:
+    segment = entry[3]
+    return segment.value == -entry[0] and segment.num_absent > 0
+
+
+def _evictable(state: int, held: int) -> bool:
+    return state == RESIDENT and not held
+
+
+def _last_evictable(segment: Segment) -> int:
+    for place in range(len(segment.blocks) - 1, -1, -1):
+        if _evictable(segment.states[place], segment.held[place]):
+            return place
+    raise AssertionError("num_evictable is wrong")

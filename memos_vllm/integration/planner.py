@@ -1,0 +1,172 @@
+"""The planner: from a turn's end to KV in GPU blocks, before the next request exists.
+
+It feeds what happens (turns, hints) to the predictor and tells the engine which scenes it expects,
+with their value, whenever that changed. One planner lives in each API process; the engine merges
+what they say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memos_vllm.config import PredictionConfig
+from memos_vllm.core.predictor import Predictor
+from memos_vllm.core.scenes import Event, Scene, TurnEnded, TurnStarted
+from memos_vllm.integration import engine_channel
+from memos_vllm.types import Principal
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+logger = logging.getLogger(__name__)
+
+REPLAN_INTERVAL_S = 1.0
+"""How often the ranking is looked at while nothing happens: probabilities change with time."""
+
+SAVE_INTERVAL_S = 60.0
+"""How often what was learned is written down; a crash forgets no more than this."""
+
+
+class ScenePlanner:
+    """Owned by the API process's event loop.
+
+    Args:
+        state_path: where what was learned is kept, over restarts.
+        now: wall-clock seconds; habits follow the hour of the day.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        config: PredictionConfig,
+        state_path: Path,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.enabled = config.enabled
+        self._engine = engine
+        self._max_scenes = config.max_scenes
+        self._state_path = state_path
+        self._now = now
+        self._name = f"{os.getpid()}"
+        self._predictor = _restored(state_path)
+        self._told: list[tuple[float, str]] = []
+        self._changed = asyncio.Event()
+        self._saved_at = now()
+        self._task: asyncio.Task[None] | None = None
+
+    @staticmethod
+    def scene_id(who: Principal, session: str | None) -> str:
+        """A session's scene; without a session, that of the user's next conversation."""
+        parts = [who.tenant, who.user] + ([session] if session is not None else [])
+        text = "".join(f"{len(part)}:{part}" for part in parts)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    # -- what happens ---------------------------------------------------------------------------
+
+    def turn_started(self, who: Principal, session: str | None) -> str:
+        """A request came; returns its scene."""
+        scene_id = self.scene_id(who, session)
+        if self.enabled:
+            if scene_id not in self._predictor:
+                self._predictor.add(Scene(scene_id, owner=str(who)))
+            self.observe(TurnStarted(scene_id))
+        return scene_id
+
+    def turn_ended(self, scene_id: str) -> None:
+        self.observe(TurnEnded(scene_id))
+
+    def observe(self, event: Event) -> None:
+        """Learns from an event, and replans soon."""
+        if not self.enabled:
+            return
+        self._predictor.observe(event, self._now())
+        self._changed.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-planner")
+            atexit.register(self.save)
+
+    def forget(self, who: Principal) -> None:
+        """Forgets a user's scenes and habits."""
+        self._predictor.forget_owner(str(who))
+        self._changed.set()
+
+    def explain(self, scene_id: str) -> dict[str, Any] | None:
+        """Why a scene is expected; None if nothing is known of it."""
+        prediction = self._predictor.predict(scene_id, self._now()) if self.enabled else None
+        return None if prediction is None else asdict(prediction)
+
+    # -- what follows ---------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), REPLAN_INTERVAL_S)
+            self._changed.clear()
+            try:
+                await self._replan()
+                if self._now() - self._saved_at > SAVE_INTERVAL_S:
+                    self.save()
+            except Exception:
+                # Prediction only makes requests cheap; they must not depend on it.
+                logger.exception("the expected scenes could not be told to the engine")
+                await asyncio.sleep(REPLAN_INTERVAL_S)
+
+    async def _replan(self) -> None:
+        """Tells the engine what is expected, if the order of it changed."""
+        self._predictor.take_changes()
+        ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
+        if [scene_id for _, scene_id in ranked] == [scene_id for _, scene_id in self._told]:
+            return
+        payload = {"planner": self._name, "scenes": ranked}
+        replies = await engine_channel.call(self._engine, "expect", payload)
+        self._told = ranked
+        self._take_sizes(replies)
+
+    def _take_sizes(self, replies: list[dict[str, Any]]) -> None:
+        """The engine knows how large the scenes are; their value depends on it."""
+        for reply in replies:
+            for scene_id, num_blocks in reply.get("blocks", {}).items():
+                known = self._predictor.scene(scene_id)
+                if known is not None and known.num_blocks != num_blocks:
+                    # Prefill time and bytes both grow with the tokens; what counts is their ratio.
+                    self._predictor.add(
+                        Scene(
+                            scene_id,
+                            owner=known.owner,
+                            kind=known.kind,
+                            num_blocks=num_blocks,
+                            size_bytes=num_blocks,
+                            prefill_s=float(num_blocks),
+                        )
+                    )
+
+    def save(self) -> None:
+        """Writes down what was learned, whole or not at all; called at the end of the process too."""
+        self._saved_at = self._now()
+        temporary = self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(self._predictor.to_bytes())
+            temporary.replace(self._state_path)
+        except OSError as error:
+            logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
+
+
+def _restored(path: Path) -> Predictor:
+    """What an earlier server learned; a file that cannot be read costs only that."""
+    try:
+        return Predictor.from_bytes(path.read_bytes())
+    except FileNotFoundError:
+        return Predictor()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("what the predictor learned cannot be read from %s (%s); it starts anew", path, error)
+        return Predictor()
