@@ -2,7 +2,7 @@
 
 Why: before 0.32 vLLM seeds its block hashes with random bytes unless ``PYTHONHASHSEED`` is set, so
 KV on disk would never be found again. From 0.32 on the seed of sha256 is fixed.
-Goes when: the window starts at 0.32. ``tests/test_compat.py`` fails then.
+Goes when: the window starts at 0.32. ``tests/unit/test_compat.py`` fails then.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Why: 0.32 keeps ``validate_json_request`` in ``entrypoints.serve.utils``, 0.26 in
 ``entrypoints.openai.utils`` or beside its server. It is a dependency of the route that we replace.
-Goes when: the window starts at 0.32. ``tests/test_compat.py`` fails then.
+Goes when: the window starts at 0.32. ``tests/unit/test_compat.py`` fails then.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""Shims for old vLLM versions: each fails here once the window no longer has the version it is for."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from memos_vllm.compat import hashing, json_body
+from tests.conftest import ROOT
+
+NOT_NEEDED_FROM = {"hashing": "0.32", "json_body": "0.32"}
+
+
+@pytest.mark.parametrize("shim", NOT_NEEDED_FROM)
+def test_the_window_still_needs_the_shim(shim: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (vllm,) = [Requirement(text) for text in project["dependencies"] if text.startswith("vllm")]
+    oldest = min(Version(part.version) for part in vllm.specifier if part.operator == ">=")
+    assert oldest < Version(NOT_NEEDED_FROM[shim]), f"memos_vllm/compat/{shim}.py can go"
+
+
+def test_every_shim_says_why_and_when_it_goes() -> None:
+    shims = {path.stem for path in (ROOT / "memos_vllm" / "compat").glob("*.py")} - {"__init__"}
+    for shim in shims:
+        text = (ROOT / "memos_vllm" / "compat" / f"{shim}.py").read_text()
+        assert "Why:" in text and "Goes when:" in text, shim
+    assert NOT_NEEDED_FROM.keys() <= shims
+
+
+def test_json_check_is_the_one_of_the_installed_vllm() -> None:
+    assert json_body.validate_json_request.__module__.startswith("vllm.")
+
+
+def test_hashes_are_seeded_where_vllm_would_not_seed_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setattr(hashing.os, "environ", environment := {})
+    hashing.make_block_hashes_stable()
+    assert environment == {}, "from 0.32 on vLLM's own seed is fixed"
+    monkeypatch.delattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
+    hashing.make_block_hashes_stable()
+    assert environment == {"PYTHONHASHSEED": "0"}
