@@ -17,12 +17,15 @@ request that needs the blocks takes them.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.store.manager import TierManager
@@ -75,6 +78,8 @@ class Scene:
     request: _Shown | Request
     keys: list[BlockKey]
     """One per full block."""
+    hashes: list[bytes]
+    """vLLM's hashes with group id, one per full block."""
 
     @property
     def num_blocks(self) -> int:
@@ -135,8 +140,8 @@ class SceneTable:
     """By each API process: value and id of the scenes it expects."""
     _expected: list[str] = field(default_factory=list)
     """Predicted scenes that fit, most valuable first."""
-    _wanted: deque[str] = field(default_factory=deque)
-    """Of the expected ones, those that may still need a load."""
+    _wanted: dict[str, int] = field(default_factory=dict)
+    """Of the expected ones, those that may still need a load, and their first block not yet seen to."""
     _loads: list[_Load] = field(default_factory=list)
     _unused: dict[bytes, None] = field(default_factory=dict)
     """Hashes of prefetched blocks that no arrival has used yet."""
@@ -157,19 +162,23 @@ class SceneTable:
             shown = _Shown(list(request.block_hashes[: len(keys)]), request.cache_salt)
         if (old := self._scenes.pop(scene_id, None)) is not None:
             self._num_known_blocks -= old.num_blocks
-        self._scenes[scene_id] = Scene(scene_id, shown, list(keys))
+        hashes = [make_block_hash_with_group_id(of, 0) for of in request.block_hashes[: len(keys)]]
+        scene = self._scenes[scene_id] = Scene(scene_id, shown, list(keys), hashes)
         self._num_known_blocks += len(keys)
+        if old is not None and scene_id in self._expected:
+            self.queue.release(scene_id, old.hashes)
+            self._keep(scene)
+            self._order()
         while self._num_known_blocks > MAX_KNOWN_BLOCKS and len(self._scenes) > 1:
             self._remove(next(iter(self._scenes)))
-        if scene_id in self._expected:
-            self._rekeep()
 
     def _remove(self, scene_id: str) -> None:
-        self._num_known_blocks -= self._scenes.pop(scene_id).num_blocks
+        scene = self._scenes.pop(scene_id)
+        self._num_known_blocks -= scene.num_blocks
+        self._wanted.pop(scene_id, None)
         if scene_id in self._expected:
             self._expected.remove(scene_id)
-        if scene_id in self._wanted:
-            self._wanted.remove(scene_id)
+            self.queue.release(scene_id, scene.hashes)
 
     def clear(self) -> None:
         """Forgets all scenes; what is under way is not published."""
@@ -177,7 +186,6 @@ class SceneTable:
             load.failed = True
         for scene_id in list(self._scenes):
             self._remove(scene_id)
-        self._rekeep()
 
     def arrived(self, scene_id: str, request: Request, num_resident_blocks: int) -> None:
         """A request with this scene asks for its blocks for the first time.
@@ -190,8 +198,8 @@ class SceneTable:
             return
         num_shared = _num_shared_blocks(scene, request)
         for index in range(min(num_resident_blocks, num_shared)):
-            if self._hash(scene, index) in self._unused:
-                del self._unused[self._hash(scene, index)]
+            if scene.hashes[index] in self._unused:
+                del self._unused[scene.hashes[index]]
                 self.totals.used_blocks += 1
         if not num_shared:
             self.totals.other += 1
@@ -201,8 +209,7 @@ class SceneTable:
             self.totals.late += 1
         else:
             self.totals.missed += 1
-        if scene_id in self._wanted:
-            self._wanted.remove(scene_id)  # the request loads what is missing itself
+        self._wanted.pop(scene_id, None)  # the request loads what is missing itself
 
     def forget(self, tag_of: Callable[[str | None], bytes], tag: bytes) -> int:
         """Forgets the scenes of a deleted salt, and their blocks on the GPU; how many scenes there were."""
@@ -214,7 +221,6 @@ class SceneTable:
             self._remove(scene_id)
         for load in self._loads:
             load.failed |= tag_of(load.scene.request.cache_salt) == tag  # arrives, and is not published
-        self._rekeep()
         return len(gone)
 
     # -- materialising -------------------------------------------------------------------------
@@ -231,24 +237,37 @@ class SceneTable:
         self._told[planner] = list(scenes)
         told = sorted((item for items in self._told.values() for item in items), key=lambda item: -item[0])
         budget = int(KEEP_SHARE * self.pool.num_gpu_blocks)
-        self._expected = []
+        expected: dict[str, None] = {}
         for scene_id in dict.fromkeys(scene_id for _, scene_id in told):
             scene = self._scenes.get(scene_id)
             if scene is not None and scene.num_blocks <= budget:
                 budget -= scene.num_blocks
-                self._expected.append(scene_id)
-        self._rekeep()
-        self._wanted = deque(self._expected)
+                expected[scene_id] = None
+        known = set(self._expected)
+        for scene_id in known - expected.keys():
+            self.queue.release(scene_id, self._scenes[scene_id].hashes)
+        for scene_id in expected.keys() - known:
+            self._keep(self._scenes[scene_id])
+        self._expected = list(expected)
+        self._order()
+        self._wanted = dict.fromkeys(self._expected, 0)
         return self.advance()
+
+    def _keep(self, scene: Scene) -> None:
+        resident = (block for index in reversed(range(scene.num_blocks)) if (block := self._resident(scene, index)))
+        self.queue.keep(scene.scene_id, scene.hashes, resident)
+
+    def _order(self) -> None:
+        self.queue.order(self._expected[::-1])
 
     def advance(self) -> list[Op]:
         """Starts further chunks as far as the share in flight allows."""
         operations: list[Op] = []
         while self._wanted:
-            scene = self._scenes.get(self._wanted[0])
-            started = self._start_chunk(scene) if scene is not None else None
+            scene_id = next(iter(self._wanted))
+            started = self._start_chunk(self._scenes[scene_id])
             if started is None:
-                self._wanted.popleft()
+                del self._wanted[scene_id]
             elif started:
                 operations += started
             else:
@@ -257,7 +276,11 @@ class SceneTable:
 
     def _start_chunk(self, scene: Scene) -> list[Op] | None:
         """The next chunk of a scene: its copies, [] if there is no room now, None if all is done."""
-        first = self._num_covered(scene)
+        first = self._wanted[scene.scene_id]
+        while first < scene.num_blocks and (
+            self._resident(scene, first) or self.tiers.is_on_its_way(scene.keys[first])
+        ):
+            first += 1
         if first == scene.num_blocks:
             return None
         match = self.tiers.match(scene.keys[first : first + self.chunk_blocks])
@@ -275,17 +298,8 @@ class SceneTable:
             scene.keys[first : first + num_blocks], [block.block_id for block in blocks], prefetch=True
         )
         self._loads.append(_Load(scene, first, blocks, {operation.op_id for operation in operations}))
+        self._wanted[scene.scene_id] = first + num_blocks
         return operations
-
-    def _num_covered(self, scene: Scene) -> int:
-        """Leading blocks that are resident or under way."""
-        loading = {
-            load.first + offset for load in self._loads if load.scene is scene for offset in range(len(load.blocks))
-        }
-        index = 0
-        while index < scene.num_blocks and (index in loading or self._resident(scene, index)):
-            index += 1
-        return index
 
     def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
         """Publishes and releases what has arrived; returns the copies that follow."""
@@ -298,8 +312,7 @@ class SceneTable:
             done.append(load)
             if load.failed:
                 self.totals.failed_blocks += len(load.blocks)
-                if load.scene.scene_id in self._wanted:
-                    self._wanted.remove(load.scene.scene_id)  # not again and again
+                self._wanted.pop(load.scene.scene_id, None)  # not again and again
             else:
                 self._publish(load)
         for load in done:
@@ -308,14 +321,19 @@ class SceneTable:
         return self.advance() if done else []
 
     def _publish(self, load: _Load) -> None:
-        for offset, block in enumerate(load.blocks):
-            index = load.first + offset
-            if self._resident(load.scene, index):
-                continue  # a live request computed it meanwhile
-            blocks = [block] * (index + 1)  # only the last one is looked at
-            self.pool.cache_full_blocks(load.scene.request, blocks, index, index + 1, self.block_size, 0)
-            self._unused[self._hash(load.scene, index)] = None
-            self.totals.prefetched_blocks += 1
+        """Publishes runs of blocks; a block that a live request computed meanwhile is left out."""
+        scene = load.scene
+        by_index = [None] * load.first + load.blocks  # vLLM looks at the part from `first` on only
+        for resident, group in itertools.groupby(
+            range(load.first, len(by_index)), lambda index: self._resident(scene, index) is not None
+        ):
+            indices = list(group)
+            if resident:
+                continue
+            first, end = indices[0], indices[-1] + 1
+            self.pool.cache_full_blocks(scene.request, by_index, first, end, self.block_size, 0)
+            self._unused.update(dict.fromkeys(scene.hashes[first:end]))
+            self.totals.prefetched_blocks += end - first
         if len(self._unused) > self.pool.num_gpu_blocks:
             self._count_wasted()
 
@@ -373,24 +391,8 @@ class SceneTable:
             del self._unused[block_hash]
         self.totals.wasted_blocks += len(gone)
 
-    def _rekeep(self) -> None:
-        """Least valuable scene first, and of a scene the last block first."""
-        hashes, blocks = [], []
-        for scene_id in reversed(self._expected):
-            scene = self._scenes[scene_id]
-            for index in reversed(range(scene.num_blocks)):
-                hashes.append(self._hash(scene, index))
-                if block := self._resident(scene, index):
-                    blocks.append(block)
-        self.queue.keep(hashes, blocks)
-
-    def _hash(self, scene: Scene, index: int) -> bytes:
-        from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
-
-        return make_block_hash_with_group_id(scene.request.block_hashes[index], 0)
-
     def _resident(self, scene: Scene, index: int) -> KVCacheBlock | None:
-        return self.pool.cached_block_hash_to_block.get_one_block(self._hash(scene, index))
+        return self.pool.cached_block_hash_to_block.get_one_block(scene.hashes[index])
 
 
 def _num_shared_blocks(scene: Scene, request: Request) -> int:

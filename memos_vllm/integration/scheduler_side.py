@@ -173,6 +173,8 @@ class SchedulerSide:
             return
         if request.request_id in self._loading:
             return  # aborted while its blocks were being loaded: they hold nothing yet
+        if self._tiers.is_forgotten(tag):
+            return
         # The last token was sampled, not computed.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))

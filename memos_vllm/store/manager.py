@@ -137,6 +137,10 @@ class TierManager:
             num_blocks += 1
         return Match(num_blocks, num_host, pending)
 
+    def is_on_its_way(self, key: BlockKey) -> bool:
+        """Whether a copy of the block to the GPU is under way."""
+        return key in self._loading or key in self._prefetching
+
     # -- load -----------------------------------------------------------------------------------
 
     def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int], *, prefetch: bool = False) -> list[Op]:
@@ -206,7 +210,7 @@ class TierManager:
         What a tier already holds is left out. The caller must hold the GPU blocks named by the
         operations until ``complete`` releases them.
         """
-        if tag in self._forgotten:
+        if self.is_forgotten(tag):
             return []
         fresh = [
             (key, block)
@@ -351,6 +355,10 @@ class TierManager:
         dropped = self.slots.drop([key for key, of in self._host_tags.items() if of == tag])
         num_disk_blocks = self.disk.drop_tag(tag).blocks if self.disk is not None else 0
         return ForgetReport(dropped.freed + dropped.doomed, num_disk_blocks)
+
+    def is_forgotten(self, tag: bytes) -> bool:
+        """Whether a deletion named this tag; a request that still runs under it leaves nothing behind."""
+        return tag in self._forgotten
 
     def check_integrity(self) -> None:
         """Asserts conservation; at idle nothing is pinned and nothing is being written."""
