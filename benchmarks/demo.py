@@ -142,6 +142,33 @@ def measure(server: Server, arms: dict[str, list[tuple[float, int]]], arm: str, 
         settle(server)
 
 
+def predicted(server: Server, arms: dict[str, list[tuple[float, int]]]) -> None:
+    """Repeats: KV on disk only, a hint, KV on the GPU, and only then the request."""
+    ready = call(server, "GET", "/v1/memos/status")["kv"]["prediction"]["ready"]
+    for index in range(REPEATS):
+        settle(server)
+        for tier in ("gpu", "host"):
+            call(server, "POST", f"/v1/memos/kv/drop?tier={tier}")
+        call(server, "POST", "/v1/scenes", {"event": "typing"})
+        deadline = time.monotonic() + 60
+        while call(server, "GET", "/v1/scenes")["state"] != "ready":
+            if time.monotonic() > deadline:
+                raise StepFailed("the predicted KV is on the GPU within a minute")
+            time.sleep(0.01)
+        arms.setdefault("gpu, predicted", []).append(time_to_first_token(server, ALICE, f"Question ahead {index}?"))
+    now_ready = call(server, "GET", "/v1/memos/status")["kv"]["prediction"]["ready"]
+    check(now_ready == ready + REPEATS, "every request found its memory's KV ready on the GPU")
+
+
+def configuration(directory: Path, num_tokens: int, *, predicts: bool) -> Path:
+    path = directory / "memos.yaml"
+    path.write_text(
+        f"data_dir: {directory / 'data'}\nmemory:\n  long_lived_tokens: {2 * num_tokens}\n"
+        f"kv:\n  host_bytes: 1GiB\n  disk_bytes: 4GiB\nprediction:\n  enabled: {str(predicts).lower()}\n"
+    )
+    return path
+
+
 def cold(server: Server, arms: dict[str, list[tuple[float, int]]]) -> None:
     """The same prompt without the user's salt on it: nothing can be cached."""
     for index in range(REPEATS):
@@ -177,15 +204,10 @@ def show(arms: dict[str, list[tuple[float, int]]], model: str) -> None:
 def run(model: str, num_tokens: int) -> None:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memos-demo-")))
-        config = directory / "memos.yaml"
-        config.write_text(
-            f"data_dir: {directory / 'data'}\nmemory:\n  long_lived_tokens: {2 * num_tokens}\n"
-            "kv:\n  host_bytes: 1GiB\n  disk_bytes: 4GiB\n"
-        )
         arms: dict[str, list[tuple[float, int]]] = {}
-        options = {"plugin": True, "config": config}
         say(f"vllm serve {model} --plugin memos")
-        with serve(model, **options) as server:
+        # The tiers are shown as they are found; prediction comes after the restart.
+        with serve(model, plugin=True, config=configuration(directory, num_tokens, predicts=False)) as server:
             remembers(server)
             say(f"Alice pins a document of {num_tokens} tokens")
             fill(server, num_tokens)
@@ -197,7 +219,7 @@ def run(model: str, num_tokens: int) -> None:
             measure(server, arms, "host", ("gpu",))
             measure(server, arms, "disk", ("gpu", "host"))
         say("The server is restarted")
-        with serve(model, **options) as server:
+        with serve(model, plugin=True, config=configuration(directory, num_tokens, predicts=True)) as server:
             before = call(server, "GET", "/v1/memos/status")["kv"]["disk"]["blocks"]
             check(before > 0, "the KV is still there")
             seconds, cached = time_to_first_token(server, ALICE, "Question restart?")
@@ -207,6 +229,8 @@ def run(model: str, num_tokens: int) -> None:
             check(ANSWER in answer, "Alice's question is still answered")
             answer, _ = ask(server, BOB, QUESTION)
             check(ANSWER not in answer, "Bob still does not get it")
+            say("Alice starts to type; her memory's KV goes from disk to the GPU before the request exists")
+            predicted(server, arms)
         for arm in ("gpu", "host", "disk"):
             check(min(cached for _, cached in arms[arm]) > num_tokens // 2, f"memory was served from the {arm} tier")
         show(arms, model)

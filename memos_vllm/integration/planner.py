@@ -111,9 +111,10 @@ class ScenePlanner:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), REPLAN_INTERVAL_S)
+            happened = self._changed.is_set()
             self._changed.clear()
             try:
-                await self._replan()
+                await self._replan(happened)
                 if self._now() - self._saved_at > SAVE_INTERVAL_S:
                     self.save()
             except Exception:
@@ -121,11 +122,12 @@ class ScenePlanner:
                 logger.exception("the expected scenes could not be told to the engine")
                 await asyncio.sleep(REPLAN_INTERVAL_S)
 
-    async def _replan(self) -> None:
-        """Tells the engine what is expected, if the order of it changed."""
+    async def _replan(self, happened: bool) -> None:
+        """Tells the engine what is expected: after an event, since blocks may have left the GPU in the
+        meantime, and when time alone has changed the order."""
         self._predictor.take_changes()
         ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
-        if [scene_id for _, scene_id in ranked] == [scene_id for _, scene_id in self._told]:
+        if not happened and [scene_id for _, scene_id in ranked] == [scene_id for _, scene_id in self._told]:
             return
         payload = {"planner": self._name, "scenes": ranked}
         replies = await engine_channel.call(self._engine, "expect", payload)

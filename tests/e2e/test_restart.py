@@ -49,6 +49,8 @@ def test_damaged_files_are_recomputed_and_counted(memos: Memos, config_path: Pat
     memos.call("POST", "/v1/memories", key, json=DOCUMENT)
     memos.chat(key, "My favourite drink is oolong tea.")
     right = memos.answer(key, QUESTION, {"remember": False})
+    memos.settle()
+    memos.call("POST", "/v1/scenes", key, json={"event": "closed"})  # nothing is to be prefetched meanwhile
     memos.drop("gpu", "host")
     damaged = set(kv_files(config_path)) - before
     assert damaged

@@ -60,6 +60,13 @@ def test_a_hint_brings_the_prefix_to_the_gpu_before_the_request(memos: Memos, ke
     assert after["prediction"]["ready"] == before["prediction"]["ready"] + 1
 
 
+def test_the_same_hint_again_brings_back_what_left_meanwhile(memos: Memos, key: str) -> None:
+    for _ in range(2):
+        hint(memos, key, "typing")
+        wait_until(memos, key, "ready")
+        memos.drop("gpu")
+
+
 def test_a_turns_end_is_enough(memos: Memos, key: str) -> None:
     """Without any hint: the user's next conversation is expected from the end of this one."""
     wait_until(memos, key, "ready")
