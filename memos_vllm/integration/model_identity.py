@@ -43,7 +43,8 @@ def identity_of(vllm_config: VllmConfig, layout: tuple[str, ...]) -> KVIdentity:
 def _effective_config(vllm_config: VllmConfig) -> str:
     """What the command line changes about the computation: ``--hf-overrides``, ``--quantization``."""
     config = vllm_config.model_config.hf_config.to_dict()
-    config.pop("_name_or_path", None)  # a folder may move
+    for name in ("_name_or_path", "transformers_version"):  # a folder may move, a library be updated
+        config.pop(name, None)
     text = json.dumps([config, str(vllm_config.model_config.quantization)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -81,13 +82,10 @@ def rank_of(vllm_config: VllmConfig) -> int:
 def adapter_digest(lora_request: Any | None) -> bytes | None:
     """Content of the LoRA adapter that a request's KV is computed with; empty for the base model.
 
-    None: the adapter's files cannot be read here, or are loaded anew at will, so its KV cannot be
-    named and is not kept.
+    None: the adapter's files cannot be read here, so its KV cannot be named and is not kept.
     """
     if lora_request is None:
         return b""
-    if lora_request.load_inplace:
-        return None
     try:
         return fingerprint_adapter(Path(lora_request.lora_path))
     except OSError:

@@ -63,6 +63,7 @@ class SchedulerSide:
         self._generation = b""
         self._prefetch_waits: dict[str, float] = {}
         self._failed: set[str] = set()
+        self._stale: set[str] = set()
         self._held: dict[int, int] = {}
         engine_channel.serve(self.handle)
 
@@ -168,12 +169,14 @@ class SchedulerSide:
         self._arrived.discard(request.request_id)
         self._failed.discard(request.request_id)
         self._prefetch_waits.pop(request.request_id, None)
+        stale = request.request_id in self._stale
+        self._stale.discard(request.request_id)
         tag = self._tag(request)
         if self._tiers is None or self._pool is None or tag is None:
             return
         if request.request_id in self._loading:
             return  # aborted while its blocks were being loaded: they hold nothing yet
-        if self._tiers.is_forgotten(tag):
+        if stale or self._tiers.is_forgotten(tag):
             return
         # The last token was sampled, not computed.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
@@ -214,6 +217,9 @@ class SchedulerSide:
         if (lora := request.lora_request) is None:
             return b""
         loaded = (lora.lora_int_id, lora.lora_path)
+        if lora.load_inplace:
+            # Id and path stay while the content changes, for later requests too: it cannot be named again.
+            self._adapters[loaded] = None
         if loaded not in self._adapters:
             self._adapters[loaded] = adapter_digest(lora)
         return self._adapters[loaded]
@@ -238,7 +244,7 @@ class SchedulerSide:
         # Deepest first, as vLLM frees a request: the head of a prefix is then evicted last.
         self._pool.free_blocks(reversed(released))
         for request_id, op_ids in list(self._loading.items()):
-            if op_ids & completion.failed_ops:
+            if op_ids & completion.failed_ops and request_id in self._keys:
                 self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
             op_ids -= completion.finished_ops
             if not op_ids:
@@ -258,6 +264,7 @@ class SchedulerSide:
     def reset_cache(self) -> None:
         """The weights changed, or the operator wants no older KV: nothing saved so far is found again."""
         self._generation = secrets.token_bytes(16)
+        self._stale |= self._keys.keys()  # what runs has KV of the old weights
         self._keys.clear()
         self._matched.clear()
         if self._tiers is not None:

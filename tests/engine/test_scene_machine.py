@@ -1,0 +1,616 @@
+"""Any order of events over vLLM's own KV cache manager, block pool and requests, without a model.
+
+The machine is scheduler and workers at once. It knows the bytes: what every rank has in every GPU
+block, host slot and file. A copy runs on a rank when that rank reports it, the latest moment there is,
+so a block, slot or file that was given away too early shows as wrong KV under a published hash.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from hypothesis import Phase, currently_in_test_context, event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from memos_vllm.config import MemosConfig
+from memos_vllm.integration import salts, scheduler_side
+from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
+from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, SCENE_PARAM
+from memos_vllm.integration.scheduler_side import PREFETCH_PATIENCE_S, SchedulerSide
+from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
+from tests.store.store_factories import make_identity
+
+NUM_BLOCKS = 29
+USABLE = NUM_BLOCKS - 1
+"""One is vLLM's null block."""
+BLOCK_SIZE = 2
+WORLD_SIZE = 2
+BLOCK_BYTES = 16
+HOST_SLOTS = 12
+DISK_BLOCKS = 24
+USERS = 2
+MAX_REQUESTS = 4
+SCENES = [f"scene-{index}" for index in range(4)]
+PATHS = [(0, 0, 0), (0, 0, 0, 1, 1), (0, 0, 0, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 1), (1, 0)]
+"""Conversations, one number a block; they share beginnings."""
+SOMETIMES = st.integers(0, 4).map(lambda number: number == 3)
+
+Content = tuple[bytes, int]
+"""vLLM's hash of what a block holds, and of which weights it is."""
+
+
+@dataclass(eq=False)
+class Live:
+    """A request, as the scheduler sees it."""
+
+    request: Any
+    state: str = "waiting"
+    """waiting, loading, loaded (its copies ended), running, or aborted while loading."""
+    block_ids: list[int] = field(default_factory=list)
+    ops: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class UnderWay:
+    operation: Op
+    ranks: set[int]
+    saved: list[Any]
+    """Of a Save: what its blocks held when it was planned."""
+    failed: bool = False
+
+
+def make_kv_cache_manager() -> Any:
+    import torch
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+    if not hasattr(kv_cache_utils, "NONE_HASH"):  # once a process: an engine may be in this one
+        kv_cache_utils.init_none_hash(hash_function())
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    config = KVCacheConfig(
+        num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    return KVCacheManager(
+        config,
+        max_model_len=1024,
+        scheduler_block_size=BLOCK_SIZE,
+        hash_block_size=BLOCK_SIZE,
+        enable_caching=True,
+    )
+
+
+def hash_function() -> Any:
+    from vllm.utils.hashing import sha256
+
+    return sha256
+
+
+def make_request(name: str, token_ids: list[int], salt: str | None, scene: str | None) -> Any:
+    from vllm import SamplingParams
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+    from vllm.v1.request import Request
+
+    extra = {"kv_transfer_params": {SCENE_PARAM: scene}} if scene else None
+    return Request(
+        name,
+        token_ids,
+        SamplingParams(max_tokens=1000, extra_args=extra),
+        None,
+        cache_salt=salt,
+        block_hasher=get_request_block_hasher(BLOCK_SIZE, hash_function()),
+    )
+
+
+def note_event(what: str) -> None:
+    """For ``--hypothesis-show-statistics``: how often the machine gets where it should."""
+    if currently_in_test_context():
+        event(what)
+
+
+class SceneMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.now = 0.0
+        for target, stand_in in {
+            "identity_of": lambda *_: make_identity(),
+            "engine_channel": SimpleNamespace(serve=lambda _: None),
+            "time": SimpleNamespace(monotonic=lambda: self.now),
+        }.items():
+            self.stack.enter_context(mock.patch.object(scheduler_side, target, stand_in))
+        self.kv = make_kv_cache_manager()
+        self.pool = self.kv.block_pool
+        config = MemosConfig.model_validate(
+            {
+                "data_dir": folder,
+                "kv": {
+                    "host_bytes": HOST_SLOTS * BLOCK_BYTES * WORLD_SIZE,
+                    "disk_bytes": DISK_BLOCKS * BLOCK_BYTES * WORLD_SIZE,
+                    "chunk_bytes": 3 * BLOCK_BYTES,
+                    "min_load_tokens": BLOCK_SIZE,
+                },
+            }
+        )
+        vllm_config = SimpleNamespace(
+            cache_config=SimpleNamespace(block_size=BLOCK_SIZE, enable_prefix_caching=True),
+            parallel_config=SimpleNamespace(
+                data_parallel_rank=0, data_parallel_index=0, decode_context_parallel_size=1, world_size=WORLD_SIZE
+            ),
+        )
+        self.side = SchedulerSide(vllm_config, self.kv.kv_cache_config, config)
+        self.side.bind_block_pool(self.pool)
+        self.side.open_tiers([MemosHandshake(("x",), BLOCK_BYTES)] * WORLD_SIZE)
+        assert self.side._scenes is not None, "prediction must be on for this test to mean anything"
+
+        self.lives: list[Live] = []
+        self.under_way: dict[int, UnderWay] = {}
+        self.gpu: dict[tuple[int, int], Content | None] = {}  # by rank and block
+        self.host: dict[tuple[int, int], Content | None] = {}  # by rank and slot
+        self.files: dict[tuple[int, str], list[Content | None]] = {}
+        self.weights = 0
+        self.epochs = [0] * USERS
+        self.forgotten: set[str] = set()
+        self.salt_of_hash: dict[bytes, str | None] = {}
+        self.num_requests = 0
+
+    @property
+    def tiers(self) -> Any:
+        return self.side._tiers
+
+    @property
+    def scenes(self) -> Any:
+        return self.side._scenes
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def referenced(self) -> set[int]:
+        return {block.block_id for block in self.pool.blocks if block.ref_cnt > 0 and not block.is_null}
+
+    def published(self) -> dict[int, bytes]:
+        """By block: the hash under which a request would find it."""
+        from vllm.v1.core.kv_cache_utils import get_block_hash
+
+        found = {}
+        for block_hash, blocks in self.pool.cached_block_hash_to_block._cache.items():
+            for block_id in blocks if isinstance(blocks, dict) else [blocks.block_id]:
+                found[block_id] = bytes(get_block_hash(block_hash))
+        return found
+
+    def pick(self, data: st.DataObject, *states: str) -> Live:
+        return data.draw(st.sampled_from([live for live in self.lives if live.state in states]))
+
+    def any_in(self, *states: str) -> bool:
+        return any(live.state in states for live in self.lives)
+
+    # -- the scheduler's part -------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """The step's metadata reaches every worker."""
+        metadata = self.side.take_metadata(idle=True)
+        for operation in metadata.operations:
+            saved = []
+            if isinstance(operation, Save):
+                saved = [self.gpu[rank, block] for rank in range(WORLD_SIZE) for block in operation.block_ids]
+                assert None not in saved, "a block without KV was saved"
+            if isinstance(operation, Load | Read):
+                self.poison(operation.block_ids)
+            self.under_way[operation.op_id] = UnderWay(operation, set(range(WORLD_SIZE)), saved)
+        for live in self.lives:
+            if live.request.request_id in metadata.loads:
+                assert live.state == "loading"
+                assert live.ops == set(metadata.loads[live.request.request_id])
+
+    def poison(self, block_ids: Sequence[int]) -> None:
+        for rank in range(WORLD_SIZE):
+            self.gpu.update(((rank, block), None) for block in block_ids)
+
+    def compute(self, live: Live, first: int, num_tokens: int) -> None:
+        """The forward pass: full blocks from ``first`` on get their KV, and what it reads must be right."""
+        hashes = [bytes(block_hash) for block_hash in live.request.block_hashes]
+        for index in range(num_tokens // BLOCK_SIZE):
+            for rank in range(WORLD_SIZE):
+                place, right = (rank, live.block_ids[index]), (hashes[index], self.weights)
+                if index >= first:
+                    self.gpu[place] = right
+                assert self.gpu[place] == right, "a request computes on another block's KV"
+
+    def allocate(
+        self, live: Live, num_new_tokens: int, hits: Any = None, num_local: int = 0, num_loaded: int = 0
+    ) -> bool:
+        """vLLM's own allocation; granted exactly if the plain pool would grant it."""
+        request, before = live.request, self.referenced()
+        busy = {block for item in self.under_way.values() for block in getattr(item.operation, "block_ids", ())}
+        held, kept = len(live.block_ids), set(self.scenes.queue._part_of)
+        total = request.num_computed_tokens + num_local + num_loaded + num_new_tokens
+        hit_ids = hits.get_block_ids()[0] if hits is not None else []
+        needed = max(0, -(-total // BLOCK_SIZE) - held - len(hit_ids)) + sum(block not in before for block in hit_ids)
+        granted = self.kv.allocate_slots(
+            request,
+            num_new_tokens,
+            num_local,
+            hits,
+            num_external_computed_tokens=num_loaded,
+            delay_cache_blocks=num_loaded > 0,
+        )
+        assert (granted is not None) == (needed <= USABLE - len(before)), "kept blocks are not free for a request"
+        if granted is None:
+            note_event("an allocation was refused")
+            return False
+        note_event(f"loaded from our tiers: {num_loaded > 0}")
+        live.block_ids = list(self.kv.get_block_ids(request.request_id)[0])
+        new = live.block_ids[held + len(hit_ids) :]
+        assert not set(new) & (busy | before), "a block in use was handed out"
+        if set(new) & kept:
+            note_event("a request took kept blocks")
+        self.poison(new)
+        return True
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(
+        user=st.integers(0, USERS - 1),
+        path=st.sampled_from(PATHS),
+        scene=st.sampled_from([None, *SCENES]),
+    )
+    def arrive(self, user: int, path: Sequence[int], scene: str | None) -> None:
+        token_ids = [token for index, branch in enumerate(path) for token in (branch, index)]
+        self.add([*token_ids, 99], f"memos:user{user}-{self.epochs[user]}", scene)
+
+    @initialize(user=st.integers(0, USERS - 1))
+    def two_scenes_off_the_gpu(self, user: int) -> None:
+        self.turn(user, PATHS[2], SCENES[0])
+        self.turn(user, PATHS[3], SCENES[1])
+        self.settle()
+        assert self.pool.reset_prefix_cache()
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(user=st.integers(0, USERS - 1), path=st.sampled_from(PATHS), scene=st.sampled_from(SCENES))
+    def turn(self, user: int, path: Sequence[int], scene: str) -> None:
+        """A request from its arrival to its end, as far as there is room and nothing to wait for."""
+        self.arrive(user, path, scene)
+        self.try_schedule(self.lives[-1])
+        if self.lives[-1].state == "running":
+            self.end(self.lives[-1])
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(num_blocks=st.integers(1, USABLE))
+    def arrive_without_memory(self, num_blocks: int) -> None:
+        """Pressure: tokens that nobody had before."""
+        self.add([1000 + self.num_requests] * (num_blocks * BLOCK_SIZE - 1), None, None)
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(share=st.floats(0.3, 1))
+    def pressure(self, share: float) -> None:
+        """A request that takes a share of what is free, kept blocks too, and ends."""
+        num_blocks = int(share * self.pool.get_num_free_blocks())
+        if num_blocks:
+            self.arrive_without_memory(num_blocks)
+            live = self.lives[-1]
+            self.try_schedule(live)
+            assert live.state == "running", "there was room"
+            self.end(live)
+
+    def add(self, token_ids: list[int], salt: str | None, scene: str | None) -> None:
+        self.num_requests += 1
+        self.lives.append(Live(make_request(f"r{self.num_requests}", token_ids, salt, scene)))
+        self.note_hashes(self.lives[-1])
+
+    def note_hashes(self, live: Live) -> None:
+        for block_hash in live.request.block_hashes:
+            self.salt_of_hash[bytes(block_hash)] = live.request.cache_salt
+
+    @precondition(lambda self: self.any_in("waiting"))
+    @rule(data=st.data())
+    def schedule(self, data: st.DataObject) -> None:
+        self.try_schedule(self.pick(data, "waiting"))
+
+    def try_schedule(self, live: Live) -> None:
+        request = live.request
+        hits, num_local, _ = self.kv.get_computed_blocks(request)
+        num_loaded, is_async = self.side.match(request, num_local)
+        if num_loaded is None:
+            return
+        assert is_async == (num_loaded > 0) and num_local + num_loaded < request.num_tokens
+        num_new = 0 if is_async else request.num_tokens - num_local
+        if not self.allocate(live, num_new, hits, num_local, num_loaded):
+            return
+        self.side.plan_load(request, live.block_ids, num_loaded)
+        if is_async:
+            live.state = "loading"
+            live.ops = set(self.side._loads[request.request_id])
+            request.num_computed_tokens = num_local + num_loaded
+        else:
+            live.state = "running"
+            request.num_computed_tokens = request.num_tokens
+            self.compute(live, num_local // BLOCK_SIZE, request.num_tokens)
+        self.collect()
+
+    @precondition(lambda self: self.any_in("loaded"))
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        """Its copies ended on every rank: vLLM publishes what arrived, and computes the rest."""
+        live = self.pick(data, "loaded")
+        request = live.request
+        if not request.num_computed_tokens:
+            self.kv.free(request)
+            live.block_ids, live.state = [], "waiting"
+            return
+        num_arrived = request.num_computed_tokens
+        self.kv.cache_blocks(request, num_arrived)
+        if self.allocate(live, request.num_tokens - num_arrived):
+            live.state = "running"
+            request.num_computed_tokens = request.num_tokens
+            self.compute(live, num_arrived // BLOCK_SIZE, request.num_tokens)
+
+    @precondition(lambda self: self.any_in("running"))
+    @rule(data=st.data(), token=st.integers(0, 1))
+    def decode(self, data: st.DataObject, token: int) -> None:
+        live = self.pick(data, "running")
+        before = live.request.num_tokens
+        if -(-(before + 1) // BLOCK_SIZE) > USABLE:
+            return
+        live.request.append_output_token_ids(token)
+        self.note_hashes(live)
+        if self.allocate(live, 1):
+            live.request.num_computed_tokens = live.request.num_tokens
+            self.compute(live, before // BLOCK_SIZE, live.request.num_tokens)
+        else:
+            self.end(live)  # vLLM would preempt somebody
+
+    @precondition(lambda self: self.any_in("running"))
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.end(self.pick(data, "running"))
+
+    @precondition(lambda self: self.any_in("waiting", "loading", "loaded"))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        live = self.pick(data, "waiting", "loading", "loaded")
+        if live.state == "loading":
+            self.side.plan_save(live.request, live.block_ids)
+            live.state = "aborted"  # vLLM frees the blocks when the copies end
+        else:
+            self.end(live)
+
+    def end(self, live: Live) -> None:
+        self.side.plan_save(live.request, live.block_ids)
+        self.kv.free(live.request)
+        self.lives.remove(live)
+        self.collect()
+
+    # -- the workers' part ----------------------------------------------------------------------
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data(), ok=st.integers(0, 5).map(bool), corrupt=st.booleans(), whole=st.booleans())
+    def report(self, data: st.DataObject, ok: bool, corrupt: bool, whole: bool) -> None:
+        """One rank ends one copy, or all ranks do."""
+        item = self.under_way[data.draw(st.sampled_from(sorted(self.under_way)))]
+        ranks = sorted(item.ranks)
+        for rank in ranks if whole else [data.draw(st.sampled_from(ranks))]:
+            self.end_copy(item, rank, ok, corrupt)
+
+    def end_copy(self, item: UnderWay, rank: int, ok: bool = True, corrupt: bool = False) -> None:
+        operation = item.operation
+        self.run(item, rank, ok)
+        item.ranks.discard(rank)
+        item.failed |= not ok
+        failed = () if ok or not isinstance(operation, Load | Read) else operation.block_ids[-1:]
+        if not item.ranks:
+            del self.under_way[operation.op_id]
+        before = set(self.published().values())
+        answer = Result(operation.op_id, ok, None if ok else "broken", failed, 1, 0.0, corrupt and not ok)
+        self.side.complete(MemosWorkerMeta([answer]))
+        published = set(self.published().values()) - before
+        if published:
+            note_event("a prefetch was published")
+        assert not published or not (item.ranks or item.failed), "published before every rank had its copy"
+        assert all(self.salt_of_hash[block_hash] not in self.forgotten for block_hash in published)
+        for live in self.lives:
+            if operation.op_id in live.ops:
+                for block in failed:  # vLLM counts what arrived before the first failed block
+                    arrived = live.block_ids.index(block) * BLOCK_SIZE
+                    live.request.num_computed_tokens = min(live.request.num_computed_tokens, arrived)
+                if not item.ranks:
+                    live.ops.discard(operation.op_id)
+        for live in list(self.lives):
+            if live.state in ("loading", "aborted") and not live.ops:
+                if live.state == "loading":
+                    live.state = "loaded"
+                else:
+                    self.kv.free(live.request)
+                    self.lives.remove(live)
+
+    def run(self, item: UnderWay, rank: int, ok: bool) -> None:
+        match item.operation:
+            case Save() as save:
+                now = [self.gpu[rank, block] for block in save.block_ids]
+                at = rank * len(now)
+                assert now == item.saved[at : at + len(now)], "a block was overwritten while it was saved"
+                self.host.update(((rank, slot), kv if ok else None) for slot, kv in zip(save.slots, now, strict=True))
+            case Write() as write:
+                self.files[rank, write.path] = [self.host[rank, slot] for slot in write.slots] if ok else []
+            case Load() as load:
+                self.deliver(rank, load, [self.host[rank, slot] for slot in load.slots], ok)
+            case Read() as read:
+                found = [self.files[rank, read.path][position] for position in read.positions]
+                self.deliver(rank, read, found, ok)
+                self.host.update(
+                    ((rank, slot), kv if ok else None) for slot, kv in zip(read.slots or (), found, strict=False)
+                )
+
+    def deliver(self, rank: int, operation: Load | Read, found: list[Content | None], ok: bool) -> None:
+        """A copy that fails here misses its last block, and says so."""
+        for block, kv in zip(operation.block_ids, found, strict=True):
+            self.gpu[rank, block] = kv if ok or block != operation.block_ids[-1] else None
+
+    # -- the API processes' part ----------------------------------------------------------------
+
+    @rule(planner=st.sampled_from("pq"), scenes=st.permutations(SCENES), num=st.integers(0, len(SCENES)))
+    def expect(self, planner: str, scenes: list[str], num: int) -> None:
+        told = [(float(num - index), scene) for index, scene in enumerate(["nobody's", *scenes][: num + 1])]
+        self.side.handle("expect", {"planner": planner, "scenes": told})
+        if self.scenes.num_loading_blocks:
+            note_event("a prefetch is under way")
+
+    @rule(user=st.integers(0, USERS - 1), really=SOMETIMES)
+    def forget(self, user: int, really: bool) -> None:
+        if not really:
+            return
+        salt = f"memos:user{user}-{self.epochs[user]}"
+        held = self.referenced()
+        known = {
+            bytes(of)
+            for scene in self.scenes._scenes.values()
+            if scene.request.cache_salt == salt
+            for of in scene.request.block_hashes[: scene.num_blocks]
+        }
+        self.side.handle("forget", {"salt": salt})
+        self.forgotten.add(salt)
+        self.epochs[user] += 1
+        assert not known & {of for block, of in self.published().items() if block not in held}
+
+    @rule()
+    def empty_the_gpu(self) -> None:
+        self.settle()
+        assert self.pool.reset_prefix_cache()
+
+    @rule(really=SOMETIMES)
+    def drop_host(self, really: bool) -> None:
+        if not really:
+            return
+        self.side.handle("drop_host", {})
+
+    @rule(seconds=st.sampled_from([PREFETCH_PATIENCE_S / 2, PREFETCH_PATIENCE_S]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(new_weights=st.booleans(), really=SOMETIMES)
+    def reset(self, new_weights: bool, really: bool) -> None:
+        """vLLM refuses while blocks are referenced; kept blocks do not count."""
+        assert self.pool.reset_prefix_cache() == (not self.referenced())
+        if really and new_weights and not self.referenced():
+            self.weights += 1
+            self.side.reset_cache()
+
+    @rule(really=SOMETIMES)
+    def reset_ours_only(self, really: bool) -> None:
+        """The operator's call, with requests and copies under way; the weights are the same."""
+        if not really:
+            return
+        self.side.reset_cache()
+
+    @rule()
+    def settle(self) -> None:
+        """All copies and requests end; then nothing is held by anyone."""
+        self.collect()
+        while self.under_way or self.lives:
+            while self.under_way:
+                item = next(iter(self.under_way.values()))
+                self.end_copy(item, min(item.ranks))
+                self.collect()
+            for live in list(self.lives):
+                self.end(live)
+        assert not self.referenced() and self.pool.get_num_free_blocks() == USABLE
+        assert not self.side.holds_blocks and not self.side.has_work
+        assert not self.side._loading and not self.side._held and not self.side._keys and not self.side._matched
+        counts = self.tiers.slots.check_integrity()
+        assert counts.writing == counts.pinned == counts.doomed == 0
+
+    # -- what always holds ----------------------------------------------------------------------
+
+    @invariant()
+    def conservation(self) -> None:
+        self.collect()
+        self.scenes.check_integrity()
+        self.tiers.check_integrity()
+        self.tiers.disk.check_integrity()
+        queue, free = self.pool.free_block_queue, self.pool.free_block_queue.get_all_free_blocks()
+        assert queue is self.scenes.queue
+        assert queue.num_plain_blocks + queue.num_kept_blocks == queue.num_free_blocks == len(free)
+        assert {block.block_id for block in free} | self.referenced() == set(range(1, NUM_BLOCKS))
+        assert self.pool.get_num_free_blocks() == USABLE - len(self.referenced())
+        assert self.scenes.num_loading_blocks <= IN_FLIGHT_SHARE * NUM_BLOCKS
+        assert set(self.scenes._expected) <= self.scenes._scenes.keys()
+
+    @invariant()
+    def references_are_those_of_requests_and_copies(self) -> None:
+        held = [block for live in self.lives for block in live.block_ids]
+        for item in self.under_way.values():
+            if isinstance(item.operation, Save) or getattr(item.operation, "prefetch", False):
+                held += item.operation.block_ids
+        waits = {block.block_id for load in self.scenes._loads for block in load.blocks}
+        for block in self.pool.blocks[1:]:
+            at_most = held.count(block.block_id) + (block.block_id in waits)
+            at_least = held.count(block.block_id)
+            assert at_least <= block.ref_cnt <= max(at_most, at_least), block
+
+    @invariant()
+    def what_is_published_is_there_on_every_rank(self) -> None:
+        for block, block_hash in self.published().items():
+            for rank in range(WORLD_SIZE):
+                assert self.gpu[rank, block] == (block_hash, self.weights)
+
+    @invariant()
+    def a_block_that_is_read_or_written_is_not_free(self) -> None:
+        busy = {block for item in self.under_way.values() for block in getattr(item.operation, "block_ids", ())}
+        assert busy <= self.referenced()
+        written = {
+            block
+            for item in self.under_way.values()
+            if isinstance(item.operation, Load | Read)
+            for block in item.operation.block_ids
+        }
+        assert not written & self.published().keys()
+
+    @invariant()
+    def the_forgotten_stay_forgotten(self) -> None:
+        assert not {scene.request.cache_salt for scene in self.scenes._scenes.values()} & self.forgotten
+        tags = {salts.tag(salt) for salt in self.forgotten}
+        found = {
+            self.tiers._host_tags[key] for key in self.tiers._host_tags if self.tiers.slots.lookup(key) is not None
+        }
+        assert not found & tags
+
+    def teardown(self) -> None:
+        try:
+            self.settle()
+            self.side.shutdown()
+            assert not self.side.has_work
+            assert self.side.match(make_request("late", [1] * 9, "memos:late", None), 0) == (0, False)
+        finally:
+            if self.tiers is not None:
+                self.tiers.disk.close()
+            self.stack.close()
+
+
+def test_a_request_that_ends_after_a_deletion_registers_no_scene() -> None:
+    """Deleting forgets a user's scenes; one that is still running must not bring them back."""
+    machine = SceneMachine()
+    try:
+        machine.add([1, 2, 3, 4, 5], "memos:user0-0", SCENES[0])
+        (live,) = machine.lives
+        assert machine.allocate(live, 5)
+        live.state, live.request.num_computed_tokens = "running", 5
+        machine.compute(live, 0, 5)
+        machine.side.handle("forget", {"salt": "memos:user0-0"})
+        machine.end(live)
+        assert machine.side.handle("scene", {"scene": SCENES[0]})["state"] == "unknown"
+    finally:
+        machine.teardown()
+
+
+TestSceneMachine = SceneMachine.TestCase
+TestSceneMachine.settings = settings(
+    max_examples=300,
+    stateful_step_count=40,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],  # Phase.explain takes minutes here
+)
