@@ -1,11 +1,11 @@
 """The data directory: who may use it, and where everything in it is.
 
-    data_dir/
-      lock            held (flock) by the one server that uses the directory
-      secret          32 random bytes; tenant salts derive from it
-      predictor.json  what next-scene prediction has learned
-      memory/         LMDB: plaintext memory, the single source of truth
-      kv/dp<index>/   LMDB index and safetensors files of activation memory, per data-parallel engine
+data_dir/
+  lock            held (flock) by the one server that uses the directory
+  secret          32 random bytes; tenant salts derive from it
+  predictor.json  what next-scene prediction has learned
+  memory/         LMDB: plaintext memory, the single source of truth
+  kv/dp<index>/   LMDB index and safetensors files of activation memory, per data-parallel engine
 """
 
 from __future__ import annotations

@@ -31,10 +31,12 @@ EDGES_S = (0.0, *(2 ** (i / BINS_PER_OCTAVE) for i in range(NUM_BINS - 1)), math
 HOURS = 24
 
 PRIOR_EVENTS = 4.0
-"""Returns that a base, an owner's ratio or an owner's clock weighs as much as its prior."""
+"""A base, an owner's ratio or an owner's hour weighs as much as its prior once it has seen so many returns."""
 
 SHARED_PRIOR_EVENTS = 16.0
-"""The same of the other factors: they see every return, and there are several of them."""
+SHARED_PHASE_PRIOR_EVENTS = 64.0
+"""The same of the other factors as a whole, and of their phases. They see every return, and there are several
+of them, so they need not be believed early; and a factor that matters mostly matters in all phases."""
 
 PRIOR_RETURNS_PER_OCTAVE = 0.1
 """Of the base before anything is seen. Only the order matters then, not the level."""
@@ -69,7 +71,7 @@ class Context:
     base: Base
     names: Sequence[str]
     rows: Sequence[Row]
-    priors: Sequence[float]
+    priors: Sequence[tuple[float, float]]
     clock: Row | None
     """The owner's hours of the day."""
 
@@ -77,8 +79,8 @@ class Context:
 class Factor:
     """The ratios of one factor, a row per key."""
 
-    def __init__(self, name: str, num_phases: int, prior_events: float) -> None:
-        self.name, self.prior_events = name, prior_events
+    def __init__(self, name: str, num_phases: int, prior_events: float, phase_prior_events: float) -> None:
+        self.name, self.priors = name, (prior_events, phase_prior_events)
         self._width = 2 + 2 * num_phases
         self._rows: dict[int | str, Row] = {}
 
@@ -149,9 +151,11 @@ class HazardModel:
 
     def __init__(self) -> None:
         self._bases: dict[str, Base] = {}
-        self._factors = {name: Factor(name, NUM_PHASES, SHARED_PRIOR_EVENTS) for name in self.SHARED}
-        self._factors["owner"] = Factor("owner", NUM_PHASES, PRIOR_EVENTS)
-        self._clock = Factor("clock", HOURS, PRIOR_EVENTS)
+        self._factors = {
+            name: Factor(name, NUM_PHASES, SHARED_PRIOR_EVENTS, SHARED_PHASE_PRIOR_EVENTS) for name in self.SHARED
+        }
+        self._factors["owner"] = Factor("owner", NUM_PHASES, PRIOR_EVENTS, PRIOR_EVENTS)
+        self._clock = Factor("clock", HOURS, PRIOR_EVENTS, PRIOR_EVENTS)
 
     def context(self, kind: str, keys: Iterable[tuple[str, int | str]], clock: str | None) -> Context:
         """``keys``: a factor's name and the key that applies; ``clock``: whose hours of the day."""
@@ -160,48 +164,50 @@ class HazardModel:
             self._bases.setdefault(kind, Base()),
             tuple(name for name, _ in keys),
             tuple(self._factors[name].row(key) for name, key in keys),
-            tuple(self._factors[name].prior_events for name, _ in keys),
+            tuple(self._factors[name].priors for name, _ in keys),
             None if clock is None else self._clock.row(clock),
         )
 
     def rate(self, context: Context, index: int, hour: int) -> float:
         """Returns per second in bin ``index``."""
-        phase = _phase_of(index)
+        i = 2 + 2 * _PHASE[index]
         whole = 1.0
-        for row, prior in zip(context.rows, context.priors, strict=True):
-            whole *= _ratio(row, phase, prior)
+        for row, (prior, own) in zip(context.rows, context.priors, strict=True):  # _ratio, spelled out: the hot path
+            whole *= (row[i] + own * (row[0] + prior) / (row[1] + prior)) / (row[i + 1] + own)
         if context.clock is not None:
-            whole *= _ratio(context.clock, hour, PRIOR_EVENTS)
-        whole = min(_MAX_RATIO, max(1.0 / _MAX_RATIO, whole))
-        return context.base.rate(index) * whole
+            whole *= _ratio(context.clock, hour, self._clock.priors)
+        return context.base.rate(index) * min(_MAX_RATIO, max(1.0 / _MAX_RATIO, whole))
 
     def observe(self, context: Context, index: int, hour: int | None, exposure_s: float, events: int) -> None:
         """A scene waited ``exposure_s`` in bin ``index`` and came back ``events`` (0 or 1) times.
 
         ``hour`` None: over whole days.
         """
-        phase = _phase_of(index)
-        ratios = list(map(_ratio, context.rows, repeat(phase), context.priors))
-        own_hour = 1.0 if context.clock is None or hour is None else _ratio(context.clock, hour, PRIOR_EVENTS)
+        i = 2 + 2 * _PHASE[index]
+        ratios = [
+            (row[i] + own * (row[0] + prior) / (row[1] + prior)) / (row[i + 1] + own)
+            for row, (prior, own) in zip(context.rows, context.priors, strict=True)
+        ]
+        clock = context.clock
+        own_hour = 1.0 if clock is None or hour is None else _ratio(clock, hour, self._clock.priors)
         whole = min(_MAX_RATIO, max(1.0 / _MAX_RATIO, math.prod(ratios) * own_hour))
         base = context.base
         expected = base.rate(index) * exposure_s * whole
         base.add(index, events, exposure_s * whole)
         for row, own in zip(context.rows, ratios, strict=True):
-            _add(row, phase, events, expected / own)
-        if context.clock is not None:
-            if hour is None:
-                for each in range(HOURS):
-                    _add(context.clock, each, events / HOURS, expected / HOURS)
-            else:
-                _add(context.clock, hour, events, expected / own_hour)
+            _add(row, i, events, expected / own)
+        if clock is not None and hour is None:
+            for each in range(HOURS):
+                _add(clock, 2 + 2 * each, events / HOURS, expected / HOURS)
+        elif clock is not None:
+            _add(clock, 2 + 2 * hour, events, expected / own_hour)
 
     def explain(self, context: Context, index: int, hour: int) -> list[tuple[str, float]]:
         """The factors that move the rate most, and by how much."""
-        ratios = map(_ratio, context.rows, repeat(_phase_of(index)), context.priors)
+        ratios = map(_ratio, context.rows, repeat(_PHASE[index]), context.priors)
         found = list(zip(context.names, ratios, strict=True))
         if context.clock is not None:
-            found.append(("hour of day", _ratio(context.clock, hour, PRIOR_EVENTS)))
+            found.append(("hour of day", _ratio(context.clock, hour, self._clock.priors)))
         return sorted(found, key=lambda pair: -abs(math.log(pair[1])))
 
     def forget_owner(self, owner: str) -> None:
@@ -226,23 +232,23 @@ class HazardModel:
         self._clock.restore(state["clock"])
 
 
-def _phase_of(index: int) -> int:
-    return (index + BINS_PER_OCTAVE - 1) // BINS_PER_OCTAVE
+_PHASE = [(index + BINS_PER_OCTAVE - 1) // BINS_PER_OCTAVE for index in range(NUM_BINS)]
 
 
-def _ratio(row: Row, phase: int, prior: float) -> float:
-    whole = (row[0] + prior) / (row[1] + prior)
+def _ratio(row: Row, phase: int, priors: tuple[float, float]) -> float:
     i = 2 + 2 * phase
-    return (row[i] + prior * whole) / (row[i + 1] + prior)
+    prior, own = priors
+    return (row[i] + own * (row[0] + prior) / (row[1] + prior)) / (row[i + 1] + own)
 
 
-def _add(row: Row, phase: int, events: float, expected: float) -> None:
-    i = 2 + 2 * phase
+def _add(row: Row, i: int, events: float, expected: float) -> None:
     row[0] += events
     row[1] += expected
     row[i] += events
     row[i + 1] += expected
-    for at in (0, i):
-        if row[at] > MEMORY_EVENTS or row[at + 1] > MEMORY_EVENTS:
-            row[at] *= 0.5
-            row[at + 1] *= 0.5
+    if row[0] > MEMORY_EVENTS or row[1] > MEMORY_EVENTS:
+        row[0] *= 0.5
+        row[1] *= 0.5
+    if row[i] > MEMORY_EVENTS or row[i + 1] > MEMORY_EVENTS:
+        row[i] *= 0.5
+        row[i + 1] *= 0.5

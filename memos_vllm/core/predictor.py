@@ -105,8 +105,12 @@ class Predictor:
 
     def forget_owner(self, owner: str) -> None:
         """Removes the owner's scenes and habits."""
-        for scene_id in [each for each, wait in self._waits.items() if wait.scene.owner == owner]:
+        theirs = {each for each, wait in self._waits.items() if wait.scene.owner == owner}
+        for scene_id in theirs:
             self.remove(scene_id)
+        for wait in self._waits.values():
+            if wait.trigger is not None and wait.trigger.source in theirs:
+                wait.trigger = None
         self._returns.hazard.forget_owner(owner)
         self._last_use.pop(owner, None)
 
@@ -186,8 +190,13 @@ class Predictor:
         return json.dumps(state, separators=(",", ":")).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, horizon_s: float = HORIZON_S, max_scenes: int = MAX_SCENES) -> Predictor:
+    def from_bytes(
+        cls, data: bytes, horizon_s: float = HORIZON_S, max_scenes: int = MAX_SCENES, now: float | None = None
+    ) -> Predictor:
         """Goes on where ``to_bytes`` was. A scene that was in use then counts as ended then.
+
+        Args:
+            now: of the restart. Nobody could return while the server was down, so that time teaches nothing.
 
         Raises:
             ValueError: not such a state, or of another version: start with a new predictor.
@@ -204,8 +213,17 @@ class Predictor:
             predictor._now = -math.inf if state["now"] is None else state["now"]
             for each in state["waits"]:
                 predictor._restore(Wait.from_state(each))
+            if now is not None:
+                predictor._skip_to(now)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a predictor's state: {error!r}") from error
+        return predictor
+
+    def fresh(self) -> Predictor:
+        """Knows the habits of kinds and owners that this one has learned, and no scene."""
+        predictor = Predictor(self.horizon_s, self.max_scenes)
+        predictor._returns.hazard.restore(self._returns.hazard.state())
+        predictor._hints.restore(self._hints.state())
         return predictor
 
     # -- events ------------------------------------------------------------------------------------
@@ -238,7 +256,8 @@ class Predictor:
             before_id, at = self._last_use[owner]
             before = self._waits.get(before_id)
             if before is not None and before is not wait:
-                self._transitions.follow(before_id, scene_id, now - at)
+                if before.scene.owner is not None or wait.scene.owner is None:  # else it would outlive its owner
+                    self._transitions.follow(before_id, scene_id, now - at)
                 if before.scene.role != wait.scene.role:
                     self._transitions.follow(f"role {before.scene.role}", wait.scene.role, now - at)
         self._last_use[owner] = (scene_id, now)
@@ -328,6 +347,12 @@ class Predictor:
             wait.busy, wait.ended, wait.counted_s = False, self._now, 0.0
         self._set(wait, wait.probability)
         self._schedule(wait, wait.due)
+
+    def _skip_to(self, now: float) -> None:
+        self._now = max(now, self._now)
+        for wait in self._waits.values():
+            if wait.ended is not None:
+                wait.counted_s = max(wait.counted_s, self._now - wait.ended)
 
     # -- telling -----------------------------------------------------------------------------------
 

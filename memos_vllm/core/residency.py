@@ -188,7 +188,11 @@ class ResidencyPolicy:
         return blocks
 
     def plan(
-        self, budget_blocks: int, free_blocks: int, available: Callable[[Hashable], bool] = lambda block: True
+        self,
+        budget_blocks: int,
+        free_blocks: int,
+        available: Callable[[Hashable], bool] = lambda block: True,
+        min_value: float = 0.0,
     ) -> Plan:
         """What to bring now: the most valuable absent blocks, first into free places, then in place of others.
 
@@ -196,12 +200,14 @@ class ResidencyPolicy:
             budget_blocks: how many at most.
             free_blocks: places that hold nothing.
             available: whether a lower tier has the block. A block behind one that is not available is not brought.
+            min_value: expected seconds saved per byte; what is worth no more is not brought, e.g. the link's
+                seconds per byte where it is busy.
         """
         plan = Plan()
         skipped: list[Segment] = []
         while len(plan.fetch) < budget_blocks:
             segment = self._highest()
-            if segment is None or segment.value <= 0.0:
+            if segment is None or segment.value <= min_value:
                 break
             parent = segment.parent
             block = segment.blocks[segment.states.index(ABSENT)]
@@ -359,7 +365,8 @@ def _evictable(state: int, held: int) -> bool:
 
 
 def _last_evictable(segment: Segment) -> int:
-    for place in range(len(segment.blocks) - 1, -1, -1):
-        if _evictable(segment.states[place], segment.held[place]):
-            return place
-    raise AssertionError("num_evictable is wrong")
+    place = segment.states.rfind(RESIDENT)
+    while segment.held[place]:
+        place = segment.states.rfind(RESIDENT, 0, place)
+        assert place >= 0, "num_evictable is wrong"
+    return place

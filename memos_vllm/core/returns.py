@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from memos_vllm.core.hazard import EDGES_S, NUM_BINS, Context, HazardModel, bin_of, octave
+from memos_vllm.core.hazard import EDGES_S, Context, HazardModel, bin_of, octave
 from memos_vllm.core.waiting import Wait
 
 _LONG_S = 8 * 86400.0
@@ -49,14 +49,12 @@ class Returns:
         if wait.context is None or wait.closed:
             return 0.0
         start, hour, total = wait.elapsed_s(now), _hour(now), 0.0
-        end = start + within_s
-        for index in range(bin_of(start), NUM_BINS):
-            upper = EDGES_S[index + 1]
-            total += (min(end, upper) - start) * self.hazard.rate(wait.context, index, hour)
-            if upper >= end:
-                break
-            start = upper
-        return total
+        end, index = start + within_s, bin_of(start)
+        while EDGES_S[index + 1] < end:
+            total += (EDGES_S[index + 1] - start) * self.hazard.rate(wait.context, index, hour)
+            index += 1
+            start = EDGES_S[index]
+        return total + (end - start) * self.hazard.rate(wait.context, index, hour)
 
     def median_s(self, wait: Wait, now: float, longest_s: float) -> float:
         """Half of the returns within ``longest_s`` come earlier than this."""

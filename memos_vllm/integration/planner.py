@@ -58,7 +58,7 @@ class ScenePlanner:
         self._state_path = state_path
         self._now = now
         self._name = f"{os.getpid()}"
-        self._predictor = _restored(state_path)
+        self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
         self._changed = asyncio.Event()
         self._saved_at = now()
@@ -163,10 +163,10 @@ class ScenePlanner:
             logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
 
 
-def _restored(path: Path) -> Predictor:
+def _restored(path: Path, now: float) -> Predictor:
     """What an earlier server learned; a file that cannot be read costs only that."""
     try:
-        return Predictor.from_bytes(path.read_bytes())
+        return Predictor.from_bytes(path.read_bytes(), now=now)
     except FileNotFoundError:
         return Predictor()
     except (OSError, ValueError, KeyError, TypeError) as error:
