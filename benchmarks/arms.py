@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ class Sample:
 
 
 @dataclass
-class Arm:
+class Arm(ABC):
     """What both arms share. ``steps`` and ``restart_steps`` yield after each measured request."""
 
     server: Server
@@ -78,11 +79,11 @@ class Arm:
 
     name = ""
 
-    def steps(self, trial: Trial) -> Iterator[None]:
-        raise NotImplementedError
+    @abstractmethod
+    def steps(self, trial: Trial) -> Iterator[None]: ...
 
-    def restart_steps(self, trial: Trial) -> Iterator[None]:
-        raise NotImplementedError
+    @abstractmethod
+    def restart_steps(self, trial: Trial) -> Iterator[None]: ...
 
     def _record(
         self, trial: Trial, source: str, query: str, answer: Answer, problem: str | None, save_s: float | None = None

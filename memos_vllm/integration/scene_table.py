@@ -271,7 +271,7 @@ class SceneTable:
             elif started:
                 operations += started
             else:
-                break  # no room now; goes on when a copy ends
+                break  # no room now; goes on when a copy of any kind ends, a finished request's save too
         return operations
 
     def _start_chunk(self, scene: Scene) -> list[Op] | None:
@@ -292,7 +292,7 @@ class SceneTable:
         room = min(int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks) - in_flight, self.queue.num_plain_blocks)
         num_blocks = min(match.num_blocks, room)
         if num_blocks <= 0:
-            return [] if self._loads else None
+            return []
         blocks = self.pool.get_new_blocks(num_blocks)
         operations = self.tiers.plan_load(
             scene.keys[first : first + num_blocks], [block.block_id for block in blocks], prefetch=True
@@ -318,7 +318,7 @@ class SceneTable:
         for load in done:
             self._loads.remove(load)
             self.pool.free_blocks(reversed(load.blocks))
-        return self.advance() if done else []
+        return self.advance()
 
     def _publish(self, load: _Load) -> None:
         """Publishes runs of blocks; a block that a live request computed meanwhile is left out."""

@@ -67,3 +67,18 @@ def test_no_key_no_memory() -> None:
 def test_user_names_have_bounds(user: str) -> None:
     with pytest.raises(RequestError):
         resolve(bearer("k"), config(), user)
+
+
+def test_the_digest_of_a_key_is_not_a_key() -> None:
+    """Whoever reads the configuration must not be able to act as the tenants in it."""
+    listed = f"sha256:{hashlib.sha256(b'app').hexdigest()}"
+    keys = config(keys={listed: {"tenant": "shop"}})
+    assert resolve(bearer(listed), keys).principal.tenant != "shop"
+    assert resolve(bearer("app"), keys).principal.tenant == "shop"
+
+
+def test_where_a_gateway_names_the_user_a_request_without_a_name_has_no_memory() -> None:
+    gateway = config(keys={"k": {"tenant": "shop"}}, trusted_user_header="x-user")
+    for named in ({}, {"x-user": ""}):
+        with pytest.raises(Unauthorized, match="named no user"):
+            resolve(bearer("k", **named), gateway, "alice")
