@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks import models
+from benchmarks.arguments import directory, output_file
 from benchmarks.multiuser_script import Shape
 from benchmarks.serving import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, has_gpu
 
@@ -117,12 +116,12 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of weights and KV")
     parser.add_argument("--arms", type=_arms, metavar="A,B", help="default: " + ",".join(ARMS))
     parser.add_argument("--seed", type=int, help="of documents and questions")
-    parser.add_argument("--data-dir", type=_directory, help="where KV files go; default: that for temporary files")
+    parser.add_argument("--data-dir", type=directory, help="where KV files go; default: that for temporary files")
     parser.add_argument("--interference", action="store_true", help="measure decode streams beside prefetches instead")
     parser.add_argument("--pairs", type=_count, metavar="N", help="repetitions for --interference")
     parser.add_argument("--stream-tokens", type=_count, metavar="N", help="of each stream, for --interference")
-    parser.add_argument("--json", type=_output_file, metavar="FILE", help="write the rows here")
-    parser.add_argument("--plot", type=_output_file, metavar="FILE.png", help="draw the rows here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the rows here")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw the rows here")
     arguments = parser.parse_args(argv)
     preset = arguments.preset or ("gpu" if has_gpu() else "cpu")
     own = ("preset", "model", "interference", "json", "plot")
@@ -176,17 +175,3 @@ def _arms(text: str) -> tuple[str, ...]:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise argparse.ArgumentTypeError(f"there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
     return arms
-
-
-def _directory(text: str) -> str:
-    if not os.path.isdir(text) or not os.access(text, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} is not a directory that can be written to")
-    return text
-
-
-def _output_file(text: str) -> str:
-    """Checked before the run, not after it."""
-    folder = Path(text).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{folder} is not a directory that can be written to")
-    return text

@@ -21,7 +21,6 @@ of answers: an answer ends --decode-ms-per-token per token after its request.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import report, trace_table
+from benchmarks.arguments import output_file
 from benchmarks.trace_baselines import ARC, LRU, S3FIFO, Belady, Future
 from benchmarks.trace_data import TraceError, Turn, read, turns
 from benchmarks.trace_replay import Machine, OursReplay, Outcome, replay_baseline, replay_oracle, trained
@@ -139,8 +139,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="MS",
         help="when an answer ends; default: %(default)g",
     )
-    parser.add_argument("--json", type=_output_file, metavar="FILE")
-    parser.add_argument("--plot", type=_output_file, metavar="FILE.png")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png")
     arguments = parser.parse_args(argv)
     arguments.capacity = sorted(set(arguments.capacity))
     return arguments
@@ -160,14 +160,6 @@ def _positive(text: str) -> float:
     if not 0.0 < value < 1e12:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
-
-
-def _output_file(text: str) -> str:
-    """Checked before the run, not after it."""
-    folder = Path(text).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{folder} is not a directory that can be written to")
-    return text
 
 
 if __name__ == "__main__":

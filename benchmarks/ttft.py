@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -36,6 +35,7 @@ import httpx
 import yaml
 
 from benchmarks import models, report, texts, ttft_table
+from benchmarks.arguments import directory, output_file
 from benchmarks.arms import Arm, MemosArm, Sample, StockArm, Trial, alternate
 from benchmarks.client import RequestFailed, chat, count_tokens
 from benchmarks.serving import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, Server, ServerError, has_gpu
@@ -337,10 +337,10 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument("--block-size", type=_count, metavar="N", help="tokens per KV block, for both servers")
     parser.add_argument("--seed", type=int, help="of documents and queries")
     parser.add_argument(
-        "--data-dir", type=_directory, help="where the KV files go; default: the directory for temporary files"
+        "--data-dir", type=directory, help="where the KV files go; default: the directory for temporary files"
     )
-    parser.add_argument("--json", type=_output_file, metavar="FILE", help="write the rows here")
-    parser.add_argument("--plot", type=_output_file, metavar="FILE.png", help="draw the table here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the rows here")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="draw the table here")
     arguments = parser.parse_args(argv)
     preset = arguments.preset or ("gpu" if has_gpu() else "cpu")
     names = ("contexts", "queries", "repeats", "hits", "restart", "arms", "block_size", "seed", "data_dir")
@@ -387,20 +387,6 @@ def _arms(text: str) -> tuple[str, ...]:
     if not set(arms) <= {"stock", "memos"}:
         raise argparse.ArgumentTypeError(f"{text!r} is not stock, memos or stock,memos")
     return arms
-
-
-def _directory(text: str) -> str:
-    if not os.path.isdir(text) or not os.access(text, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} is not a directory that can be written to")
-    return text
-
-
-def _output_file(text: str) -> str:
-    """Checked before the run, not after it."""
-    folder = Path(text).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{folder} is not a directory that can be written to")
-    return text
 
 
 def _as_flags(options: Options) -> dict[str, Any]:
