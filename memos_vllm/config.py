@@ -116,6 +116,28 @@ class PredictionConfig(Section):
     """How many scenes are expected at a time at most; the GPU's size limits them further."""
 
 
+class AdaptersConfig(Section):
+    """Parametric memory: LoRA adapters. The server must run with vLLM's ``--enable-lora``."""
+
+    import_dir: ExpandedPath | None = None
+    """Folder below which ``POST /v1/adapters`` may name an adapter by path; None: uploads only."""
+
+    base_models: list[str] = []
+    """Further names of the served model that an adapter may give as its base."""
+
+    max_bytes: Bytes = 2**30
+    """Of one adapter's weights."""
+
+    disk_bytes: Bytes = 16 * 2**30
+    """Of all adapters' files."""
+
+    on_error: Literal["base", "fail"] = "fail"
+    """When an adapter cannot be loaded: answer with the base model and say so, or refuse the request."""
+
+    may_share_with_all: list[str] = []
+    """Tenants whose users may share an adapter with every tenant."""
+
+
 class MemosConfig(Section):
     """The whole file."""
 
@@ -126,6 +148,7 @@ class MemosConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     kv: KVConfig = KVConfig()
     prediction: PredictionConfig = PredictionConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
 
 
 def load(path: str | os.PathLike[str] | None) -> MemosConfig:

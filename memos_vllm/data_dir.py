@@ -5,6 +5,7 @@ data_dir/
   secret          32 random bytes; tenant salts derive from it
   predictor.json  what next-scene prediction has learned
   memory/         LMDB: plaintext memory, the single source of truth
+  adapters/       LoRA adapters: files, and LMDB of their names
   kv/dp<index>/   LMDB index and safetensors files of activation memory, per data-parallel engine
 """
 
@@ -27,6 +28,10 @@ _held: BinaryIO | None = None
 
 def memory_dir(data_dir: Path) -> Path:
     return data_dir / "memory"
+
+
+def adapters_dir(data_dir: Path) -> Path:
+    return data_dir / "adapters"
 
 
 def kv_dir(data_dir: Path, dp_rank: int) -> Path:

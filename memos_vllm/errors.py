@@ -7,7 +7,9 @@
     +-- RequestError           a request is wrong; carries the HTTP status
     |   +-- Unauthorized       401, no identity
     |   +-- Forbidden          403, an identity without the right
-    |   `-- NotFound           404, no such memory for this user
+    |   +-- NotFound           404, no such memory or adapter for this user
+    |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
+    |   `-- AdapterUnavailable 503, an adapter that is known but cannot be loaded now
     +-- StoreError             plaintext store: a write that was not acknowledged
     |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
@@ -52,6 +54,20 @@ class Forbidden(RequestError):
 
 class NotFound(RequestError):
     status = 404
+
+
+class AdapterError(RequestError):
+    """A LoRA adapter that is not taken, or not as it is asked for."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class AdapterUnavailable(RequestError):
+    """An adapter that is known but cannot be loaded now."""
+
+    status = 503
 
 
 class StoreError(MemosError):

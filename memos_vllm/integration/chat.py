@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from memos_vllm.compat.json_body import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
+from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.rest import error_response
 from memos_vllm.integration.scene_table import SCENE_PARAM
 from memos_vllm.integration.state import MemosState, state_of
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 RECALLED_HEADER = "x-memos-recalled"
+ADAPTER_HEADER = "x-memos-adapter"
 _MAX_HEADER_IDS = 50
 """A proxy refuses long headers; ``explain`` tells all."""
 _END_OF_STREAM = "data: [DONE]"
@@ -54,6 +57,9 @@ class MemosField(BaseModel):
     recall: bool = True
     remember: bool = True
     top_k: int | None = Field(default=None, ge=1, le=1000)
+    adapter: str | None = Field(default=None, min_length=1, max_length=128)
+    """Parametric memory for this request, ``name`` or ``name@version``; absent: the user's default."""
+
     explain: bool = False
     """Adds what was recalled, and why, to the response (not to a stream)."""
 
@@ -82,20 +88,40 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
-        recall = await add_memory(turn, request, state)
+        adapter = await state.adapters.use(
+            turn.who, turn.options.adapter, raw_request.app.state.openai_serving_chat, request.model
+        )
     except MemosError as error:
         return error_response(error)
-    scene_id = state.planner.turn_started(turn.who, turn.options.session)
-    request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
-    response = None
-    try:
-        response = await stock.create_chat_completion(request, raw_request)
-    finally:
-        if response is None or response.status_code != 200:  # an error, or the client is gone
-            state.planner.turn_ended(scene_id)
-    if response is None or response.status_code != 200:
-        return response
-    return finish_turn(turn, recall, scene_id, response, state)
+    with ExitStack() as cleanup:
+        if adapter is not None:
+            cleanup.callback(adapter.close)
+        try:
+            recall = await add_memory(turn, request, state)
+        except MemosError as error:
+            return error_response(error)
+        scene_id = state.planner.turn_started(turn.who, turn.options.session)
+        state.adapters.expect(scene_id, turn.who, None if adapter is None else adapter.reference)
+        request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
+        response = None
+        try:
+            with adapter.active() if adapter is not None else nullcontext():
+                response = await stock.create_chat_completion(request, raw_request)
+        finally:
+            if response is None or response.status_code != 200:  # an error, or the client is gone
+                state.planner.turn_ended(scene_id)
+        if response is None or response.status_code != 200:
+            return response
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _closing(response.body_iterator, cleanup.pop_all())
+    return finish_turn(turn, recall, adapter, scene_id, response, state)
+
+
+async def _closing(chunks: AsyncIterator[Any], cleanup: ExitStack) -> AsyncIterator[Any]:
+    """Cleans up when the stream ends or is dropped."""
+    with cleanup:
+        async for chunk in chunks:
+            yield chunk
 
 
 def read_turn(request: ChatCompletionRequest, raw_request: Request, state: MemosState) -> Turn | None:
@@ -165,16 +191,20 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     return recall, salt
 
 
-def finish_turn(turn: Turn, recall: Recall, scene_id: str, response: Response, state: MemosState) -> Response:
+def finish_turn(
+    turn: Turn, recall: Recall, adapter: Choice | None, scene_id: str, response: Response, state: MemosState
+) -> Response:
     """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted."""
     if turn.options.explain and isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
-        body["memos"] = explain(turn, recall)
+        body["memos"] = explain(turn, recall, adapter)
         explained = JSONResponse(body, background=response.background)
         explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
         response = explained
     recalled = [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
     response.headers[RECALLED_HEADER] = ",".join(recalled[:_MAX_HEADER_IDS])
+    if adapter is not None:
+        response.headers[ADAPTER_HEADER] = adapter.header
     announced: list[asyncio.Future[None]] = []
     if not turn.options.remember:
         pass
@@ -215,9 +245,10 @@ async def end_turn(turn: Turn, scene_id: str, state: MemosState, announced: list
             state.written(turn.who, done)
 
 
-def explain(turn: Turn, recall: Recall) -> dict[str, Any]:
+def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any]:
     return {
         "user": turn.who.user,
+        "adapter": None if adapter is None else adapter.header,
         "recalled": [
             *({"where": "long_lived", **record.as_json()} for record in recall.long_lived),
             *({"where": "late", "score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in recall.late),

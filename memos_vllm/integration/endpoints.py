@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from memos_vllm import activation, data_dir
-from memos_vllm.config import load
+from memos_vllm.adapters.registry import AdapterRegistry
+from memos_vllm.config import MemosConfig, load
+from memos_vllm.integration.adapter_base import base_of
+from memos_vllm.integration.adapter_gate import AdapterGate
+from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -35,10 +40,10 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import chat, memories, operations, scenes
+        from memos_vllm.integration import adapters, chat, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        for router in (chat.router, memories.router, scenes.router, operations.router):
+        for router in (chat.router, memories.router, adapters.router, scenes.router, operations.router):
             app.include_router(router)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)
@@ -48,13 +53,31 @@ class MemosEndpoints:
             return
         config = load(activation.config_path())
         store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
+        adapters = await asyncio.to_thread(open_adapters, engine_client, config)
         state.memos = MemosState(
             config=config,
             service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client)),
             engine=engine_client,
             secret=data_dir.secret(config.data_dir),
-            planner=ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json"),
+            planner=ScenePlanner(
+                engine_client,
+                config.prediction,
+                config.data_dir / "predictor.json",
+                on_expected=adapters.prefetch,
+            ),
+            adapters=adapters,
         )
+
+
+def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:
+    """The registry of LoRA adapters, for what this server serves."""
+    registry = AdapterRegistry(
+        data_dir.adapters_dir(config.data_dir),
+        config.adapters,
+        base_of(engine_client.vllm_config, config.adapters),
+        fingerprint_of(engine_client.vllm_config),
+    )
+    return AdapterGate(engine_client, registry, config.adapters)
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -115,7 +115,10 @@ async def update(raw_request: Request, memory_id: str) -> Any:
         raise RequestError("nothing to change: give text, type, pinned or tags")
     epoch = state.service.kv_epoch(who)
     record = await asyncio.to_thread(state.service.update, who, memory_id, **changes)
-    await state.forget_kv(who, epoch, state.service.kv_epoch(who))
+    after = state.service.kv_epoch(who)
+    await state.forget_kv(who, epoch, after)
+    if after != epoch:  # the text is another one now, and adapters know the old one
+        await _withdraw_adapters(state, who, [memory_id])
     return record.as_json()
 
 
@@ -142,4 +145,16 @@ async def _forget(state: MemosState, who: Principal, remove: Callable[..., Any],
     epoch = state.service.kv_epoch(who)
     receipt = await asyncio.to_thread(remove, *args)
     kv = await state.forget_kv(who, epoch, receipt.kv_epoch)
-    return {"deleted": True, **receipt.as_json(), "kv": kv}
+    adapters = await _withdraw_adapters(state, who, None if remove == state.service.delete_all else receipt.records)
+    return {"deleted": True, **receipt.as_json(), "kv": kv, "adapters": adapters}
+
+
+async def _withdraw_adapters(state: MemosState, who: Principal, memory_ids: Sequence[str] | None) -> list[str]:
+    """Removes adapters that were distilled from memories that are gone: their weights hold the text.
+
+    Args:
+        memory_ids: None: all of the user's.
+    """
+    removed = await asyncio.to_thread(state.adapters.registry.withdraw, who, memory_ids)
+    await state.adapters.remove(removed.contents)
+    return list(removed.references)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from memos_vllm.store.identity import FORMAT_VERSION, KVIdentity, fingerprint_ad
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+_STORED_ADAPTER = re.compile(r"memos-(?P<digest>[0-9a-f]{64})-[0-9a-f]{8}")
+"""How ``adapters.records.Version.lora_name`` writes it."""
+
 
 def identity_of(vllm_config: VllmConfig, layout: tuple[str, ...]) -> KVIdentity:
     """The identity of the KV that this server computes.
@@ -21,13 +25,10 @@ def identity_of(vllm_config: VllmConfig, layout: tuple[str, ...]) -> KVIdentity:
         layout: shape and dtype of each plane of a block on one rank, in order.
     """
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    weights = _fingerprint(str(model.model), model.revision)
-    if str(vllm_config.load_config.load_format) == "dummy":
-        weights += f"+dummy-seed-{model.seed}"
     return KVIdentity(
         format_version=FORMAT_VERSION,
         model=Path(str(model.model)).name,  # a folder may move; its content is what counts
-        model_fingerprint=weights,
+        model_fingerprint=fingerprint_of(vllm_config),
         revision=str(model.revision),
         tokenizer=_fingerprint(str(model.tokenizer), model.tokenizer_revision),
         dtype=str(model.dtype),
@@ -38,6 +39,15 @@ def identity_of(vllm_config: VllmConfig, layout: tuple[str, ...]) -> KVIdentity:
         world=f"tp{parallel.tensor_parallel_size}pp{parallel.pipeline_parallel_size}",
         layout=layout,
     )
+
+
+def fingerprint_of(vllm_config: VllmConfig) -> str:
+    """Of the served weights."""
+    model = vllm_config.model_config
+    weights = _fingerprint(str(model.model), model.revision)
+    if str(vllm_config.load_config.load_format) == "dummy":
+        weights += f"+dummy-seed-{model.seed}"
+    return weights
 
 
 def _effective_config(vllm_config: VllmConfig) -> str:
@@ -86,6 +96,10 @@ def adapter_digest(lora_request: Any | None) -> bytes | None:
     """
     if lora_request is None:
         return b""
+    if (stored := _STORED_ADAPTER.fullmatch(lora_request.lora_name)) and (
+        Path(lora_request.lora_path).name == stored["digest"]
+    ):
+        return bytes.fromhex(stored["digest"])  # checked by the registry; reading it here would hold up the engine
     try:
         return fingerprint_adapter(Path(lora_request.lora_path))
     except OSError:

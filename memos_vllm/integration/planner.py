@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class ScenePlanner:
     Args:
         state_path: where what was learned is kept, over restarts.
         now: wall-clock seconds; habits follow the hour of the day.
+        on_expected: told after each event which scenes are expected, most valuable first.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class ScenePlanner:
         config: PredictionConfig,
         state_path: Path,
         now: Callable[[], float] = time.time,
+        on_expected: Callable[[Sequence[str]], Awaitable[None]] | None = None,
     ) -> None:
         self.enabled = config.enabled
         self._engine = engine
         self._max_scenes = config.max_scenes
         self._state_path = state_path
         self._now = now
+        self._on_expected = on_expected
         self._name = f"{os.getpid()}"
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
@@ -133,6 +136,8 @@ class ScenePlanner:
         replies = await engine_channel.call(self._engine, "expect", payload)
         self._told = ranked
         self._take_sizes(replies)
+        if self._on_expected is not None:
+            await self._on_expected([scene_id for _, scene_id in ranked])
 
     def _take_sizes(self, replies: list[dict[str, Any]]) -> None:
         """The engine knows how large the scenes are; their value depends on it."""

@@ -49,3 +49,8 @@ def tag(salt: str | None) -> bytes:
         assert salt is not None
         salt = ":".join(salt.split(":")[:2])
     return hashlib.sha256((salt or "").encode()).digest()
+
+
+def adapter_tag(lora_name: str) -> bytes:
+    """What stands behind the user's tag where an adapter computed the KV; our names name the content."""
+    return hashlib.sha256(b"adapter:" + lora_name.encode()).digest()

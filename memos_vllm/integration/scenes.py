@@ -32,6 +32,9 @@ class HintBody(Body):
     in_s: float | None = Field(default=None, ge=0, le=7 * 86400)
     """In how many seconds; for ``will_use`` and ``tool_running``."""
 
+    adapter: str | None = Field(default=None, min_length=1, max_length=128)
+    """That the coming request will name; absent: what the last one had, or the user's default."""
+
 
 @router.post("")
 @answers_errors
@@ -41,6 +44,7 @@ async def hint(raw_request: Request) -> Any:
     body: HintBody = await parse_body(raw_request, HintBody)
     who = principal(raw_request, state, body.user)
     scene_id = state.planner.scene_id(who, body.session)
+    await state.adapters.hint(scene_id, who, body.adapter)
     event: core.Event
     match body.event:
         case Hint.OPEN:

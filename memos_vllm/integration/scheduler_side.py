@@ -60,6 +60,7 @@ class SchedulerSide:
         self._loading: dict[str, set[int]] = {}
         self._keys: dict[str, list[BlockKey]] = {}
         self._adapters: dict[tuple[int, str], bytes | None] = {}
+        self._adapter_of: dict[str, int] = {}  # of scheduled requests
         self._generation = b""
         self._prefetch_waits: dict[str, float] = {}
         self._failed: set[str] = set()
@@ -123,6 +124,8 @@ class SchedulerSide:
         token of a prompt is always computed, since its logits are needed.
         """
         self._matched.pop(request.request_id, None)
+        if request.lora_request is not None:
+            self._adapter_of[request.request_id] = request.lora_request.lora_int_id
         if self._tiers is None or request.request_id in self._failed:
             return 0, False
         first = num_computed_tokens // self._block_size
@@ -164,6 +167,7 @@ class SchedulerSide:
     def plan_save(self, request: Request, block_ids: list[int]) -> None:
         """Plans the save of a finished request's full blocks that no tier holds yet."""
         self._matched.pop(request.request_id, None)
+        self._adapter_of.pop(request.request_id, None)
         keys = self._keys_of(request) if self._tiers is not None else []
         self._keys.pop(request.request_id, None)
         self._arrived.discard(request.request_id)
@@ -199,7 +203,8 @@ class SchedulerSide:
         save = self._config.kv.save
         if save == "none" or (save == "memory" and not salts.is_memory_salt(request.cache_salt)):
             return None
-        return salts.tag(request.cache_salt)
+        owner = salts.tag(request.cache_salt)
+        return owner if request.lora_request is None else owner + salts.adapter_tag(request.lora_request.lora_name)
 
     def _keys_of(self, request: Request) -> list[BlockKey]:
         """Keys of all full blocks so far; a waiting request is matched in every step, so kept."""
@@ -276,6 +281,8 @@ class SchedulerSide:
 
     def handle(self, op: str, payload: dict[str, Any]) -> dict[str, Any]:
         """Serves the API processes; runs between two steps of the engine."""
+        if op == "adapters":
+            return {"in_use": sorted(set(self._adapter_of.values()))}
         if self._tiers is None:
             return {"enabled": False}
         match op:
@@ -286,6 +293,8 @@ class SchedulerSide:
                 return self._status()
             case "forget":
                 return self._forget(salts.tag(payload["salt"]))
+            case "forget_adapter":
+                return self._forget(salts.adapter_tag(payload["lora_name"]))
             case "expect" if self._scenes is not None:
                 self._operations += self._scenes.expect(payload["planner"], payload["scenes"])
                 return {"enabled": True, "blocks": self._scenes.expected_blocks()}

@@ -27,7 +27,7 @@ from pathlib import Path
 import lmdb
 
 from memos_vllm.errors import DataDirError, DataDirInUse
-from memos_vllm.store import chunk_files
+from memos_vllm.store import chunk_files, tags
 from memos_vllm.store.chunk_records import ChunkRecord, open_records
 from memos_vllm.store.identity import KVIdentity, chunk_id
 from memos_vllm.store.ops import path_for_rank
@@ -194,11 +194,14 @@ class DiskIndex:
     def drop_tag(self, tag: bytes) -> DropReport:
         """Forgets all chunks with ``tag``, of every identity; durable when it returns.
 
-        Chunks that are being written are counted and go when their write ends.
+        A part of a chunk's tag counts (``store.tags``). Chunks that are being written are counted and go
+        when their write ends.
         """
-        written = [record for record in self._ready.values() if record.tag == tag]
+        written = [record for record in self._ready.values() if tag in tags.parts(record.tag)]
         writing = [
-            record for record in self._writing.values() if record.tag == tag and record.chunk not in self._doomed
+            record
+            for record in self._writing.values()
+            if tag in tags.parts(record.tag) and record.chunk not in self._doomed
         ]
         undeleted = self._remove(written, sync=True)
         self._doomed.update(record.chunk for record in writing)

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from memos_vllm.store import tags
 from memos_vllm.store.disk_index import DiskIndex, PlannedChunk
 from memos_vllm.store.host_pool import SlotState, SlotTable
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
@@ -265,7 +266,7 @@ class TierManager:
         return Completion(released, finished, failed), follow_up
 
     def _saved(self, pending: _Pending, save: Save) -> list[Op]:
-        if pending.errors or pending.tag in self._forgotten:
+        if pending.errors or self.is_forgotten(pending.tag):
             self.slots.abort(pending.keys)
             return []
         self.slots.commit(reversed(pending.keys))
@@ -287,7 +288,7 @@ class TierManager:
     def _written(self, pending: _Pending) -> None:
         assert self.disk is not None and pending.planned is not None
         self.slots.unpin(reversed(pending.keys))
-        if pending.errors or pending.tag in self._forgotten:
+        if pending.errors or self.is_forgotten(pending.tag):
             self.disk.abort(pending.planned.chunk)
         else:
             self.disk.commit(pending.planned.chunk)
@@ -306,7 +307,7 @@ class TierManager:
         self.disk.unpin(read.chunk)
         self._not_loading(pending.keys, prefetch=read.prefetch)
         if pending.promoted:
-            if pending.errors or pending.tag in self._forgotten:
+            if pending.errors or self.is_forgotten(pending.tag):
                 self.slots.abort(pending.keys)
             else:
                 self.slots.commit(reversed(pending.keys))
@@ -352,13 +353,13 @@ class TierManager:
         again, so remembering it costs 32 bytes per deletion until the server restarts.
         """
         self._forgotten.add(tag)
-        dropped = self.slots.drop([key for key, of in self._host_tags.items() if of == tag])
+        dropped = self.slots.drop([key for key, of in self._host_tags.items() if tag in tags.parts(of)])
         num_disk_blocks = self.disk.drop_tag(tag).blocks if self.disk is not None else 0
         return ForgetReport(dropped.freed + dropped.doomed, num_disk_blocks)
 
     def is_forgotten(self, tag: bytes) -> bool:
         """Whether a deletion named this tag; a request that still runs under it leaves nothing behind."""
-        return tag in self._forgotten
+        return not tags.parts(tag).isdisjoint(self._forgotten)
 
     def check_integrity(self) -> None:
         """Asserts conservation; at idle nothing is pinned and nothing is being written."""

@@ -1,0 +1,504 @@
+"""The registry: which adapters there are, who may use them, and their files.
+
+    root/index/            LMDB: names and versions, numbers ever given, profiles
+    root/objects/<digest>/ one adapter's two files, canonical and immutable
+    root/incoming/         what is being written
+    root/lock              held while files appear or go
+    root/base.json         the served model, for ``python -m memos_vllm.distill``
+
+Any number of processes may use a root. A registration is visible once its LMDB transaction is synced,
+after its files are; what a crash leaves of an unfinished one is removed at the next start. Whoever
+serves an adapter holds its folder shared (``use``), so files go only when nobody does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from memos_vllm.adapters import peft_folder, records
+from memos_vllm.adapters.peft_folder import BaseModel
+from memos_vllm.adapters.records import Adapter, Scope, Version
+from memos_vllm.config import AdaptersConfig
+from memos_vllm.errors import AdapterError, AdapterUnavailable, DataDirError, Forbidden, NotFound, StoreError
+from memos_vllm.types import Principal
+
+logger = logging.getLogger(__name__)
+
+_MAP_BYTES = 2**30
+_TABLES = ("adapters", "ids", "profiles")
+RELEASE_TIMEOUT_S = 30.0
+"""How long a deletion waits for requests that still use the adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """An adapter while a request uses it."""
+
+    adapter: Adapter
+    version: Version
+    folder: Path
+
+    @property
+    def reference(self) -> str:
+        return f"{self.adapter.name}@{self.version.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a deletion took away."""
+
+    references: tuple[str, ...]
+    """``name@version`` of each."""
+
+    contents: tuple[Version, ...]
+    """Those whose content nobody has any more: files, numbers in vLLM and KV are to go."""
+
+    profiles: int
+    """Users who had it as their default."""
+
+
+class AdapterRegistry:
+    """
+    Args:
+        root: created if it is missing.
+        base: what adapters must fit; None where the server runs without LoRA, and none can be added.
+        fingerprint: of the served model; an adapter for another one is never served.
+
+    Raises:
+        DataDirError: the root cannot be used.
+    """
+
+    def __init__(self, root: Path, config: AdaptersConfig, base: BaseModel | None, fingerprint: str) -> None:
+        self.root = root
+        self._config = config
+        self._base = base
+        self._fingerprint = fingerprint
+        self._objects, self._incoming = root / "objects", root / "incoming"
+        self._leases: dict[str, tuple[int, int]] = {}  # digest -> descriptor, users in this process
+        self._lease_lock = threading.Lock()
+        self._verified: dict[str, tuple[int, ...]] = {}
+        try:
+            for folder in (root, self._objects, self._incoming):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._env = lmdb.open(str(root / "index"), map_size=_MAP_BYTES, max_dbs=len(_TABLES), mode=0o600)
+            self._dbs = {name: self._env.open_db(name.encode()) for name in _TABLES}
+        except (lmdb.Error, OSError) as error:
+            raise DataDirError(f"cannot use the adapters in {root}: {error}; check data_dir") from error
+        with self._files_locked():
+            self._sweep()
+
+    def close(self) -> None:
+        self._env.close()
+
+    # -- adding ---------------------------------------------------------------------------------
+
+    def register(
+        self,
+        who: Principal,
+        name: str,
+        folder: Path,
+        scope: Scope = Scope.USER,
+        origin: Mapping[str, Any] | None = None,
+    ) -> Adapter:
+        """Checks a PEFT folder and keeps its content as the newest version of a name.
+
+        Raises:
+            AdapterError: see ``peft_folder.check``; or there is no room.
+            Forbidden: the name in this scope is somebody else's, or the scope is not allowed.
+        """
+        records.check_name(name)
+        if self._base is None:
+            raise AdapterError("this server runs without LoRA; the operator starts it with --enable-lora", status=409)
+        if scope is Scope.ALL and who.tenant not in self._config.may_share_with_all:
+            raise Forbidden(
+                "only tenants that the operator lists under adapters.may_share_with_all share with everybody"
+            )
+        with self._env.begin() as txn:
+            self._check_owner(self._read(txn, scope, who, name), who)
+        checked = peft_folder.check(folder, self._base, self._config.max_bytes)
+        with self._files_locked():
+            if self._disk_bytes() + checked.size_bytes > self._config.disk_bytes:
+                raise AdapterError(
+                    "there is no room for another adapter; delete some, or raise adapters.disk_bytes", status=507
+                )
+            incoming = self._incoming / secrets.token_hex(8)
+            incoming.mkdir(mode=0o700)
+            try:
+                digest = checked.write(incoming)
+                target = self._objects / digest.hex()
+                is_new = not target.exists()
+                if is_new:
+                    _sync(incoming)
+                    incoming.rename(target)
+                    _sync(self._objects)
+                try:
+                    return self._record(who, name, scope, digest, checked, origin or {})
+                except BaseException:
+                    if is_new:
+                        shutil.rmtree(target)
+                    raise
+            except OSError as error:
+                raise AdapterError(f"the adapter was not stored: {error.strerror}; free some space", 507) from error
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
+
+    def _record(
+        self, who: Principal, name: str, scope: Scope, digest: bytes, checked: Any, origin: Mapping[str, Any]
+    ) -> Adapter:
+        def work(txn: lmdb.Transaction) -> Adapter:
+            adapter = self._read(txn, scope, who, name)
+            self._check_owner(adapter, who)
+            twin = next((each for each in self._versions(txn) if each.digest == digest.hex()), None)
+            version = Version(
+                version=adapter.versions[-1].version + 1 if adapter else 1,
+                digest=digest.hex(),
+                lora_int_id=self._id_of(txn, digest),
+                incarnation=twin.incarnation if twin else secrets.token_hex(4),
+                size_bytes=checked.size_bytes,
+                rank=checked.rank,
+                dtype=checked.dtype,
+                base=self._fingerprint,
+                created_at=datetime.now(UTC).isoformat(),
+                origin=origin,
+            )
+            if adapter and adapter.version().digest == version.digest:
+                return adapter  # sent twice
+            adapter = adapter.with_version(version) if adapter else Adapter(name, scope, who, 1, (version,))
+            self._put(txn, adapter)
+            return adapter
+
+        return self._write(work)
+
+    def _id_of(self, txn: lmdb.Transaction, digest: bytes) -> int:
+        """The content's number for vLLM. A number is never given to a second content, so that a process
+        that still has the first one loaded cannot serve it as the second."""
+        number = records.first_id(digest)
+        while (holder := txn.get(number.to_bytes(4, "big"), db=self._dbs["ids"])) not in (None, digest):
+            number = records.next_id(number)
+        if holder is None:
+            txn.put(number.to_bytes(4, "big"), digest, db=self._dbs["ids"])
+        return number
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def list(self, who: Principal) -> list[Adapter]:
+        """What the user may use: his own, then the tenant's, then everybody's."""
+        found = []
+        with self._env.begin() as txn:
+            for scope in Scope:
+                space = records.space_key(scope, who)
+                cursor = txn.cursor(self._dbs["adapters"])
+                if cursor.set_range(space):
+                    for key, raw in cursor:
+                        if not key.startswith(space):
+                            break
+                        found.append(records.decode(raw))
+        return found
+
+    def find(self, who: Principal, reference: str) -> tuple[Adapter, Version]:
+        """What a reference means for a user; his own names go before shared ones.
+
+        Raises:
+            NotFound: the user may use no such adapter; whether somebody else has one does not show.
+        """
+        with self._env.begin() as txn:
+            return self._find(txn, who, reference)
+
+    def _find(self, txn: lmdb.Transaction, who: Principal, reference: str) -> tuple[Adapter, Version]:
+        name, number = records.parse_reference(reference)
+        for scope in Scope:
+            if (adapter := self._read(txn, scope, who, name)) is not None:
+                return adapter, adapter.version(number)
+        raise NotFound(f"no adapter {name!r}")
+
+    @contextmanager
+    def use(self, who: Principal, reference: str) -> Iterator[InUse]:
+        """Finds an adapter and keeps its files until the end of the block. Blocks while it is verified.
+
+        Raises:
+            NotFound: see ``find``.
+            AdapterUnavailable: it is for another model, or its files are not what was registered.
+        """
+        adapter, version = self.find(who, reference)
+        if version.base != self._fingerprint:
+            raise AdapterUnavailable(f"adapter {reference!r} was made for another model than the one that is served")
+        with self._holding(version.digest):
+            # Again: a deletion may have been faster than the lock.
+            adapter, version = self.find(who, f"{adapter.name}@{version.version}")
+            folder = self._objects / version.digest
+            self._verify(folder, version)
+            yield InUse(adapter, version, folder)
+
+    def _verify(self, folder: Path, version: Version) -> None:
+        """Reads the files once per process, and again when they changed."""
+        try:
+            files = [(folder / name).stat() for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE)]
+            stamp = tuple(number for file in files for number in (file.st_size, file.st_mtime_ns, file.st_ino))
+            if self._verified.get(version.digest) == stamp:
+                return
+            if peft_folder.digest_of(folder).hex() != version.digest:
+                raise AdapterUnavailable(f"the files of adapter {folder.name[:16]} are damaged; register it again")
+        except OSError as error:
+            raise AdapterUnavailable(
+                f"the files of adapter {folder.name[:16]} cannot be read ({error.strerror}); register it again"
+            ) from error
+        self._verified[version.digest] = stamp
+
+    # -- changing -------------------------------------------------------------------------------
+
+    def select(self, who: Principal, name: str, number: int) -> Adapter:
+        """Makes a version current again.
+
+        Raises:
+            NotFound: the user owns no such name, or there is no such version.
+        """
+
+        def work(txn: lmdb.Transaction) -> Adapter:
+            adapter = self._own(txn, who, name)
+            adapter = replace(adapter, current=adapter.version(number).version)
+            self._put(txn, adapter)
+            return adapter
+
+        return self._write(work)
+
+    def delete(self, who: Principal, reference: str) -> Removed:
+        """Removes a name with all versions, or one version. Nothing of it is found any more on return;
+        ``remove_files`` follows, once the engine has let go of the content.
+
+        Raises:
+            NotFound: the user owns no such name or version.
+        """
+        name, number = records.parse_reference(reference)
+
+        def work(txn: lmdb.Transaction) -> Removed:
+            adapter = self._own(txn, who, name)
+            numbers = {adapter.version(number).version} if number else {each.version for each in adapter.versions}
+            return self._remove(txn, [(adapter, numbers)])
+
+        return self._write(work)
+
+    def withdraw(self, who: Principal, memory_ids: Collection[str] | None) -> Removed:
+        """Removes the versions that were distilled from memories of a user; None: from any of his."""
+
+        def work(txn: lmdb.Transaction) -> Removed:
+            doomed = []
+            for adapter in self._adapters(txn):
+                numbers = {each.version for each in adapter.versions if _is_from(each, who, memory_ids)}
+                if numbers:
+                    doomed.append((adapter, numbers))
+            return self._remove(txn, doomed)
+
+        return self._write(work)
+
+    def wait_until_free(self, version: Version, timeout_s: float = RELEASE_TIMEOUT_S) -> bool:
+        """Blocks until no request of any process uses a content that no name has. False: one still does."""
+        deadline = time.monotonic() + timeout_s
+        while not self._is_free(self._objects / version.digest):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def remove_files(self, version: Version) -> bool:
+        """Removes a content that no name has and no request uses. False: that has changed; the next start
+        removes what then still belongs to nobody."""
+        folder = self._objects / version.digest
+        with self._files_locked():
+            with self._env.begin() as txn:
+                known = any(each.digest == version.digest for each in self._versions(txn))
+            if known or not self._is_free(folder):
+                return False
+            self._verified.pop(version.digest, None)
+            shutil.rmtree(folder)
+            _sync(self._objects)
+        return True
+
+    # -- profiles -------------------------------------------------------------------------------
+
+    def profile(self, who: Principal) -> str | None:
+        """The user's default adapter, by reference."""
+        with self._env.begin() as txn:
+            raw = txn.get(records.space_key(Scope.USER, who), db=self._dbs["profiles"])
+        return None if raw is None else json.loads(raw)["adapter"]
+
+    def set_profile(self, who: Principal, reference: str | None) -> None:
+        """
+        Raises:
+            NotFound: the user may use no such adapter.
+        """
+        if reference is not None:
+            self.find(who, reference)
+        key = records.space_key(Scope.USER, who)
+
+        def work(txn: lmdb.Transaction) -> None:
+            if reference is None:
+                txn.delete(key, db=self._dbs["profiles"])
+            else:
+                value = {"tenant": who.tenant, "user": who.user, "adapter": reference}
+                txn.put(key, json.dumps(value).encode(), db=self._dbs["profiles"])
+
+        self._write(work)
+
+    def stats(self) -> dict[str, int]:
+        with self._env.begin() as txn:
+            contents = {each.digest: each.size_bytes for each in self._versions(txn)}
+            names = txn.stat(self._dbs["adapters"])["entries"]
+        return {
+            "names": names,
+            "contents": len(contents),
+            "disk_bytes": sum(contents.values()),
+            "max_disk_bytes": self._config.disk_bytes,
+        }
+
+    # -- LMDB -----------------------------------------------------------------------------------
+
+    def _write(self, work: Callable[[lmdb.Transaction], Any]) -> Any:
+        try:
+            with self._env.begin(write=True) as txn:
+                return work(txn)
+        except lmdb.Error as error:
+            raise StoreError(f"the index of adapters {self.root} was not written: {error}") from error
+
+    def _read(self, txn: lmdb.Transaction, scope: Scope, who: Principal, name: str) -> Adapter | None:
+        raw = txn.get(records.space_key(scope, who) + name.encode(), db=self._dbs["adapters"])
+        return None if raw is None else records.decode(raw)
+
+    def _put(self, txn: lmdb.Transaction, adapter: Adapter) -> None:
+        key = records.space_key(adapter.scope, adapter.owner) + adapter.name.encode()
+        txn.put(key, records.encode(adapter), db=self._dbs["adapters"])
+
+    def _own(self, txn: lmdb.Transaction, who: Principal, name: str) -> Adapter:
+        for scope in Scope:
+            adapter = self._read(txn, scope, who, name)
+            if adapter is not None and adapter.owner == who:
+                return adapter
+        raise NotFound(f"you own no adapter {name!r}")
+
+    def _adapters(self, txn: lmdb.Transaction) -> list[Adapter]:
+        return [records.decode(raw) for _, raw in txn.cursor(self._dbs["adapters"])]
+
+    def _versions(self, txn: lmdb.Transaction) -> Iterator[Version]:
+        return (version for adapter in self._adapters(txn) for version in adapter.versions)
+
+    def _remove(self, txn: lmdb.Transaction, doomed: list[tuple[Adapter, set[int]]]) -> Removed:
+        references: list[str] = []
+        gone: dict[str, Version] = {}
+        for adapter, numbers in doomed:
+            left = adapter.without(numbers)
+            if left is not None:
+                self._put(txn, left)
+            else:
+                key = records.space_key(adapter.scope, adapter.owner) + adapter.name.encode()
+                txn.delete(key, db=self._dbs["adapters"])
+            references += [f"{adapter.name}@{number}" for number in sorted(numbers)]
+            gone |= {each.digest: each for each in adapter.versions if each.version in numbers}
+        kept = {each.digest for each in self._versions(txn)}
+        contents = tuple(version for digest, version in gone.items() if digest not in kept)
+        return Removed(tuple(references), contents, self._drop_profiles(txn) if doomed else 0)
+
+    def _drop_profiles(self, txn: lmdb.Transaction) -> int:
+        """Defaults that mean nothing any more."""
+        table = self._dbs["profiles"]
+        dangling = []
+        for key, raw in txn.cursor(table):
+            profile = json.loads(raw)
+            try:
+                self._find(txn, Principal(profile["tenant"], profile["user"]), profile["adapter"])
+            except NotFound:
+                dangling.append(key)
+        for key in dangling:
+            txn.delete(key, db=table)
+        return len(dangling)
+
+    def _check_owner(self, adapter: Adapter | None, who: Principal) -> None:
+        if adapter is not None and adapter.owner != who:
+            raise Forbidden(f"the shared name {adapter.name!r} belongs to somebody else; choose another one")
+
+    # -- files ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _files_locked(self) -> Iterator[None]:
+        with open(self.root / "lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _holding(self, digest: str) -> Iterator[None]:
+        """A shared lock on a content's folder, one per process."""
+        with self._lease_lock:
+            descriptor, users = self._leases.get(digest, (-1, 0))
+            if not users:
+                try:
+                    descriptor = os.open(self._objects / digest, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise AdapterUnavailable(
+                        f"the files of adapter {digest[:16]} are gone; register it again"
+                    ) from error
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            self._leases[digest] = (descriptor, users + 1)
+        try:
+            yield
+        finally:
+            with self._lease_lock:
+                descriptor, users = self._leases.pop(digest)
+                if users > 1:
+                    self._leases[digest] = (descriptor, users - 1)
+                else:
+                    os.close(descriptor)
+
+    def _is_free(self, folder: Path) -> bool:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def _sweep(self) -> None:
+        """Removes what no name has: of unfinished registrations, and of deletions that waited."""
+        with self._env.begin() as txn:
+            known = {version.digest for version in self._versions(txn)}
+        for folder in [*self._incoming.iterdir(), *self._objects.iterdir()]:
+            if folder.name not in known and self._is_free(folder):
+                logger.info("removing an adapter's files that nobody has: %s", folder.name[:16])
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _disk_bytes(self) -> int:
+        return sum(
+            file.stat().st_size for folder in self._objects.iterdir() for file in folder.iterdir() if file.is_file()
+        )
+
+
+def _is_from(version: Version, who: Principal, memory_ids: Collection[str] | None) -> bool:
+    source = version.origin.get("distilled") or {}
+    if source.get("tenant") != who.tenant or source.get("user") != who.user:
+        return False
+    return memory_ids is None or any(memory["id"] in memory_ids for memory in source["memories"])
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

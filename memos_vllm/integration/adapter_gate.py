@@ -1,0 +1,311 @@
+"""The way of a LoRA adapter into one request, and ahead of it into the engine.
+
+vLLM knows adapters by name and lists them to everybody; ours are private. So they never enter vLLM's own
+registry: the chosen one stands in a context variable for the time of the call, a wrapper on the serving
+object hands it to the engine, and another keeps its name out of the response.
+
+    use        look up with the user's rights, hold the files, have the engine load it, choose it
+    prefetch   have the engine load what the next requests will need, while slots are free
+
+Only ``use`` before ``add_lora`` succeeded can fail, and then nothing of the request has reached the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from memos_vllm.adapters.records import Version
+from memos_vllm.adapters.registry import AdapterRegistry, InUse
+from memos_vllm.config import AdaptersConfig
+from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound, RequestError
+from memos_vllm.integration import engine_channel
+from memos_vllm.types import Principal
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+logger = logging.getLogger(__name__)
+
+MAX_SCENES = 16_384
+"""How many scenes' adapters one process remembers; those used least recently are forgotten first."""
+
+_NO_LORA = "this server runs without LoRA"
+_chosen: ContextVar[LoRARequest | None] = ContextVar("memos_adapter", default=None)
+
+
+@dataclass(slots=True)
+class GateTotals:
+    """Of this API process, since its start."""
+
+    requests: int = 0
+    loads: int = 0
+    """Requests that had to wait for their adapter's first load."""
+    load_s: float = 0.0
+    failures: int = 0
+    fallbacks: int = 0
+    prefetches: int = 0
+    prefetch_s: float = 0.0
+    prefetch_used: int = 0
+    """Prefetched adapters that a request then used."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """What a request runs with. ``close`` lets go of the adapter's files; it may be called twice."""
+
+    request: LoRARequest | None = None
+    reference: str | None = None
+    """As it was asked for: what the next request will probably ask for too."""
+
+    name: str = "base"
+    """``name@version``, or ``base`` where the adapter could not be loaded."""
+
+    why: str = ""
+    """Why it is ``base``."""
+
+    _files: ExitStack = field(default_factory=ExitStack)
+
+    def close(self) -> None:
+        self._files.close()
+
+    @property
+    def header(self) -> str:
+        return f"{self.name}; {self.why}" if self.why else self.name
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """vLLM's serving object gives requests that start in this block the adapter."""
+        token = _chosen.set(self.request)
+        try:
+            yield
+        finally:
+            _chosen.reset(token)
+
+
+class AdapterGate:
+    """One per API process, in its event loop."""
+
+    def __init__(self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig) -> None:
+        self.registry = registry
+        self.totals = GateTotals()
+        self._engine = engine
+        self._config = config
+        self._lora = engine.vllm_config.lora_config
+        self._loaded: set[str] = set()
+        """Names that the engine took once: it can load them again by itself."""
+        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._scenes: OrderedDict[str, tuple[Principal, str]] = OrderedDict()
+        self._prefetched: set[str] = set()
+
+    @property
+    def enabled(self) -> bool:
+        return self._lora is not None
+
+    # -- requests -------------------------------------------------------------------------------
+
+    async def use(self, who: Principal, named: str | None, serving: Any, model: str | None) -> Choice | None:
+        """The adapter of a request; None for the base model without further words.
+
+        Args:
+            named: by the request; None: the user's default.
+            serving: vLLM's object behind the chat endpoint.
+            model: as the request names it; one of vLLM's own adapters leaves no room for ours.
+
+        Raises:
+            AdapterError, NotFound: it names an adapter that it cannot have.
+            AdapterUnavailable: the adapter cannot be loaded, and ``adapters.on_error`` is ``fail``.
+        """
+        is_vllms = model is not None and model in serving.models.lora_requests
+        if named is not None and is_vllms:
+            raise AdapterError(
+                f"the model {model!r} is an adapter itself; name the base model, or leave 'memos.adapter'"
+            )
+        reference = named or (None if is_vllms else await asyncio.to_thread(self.registry.profile, who))
+        if reference is None:
+            return None
+        if self._lora is None:
+            if named is None:
+                return Choice(why=_NO_LORA)
+            raise AdapterError(f"{_NO_LORA}; the operator starts it with --enable-lora", 409)
+        choice = Choice(reference=reference)
+        try:
+            used = await asyncio.to_thread(choice._files.enter_context, self.registry.use(who, reference))
+            await self._load(used)
+        except (RequestError, asyncio.CancelledError) as error:
+            choice.close()
+            # What the request names must exist; only what exists may fail softly.
+            refused = named is not None and isinstance(error, (AdapterError, NotFound))
+            if isinstance(error, asyncio.CancelledError) or refused or self._config.on_error == "fail":
+                raise
+            self.totals.fallbacks += 1
+            logger.warning("adapter %r of %s is not used: %s", reference, who, error)
+            return Choice(why=str(error).encode("ascii", "replace").decode())
+        _hand_over(serving)
+        self.totals.requests += 1
+        if used.version.lora_name in self._prefetched:
+            self._prefetched.discard(used.version.lora_name)
+            self.totals.prefetch_used += 1
+        choice.request, choice.name = lora_request(used), used.reference
+        return choice
+
+    async def _load(self, used: InUse) -> None:
+        """Has the engine load an adapter that it never had, so that one that does not load fails here."""
+        name = used.version.lora_name
+        if name in self._loaded:
+            return
+        async with self._loading[name]:
+            if name in self._loaded:
+                return
+            began = time.monotonic()
+            await self._add(used)
+            self.totals.loads += 1
+            self.totals.load_s += time.monotonic() - began
+        self._loading.pop(name, None)
+
+    async def _add(self, used: InUse) -> None:
+        try:
+            await self._engine.add_lora(lora_request(used))
+        except EngineDeadError:
+            raise
+        except Exception as error:  # vLLM passes on whatever the worker raised, as a plain Exception
+            self.totals.failures += 1
+            raise AdapterUnavailable(f"adapter {used.reference!r} cannot be loaded by vLLM: {error}") from error
+        self._loaded.add(used.version.lora_name)
+
+    # -- ahead of requests ----------------------------------------------------------------------
+
+    def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
+        """The next request of a scene will use this adapter; None: no adapter."""
+        self._scenes.pop(scene_id, None)
+        if reference is not None:
+            self._scenes[scene_id] = (who, reference)
+            if len(self._scenes) > MAX_SCENES:
+                self._scenes.popitem(last=False)
+
+    async def hint(self, scene_id: str, who: Principal, named: str | None) -> None:
+        """A request of the scene is announced.
+
+        Raises:
+            NotFound: the user may use no such adapter.
+        """
+        if named is not None:
+            await asyncio.to_thread(self.registry.find, who, named)
+            self.expect(scene_id, who, named)
+        elif scene_id not in self._scenes:
+            self.expect(scene_id, who, await asyncio.to_thread(self.registry.profile, who))
+
+    async def prefetch(self, scene_ids: Sequence[str]) -> None:
+        """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.
+
+        vLLM evicts the adapter used least recently, and every use counts. So the least valuable one is
+        loaded first, and each that is there already is renewed.
+        """
+        if self._lora is None or not any(scene_id in self._scenes for scene_id in scene_ids):
+            return
+        replies = await engine_channel.call(self._engine, "adapters")
+        in_use = {number for reply in replies for number in reply.get("in_use", ())}
+        room = self._lora.max_loras - len(in_use)
+        wanted: list[tuple[Principal, str]] = []
+        for scene_id in scene_ids:
+            if len(wanted) >= room:
+                break
+            if (known := self._scenes.get(scene_id)) is None:
+                continue
+            who, reference = known
+            try:
+                _, version = self.registry.find(who, reference)
+            except NotFound:
+                del self._scenes[scene_id]
+                continue
+            if version.lora_int_id not in in_use:
+                in_use.add(version.lora_int_id)
+                wanted.append((who, reference))
+        for who, reference in reversed(wanted):
+            await self._bring(who, reference)
+
+    async def _bring(self, who: Principal, reference: str) -> None:
+        began = time.monotonic()
+        with ExitStack() as files:
+            try:
+                used = await asyncio.to_thread(files.enter_context, self.registry.use(who, reference))
+                await self._add(used)
+            except (AdapterUnavailable, NotFound) as error:
+                logger.warning("adapter %r of %s is not prefetched: %s", reference, who, error)
+                return
+            self._prefetched.add(used.version.lora_name)
+        self.totals.prefetches += 1
+        self.totals.prefetch_s += time.monotonic() - began
+
+    # -- the end of an adapter ------------------------------------------------------------------
+
+    async def remove(self, versions: Sequence[Version]) -> dict[str, Any]:
+        """Removes contents that nobody has any more: KV in every tier, the engine's copies, files.
+
+        Returns:
+            For a receipt: what was removed where; ``files_pending`` counts those that a request still uses.
+        """
+        kv = {"host_blocks": 0, "disk_blocks": 0}
+        removed = pending = 0
+        for version in versions:
+            self._loaded.discard(version.lora_name)
+            self._prefetched.discard(version.lora_name)
+            free = await asyncio.to_thread(self.registry.wait_until_free, version)
+            for reply in await engine_channel.call(self._engine, "forget_adapter", {"lora_name": version.lora_name}):
+                kv = {tier: count + reply.get(tier, 0) for tier, count in kv.items()}
+            if not free:
+                pending += 1
+                continue
+            if self._lora is not None:
+                await self._engine.remove_lora(version.lora_int_id)
+            removed += await asyncio.to_thread(self.registry.remove_files, version)
+        return {"contents": removed, "files_pending": pending, "kv": kv}
+
+    async def status(self) -> dict[str, Any]:
+        """Slots, what is in host memory, and what came of loads; for the operator."""
+        stored = await asyncio.to_thread(self.registry.stats)
+        if self._lora is None:
+            return {"enabled": False, "stored": stored}
+        return {
+            "enabled": True,
+            "slots": self._lora.max_loras,
+            "host_capacity": self._lora.max_cpu_loras,
+            "host": len(await self._engine.list_loras()),
+            "stored": stored,
+            "totals": asdict(self.totals),
+        }
+
+
+def lora_request(used: InUse) -> LoRARequest:
+    version = used.version
+    return LoRARequest(version.lora_name, version.lora_int_id, str(used.folder))
+
+
+def _hand_over(serving: Any) -> None:
+    """Lets the serving object give a request what was chosen for it, and keep quiet about it. Once per object.
+
+    vLLM has no hook here: it looks for adapters in a public list, by the request's ``model``.
+    """
+    if "_memos_adapters" in vars(serving):
+        return
+    find, name_of = serving._maybe_get_adapters, serving.models.model_name
+
+    def _maybe_get_adapters(request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
+        return _chosen.get() or find(request, *args, **kwargs)
+
+    def model_name(lora: LoRARequest | None = None) -> str:
+        return name_of(None if lora is not None and lora is _chosen.get() else lora)
+
+    serving._maybe_get_adapters = _maybe_get_adapters
+    serving.models.model_name = model_name
+    serving._memos_adapters = True
