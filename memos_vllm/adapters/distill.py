@@ -56,11 +56,11 @@ class Settings:
 
     rank: int = 16
     alpha: int = 32
-    learning_rate: float = 2e-3
-    steps: int = 400
+    learning_rate: float = 1.5e-3
+    steps: int = 150
     facts_per_step: int = 16
-    controls_per_step: int = 16
-    num_controls: int = 240
+    controls_per_step: int = 24
+    num_controls: int = 480
     """Trained on; as many again, others, are evaluated."""
 
     max_answer_tokens: int = 32

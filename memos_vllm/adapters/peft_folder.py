@@ -67,12 +67,14 @@ class BaseModel:
             vLLM's own load is the only check of shapes.
         max_rank: vLLM's ``--max-lora-rank``.
         target_modules: vLLM's ``--lora-target-modules``; None: all.
+        path: folder or hub name of its weights.
     """
 
     names: frozenset[str]
     modules: Mapping[str, tuple[int, int]] | None
     max_rank: int
     target_modules: frozenset[str] | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,37 @@ class AdapterRegistry:
             raise DataDirError(f"cannot use the adapters in {root}: {error}; check data_dir") from error
         with self._files_locked():
             self._sweep()
+            if base is not None:
+                _write_base(root / "base.json", base, fingerprint)
+
+    @classmethod
+    def beside_server(cls, root: Path, config: AdaptersConfig) -> AdapterRegistry:
+        """The registry of a server that runs, or ran, with LoRA, from another process.
+
+        Raises:
+            DataDirError: none did.
+        """
+        try:
+            values = json.loads((root / "base.json").read_text())
+        except (OSError, ValueError) as error:
+            raise DataDirError(
+                f"{root} does not say which model is served; start the server once with --enable-lora"
+            ) from error
+        modules, targets = values["modules"], values["target_modules"]
+        base = BaseModel(
+            names=frozenset(values["names"]),
+            modules=None if modules is None else {name: (out, into) for name, (out, into) in modules.items()},
+            max_rank=values["max_rank"],
+            target_modules=None if targets is None else frozenset(targets),
+            path=values["path"],
+        )
+        return cls(root, config, base, values["fingerprint"])
+
+    @property
+    def base_path(self) -> str:
+        """Where the served model's weights are."""
+        assert self._base is not None
+        return self._base.path
 
     def close(self) -> None:
         self._env.close()
@@ -487,6 +518,20 @@ class AdapterRegistry:
         return sum(
             file.stat().st_size for folder in self._objects.iterdir() for file in folder.iterdir() if file.is_file()
         )
+
+
+def _write_base(path: Path, base: BaseModel, fingerprint: str) -> None:
+    values = {
+        "fingerprint": fingerprint,
+        "names": sorted(base.names),
+        "modules": base.modules,
+        "max_rank": base.max_rank,
+        "target_modules": None if base.target_modules is None else sorted(base.target_modules),
+        "path": base.path,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(path)
 
 
 def _is_from(version: Version, who: Principal, memory_ids: Collection[str] | None) -> bool:

@@ -28,4 +28,5 @@ def base_of(vllm_config: VllmConfig, config: AdaptersConfig) -> BaseModel | None
         modules=linear_modules(model.hf_config.get_text_config()),
         max_rank=lora.max_lora_rank,
         target_modules=None if targets is None else frozenset(targets),
+        path=str(model.model),
     )

@@ -17,6 +17,7 @@ ALLOWED = {
     "memory": BASE | {"memory"},
     "store": BASE | {"store", "kernels"},
     "adapters": BASE | {"adapters"},
+    "distill": BASE | {"adapters", "memory"},
     "kernels": {"kernels"},
     "compat": BASE | {"compat"},
     "integration": BASE | {"core", "memory", "store", "adapters", "kernels", "compat", "integration"},

@@ -1,0 +1,293 @@
+"""Adapters over HTTP: the right weights for every request, over two API processes and few slots.
+
+MEMOS_ADAPTER_REQUESTS=2000 makes the test of mix-ups as long as that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.serving import serve
+from tests.e2e.adapter_reference import RANK, References, write_adapter
+from tests.e2e.conftest import Memos, cached_tokens
+
+pytestmark = pytest.mark.e2e
+
+USERS = [f"adapter-user-{index}" for index in range(4)]
+NUM_ADAPTERS, NUM_SLOTS = 64, 4
+NUM_REQUESTS = int(os.environ.get("MEMOS_ADAPTER_REQUESTS", "160"))
+MAX_DISTANCE = 0.35
+"""Between log-probabilities in bfloat16 as served and in float32; a wrong adapter is off by several."""
+
+CONFIG = """
+data_dir: {data_dir}
+identity:
+  keys:
+    shop-a: {{tenant: shop, user: a}}
+    shop-b: {{tenant: shop, user: b}}
+kv: {{host_bytes: 64MiB, disk_bytes: 256MiB, min_load_tokens: 32}}
+adapters: {{import_dir: {import_dir}, on_error: base}}
+"""
+PROMPTS = [
+    [{"role": "user", "content": "What is my favourite drink?"}],
+    [{"role": "user", "content": "My home city is Turin. What is my home city?"}],
+    [{"role": "user", "content": "Hello there, it rained all day and the train was late again."}],
+]
+
+
+@pytest.fixture(scope="module")
+def folders(recall_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("import")
+    return {f"a{seed}": write_adapter(root / f"a{seed}", recall_model, seed) for seed in range(NUM_ADAPTERS)}
+
+
+@pytest.fixture(scope="module")
+def references(recall_model: Path, folders: dict[str, Path]) -> References:
+    return References(recall_model, folders, PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def served(recall_model: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memos]:
+    data_dir = tmp_path_factory.mktemp("adapters")
+    config = data_dir / "memos.yaml"
+    config.write_text(CONFIG.format(data_dir=data_dir / "data", import_dir=folders["a0"].parent))
+    lora = ["--enable-lora", "--max-loras", str(NUM_SLOTS), "--max-cpu-loras", "8", "--max-lora-rank", str(RANK)]
+    extra = [*lora, "--api-server-count", "2", "--max-num-seqs", "8"]
+    with serve(recall_model, plugin=True, config=config, extra=extra) as server:
+        yield Memos(server)
+
+
+@pytest.fixture(scope="module")
+def owned(served: Memos, folders: dict[str, Path]) -> dict[str, str]:
+    """Every adapter and the user who has it, and nobody else."""
+    owners = {name: USERS[index % len(USERS)] for index, name in enumerate(folders)}
+    for name, key in owners.items():
+        assert upload(served, key, name, folders[name]).status_code == 200
+    return owners
+
+
+def upload(served: Memos, key: str, name: str, folder: Path, **fields: str) -> httpx.Response:
+    files = {
+        "config": ("adapter_config.json", (folder / "adapter_config.json").read_bytes()),
+        "weights": ("adapter_model.safetensors", (folder / "adapter_model.safetensors").read_bytes()),
+    }
+    return served.call("POST", "/v1/adapters", key, data={"name": name, **fields}, files=files)
+
+
+def ask(served: Memos, key: str, adapter: str | None, prompt: int = 0, **fields: Any) -> httpx.Response:
+    """One token and the log-probabilities of the likeliest."""
+    memos = {"recall": False, "remember": False, **({"adapter": adapter} if adapter else {}), **fields}
+    body = {
+        "model": served.server.model,
+        "messages": PROMPTS[prompt],
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 8,
+        "return_tokens_as_token_ids": True,
+        "memos": memos,
+    }
+    return served.call("POST", "/v1/chat/completions", key, json=body)
+
+
+def logprobs(response: httpx.Response) -> dict[int, float]:
+    assert response.status_code == 200, response.text
+    (first,) = response.json()["choices"][0]["logprobs"]["content"]
+    return {int(each["token"].removeprefix("token_id:")): each["logprob"] for each in first["top_logprobs"]}
+
+
+def nearest(references: References, prompt: int, response: httpx.Response) -> tuple[str, float, float]:
+    """The adapter that the answer is from, how far it is, and how far the next one."""
+    distances = references.distances(prompt, logprobs(response))
+    (name, distance), (_, second) = list(distances.items())[:2]
+    return name, distance, second
+
+
+def test_no_answer_is_from_another_adapter(served: Memos, owned: dict[str, str], references: References) -> None:
+    by_user = {key: [name for name, owner in owned.items() if owner == key] for key in USERS}
+
+    def work(key: str) -> list[str]:
+        rng, wrong = random.Random(key), []
+        for _ in range(NUM_REQUESTS // len(USERS)):
+            adapter, prompt = rng.choice([*by_user[key], None]), rng.randrange(len(PROMPTS))
+            name, distance, second = nearest(references, prompt, ask(served, key, adapter, prompt))
+            if name != (adapter or "base") or distance > MAX_DISTANCE or second < 2 * MAX_DISTANCE:
+                wrong.append(f"{adapter} got {name} at {distance:.3f}, next at {second:.3f}")
+        return wrong
+
+    with ThreadPoolExecutor(len(USERS)) as pool:
+        mixups = [problem for problems in pool.map(work, USERS) for problem in problems]
+    print(f"{len(mixups)} mix-ups in {NUM_REQUESTS // len(USERS) * len(USERS)} requests")
+    assert mixups == []
+
+
+def test_nobody_sees_or_uses_anothers(served: Memos, owned: dict[str, str]) -> None:
+    stranger = "adapter-stranger"
+    assert served.call("GET", "/v1/adapters", stranger).json()["data"] == []
+    assert ask(served, stranger, "a0").status_code == 404
+    assert "no adapter 'a0'" in ask(served, stranger, "a0").json()["error"]["message"]
+    models = served.call("GET", "/v1/models", USERS[0]).json()["data"]
+    assert [model["id"] for model in models] == [served.server.model]
+    listed = served.call("GET", "/v1/adapters", USERS[0]).json()["data"]
+    assert {adapter["name"] for adapter in listed} == {name for name, key in owned.items() if key == USERS[0]}
+    names = [f"memos-{version['digest']}" for adapter in listed for version in adapter["versions"]]
+    for name in [*names, "a0"]:
+        body = {"model": name, "messages": PROMPTS[0], "max_tokens": 1}
+        assert served.call("POST", "/v1/chat/completions", stranger, json=body).status_code == 404
+
+
+def test_the_response_does_not_name_it_to_others(served: Memos, owned: dict[str, str]) -> None:
+    response = ask(served, USERS[0], "a0")
+    assert response.json()["model"] == served.server.model and "a0" not in response.text
+    assert response.headers["x-memos-adapter"] == "a0@1"
+    with served.chat(USERS[0], "Hello!", {"adapter": "a0"}, stream=True) as chunks:
+        assert {chunk.model for chunk in chunks} == {served.server.model}
+
+
+def test_the_users_default_applies_unless_the_request_names_one(
+    served: Memos, owned: dict[str, str], references: References
+) -> None:
+    def default(adapter: str | None) -> None:
+        response = served.call("PUT", "/v1/adapters/default", USERS[1], json={"adapter": adapter})
+        assert response.json() == {"adapter": adapter}
+
+    default("a5")
+    assert nearest(references, 0, ask(served, USERS[1], None))[0] == "a5"
+    assert nearest(references, 0, ask(served, USERS[1], "a9"))[0] == "a9"
+    default(None)
+    assert nearest(references, 0, ask(served, USERS[1], None))[0] == "base"
+    assert served.call("PUT", "/v1/adapters/default", USERS[1], json={"adapter": "a0"}).status_code == 404
+
+
+def test_a_new_version_meets_no_older_kv_and_can_be_undone(
+    served: Memos, recall_model: Path, references: References, folders: dict[str, Path]
+) -> None:
+    key = f"key-{uuid.uuid4().hex}"
+    long = [{"role": "user", "content": "It rained all day. " * 60}]
+
+    def cached() -> int:
+        return cached_tokens(served.chat(key, long, {"adapter": "style", "recall": False, "remember": False}))
+
+    upload(served, key, "style", folders["a10"])
+    assert nearest(references, 1, ask(served, key, "style", 1))[0] == "a10"
+    assert cached() == 0 and cached() > 100
+    upload(served, key, "style", folders["a11"])
+    assert nearest(references, 1, ask(served, key, "style", 1))[0] == "a11"
+    assert cached() == 0
+    assert nearest(references, 1, ask(served, key, "style@1", 1))[0] == "a10"
+    assert served.call("PATCH", "/v1/adapters/style", key, json={"current": 1}).status_code == 200
+    assert nearest(references, 1, ask(served, key, "style", 1))[0] == "a10"
+
+
+def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(served: Memos, folders: dict[str, Path]) -> None:
+    """Of another adapter, the base model, and another user of the tenant with the same adapter."""
+    key, other = "shop-a", "shop-b"
+    for name, seed in (("one", 20), ("two", 21)):
+        assert upload(served, key, name, folders[f"a{seed}"], scope="tenant").status_code == 200
+    long = [{"role": "user", "content": "The ferry leaves at seven. " * 60}]
+
+    def cached(adapter: str | None, who: str = key) -> int:
+        field = {"recall": False, "remember": False, **({"adapter": adapter} if adapter else {})}
+        return cached_tokens(served.chat(who, long, field))
+
+    for tiers in ((), ("gpu",), ("gpu", "host")):
+        found = cached("one")
+        assert (found > 200) == bool(tiers)
+        served.settle()
+        served.drop(*tiers)
+        if not tiers:
+            assert cached("two") == cached(None) == cached("one", other) == 0
+            served.call("POST", "/v1/memos/kv/drop?tier=gpu")
+    receipt = served.call("DELETE", "/v1/adapters/one", key).json()
+    assert receipt["adapters"] == ["one@1"] and receipt["contents"] == 1
+    assert receipt["kv"]["disk_blocks"] > 5 and receipt["kv"]["host_blocks"] >= 0
+    assert ask(served, key, "one").status_code == ask(served, other, "one").status_code == 404
+    assert upload(served, key, "one", folders["a20"], scope="tenant").status_code == 200
+    assert cached("one") == 0, "the same content again finds nothing of before the deletion"
+    assert cached("two") > 200, "another adapter's KV is untouched"
+
+
+def test_an_adapter_in_a_folder_of_the_operator(served: Memos, references: References) -> None:
+    key = f"key-{uuid.uuid4().hex}"
+    body = {"name": "from-path", "path": "a30"}
+    assert served.call("POST", "/v1/adapters", key, json=body).status_code == 200
+    assert nearest(references, 0, ask(served, key, "from-path"))[0] == "a30"
+    for path in ("../x", "/etc", "a30/../..", ".", ""):
+        response = served.call("POST", "/v1/adapters", key, json={"name": "x", "path": path})
+        assert response.status_code == 403, path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": ("adapter_model.safetensors", b"\x80\x04pickle")}, "no safetensors file"),
+        ({"weights": ("adapter_model.bin", b"x")}, "only adapter_model.safetensors"),
+        ({"config": ("adapter_config.json", b"{}")}, "only LORA"),
+    ],
+)
+def test_bad_uploads_are_one_clear_sentence(
+    served: Memos, folders: dict[str, Path], change: dict[str, Any], words: str
+) -> None:
+    folder = folders["a0"]
+    files = {
+        "config": ("adapter_config.json", (folder / "adapter_config.json").read_bytes()),
+        "weights": ("adapter_model.safetensors", (folder / "adapter_model.safetensors").read_bytes()),
+    } | change
+    response = served.call("POST", "/v1/adapters", "key-bad", data={"name": "bad"}, files=files)
+    assert response.status_code == 400 and words in response.json()["error"]["message"]
+    assert served.call("GET", "/v1/adapters", "key-bad").json()["data"] == []
+
+
+def test_an_adapter_that_cannot_be_loaded_gives_the_base_model_and_says_so(
+    served: Memos, folders: dict[str, Path], references: References
+) -> None:
+    """As configured: on_error is base. The files are damaged after they were registered."""
+    key = f"key-{uuid.uuid4().hex}"
+    version = upload(served, key, "broken", folders["a40"]).json()["versions"][0]
+    data_dir = Path(served.server.config).parent / "data"
+    path = data_dir / "adapters" / "objects" / version["digest"] / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    response = ask(served, key, "broken")
+    assert nearest(references, 0, response)[0] == "base"
+    assert response.headers["x-memos-adapter"].startswith("base; ") and "damaged" in response.headers["x-memos-adapter"]
+    path.write_bytes(whole)
+    assert nearest(references, 0, ask(served, key, "broken"))[0] == "a40"
+
+
+def test_a_hint_loads_the_adapter_before_the_request(served: Memos, folders: dict[str, Path]) -> None:
+    key = f"key-{uuid.uuid4().hex}"
+    upload(served, key, "soon", folders["a50"])
+    served.call("PUT", "/v1/adapters/default", key, json={"adapter": "soon"})
+    before = adapter_totals(served)
+    deadline = time.monotonic() + 30
+    while adapter_totals(served)["prefetches"] == before["prefetches"]:
+        assert served.call("POST", "/v1/scenes", key, json={"event": "typing"}).status_code == 200
+        assert time.monotonic() < deadline, "the adapter was never prefetched"
+        time.sleep(0.2)
+    assert ask(served, key, None).headers["x-memos-adapter"] == "soon@1"
+    missing = served.call("POST", "/v1/scenes", key, json={"event": "typing", "adapter": "nothing"})
+    assert missing.status_code == 404
+
+
+def adapter_totals(served: Memos) -> dict[str, Any]:
+    """The largest of several looks: each API process counts for itself."""
+    looks = [served.call("GET", "/v1/memos/status").json()["adapters"] for _ in range(8)]
+    assert all(look["slots"] == NUM_SLOTS for look in looks)
+    return max((look["totals"] for look in looks), key=lambda totals: totals["prefetches"])
+
+
+def test_nothing_else_changed(served: Memos) -> None:
+    assert json.loads(ask(served, "plain", None).text)["model"] == served.server.model
+    assert served.call("GET", "/health").status_code == 200
