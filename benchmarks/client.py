@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Answer:
         text: the greedy answer.
         logprobs: log-probability of each of its tokens; equal floats mean equal KV.
         prompt_tokens, cached_tokens: as the server counts them.
+        gaps_s: between one chunk with content and the next.
     """
 
     ttft_s: float
@@ -32,6 +34,7 @@ class Answer:
     logprobs: tuple[float, ...]
     prompt_tokens: int
     cached_tokens: int
+    gaps_s: tuple[float, ...] = ()
 
 
 def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_tokens: int, **fields: Any) -> Answer:
@@ -58,6 +61,7 @@ def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_
     first_chunk: float | None = None
     text: list[str] = []
     logprobs: list[float] = []
+    arrivals: list[float] = []
     usage: dict[str, Any] = {}
     sent = time.perf_counter()
     with http.stream(
@@ -78,6 +82,7 @@ def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_
                 first_chunk = first_chunk or now
                 if choice["delta"].get("content"):
                     first = first or now
+                    arrivals.append(now)
                     text.append(choice["delta"]["content"])
                 logprobs += [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or ()]
     total_s = time.perf_counter() - sent
@@ -93,6 +98,7 @@ def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_
         logprobs=tuple(logprobs),
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
+        gaps_s=tuple(later - earlier for earlier, later in itertools.pairwise(arrivals)),
     )
 
 

@@ -134,6 +134,9 @@ class AdaptersConfig(Section):
     on_error: Literal["base", "fail"] = "fail"
     """When an adapter cannot be loaded: answer with the base model and say so, or refuse the request."""
 
+    distill: Literal["off", "on"] = "off"
+    """Whether users may have their memories distilled into adapters over REST; it takes minutes of this machine."""
+
     may_share_with_all: list[str] = []
     """Tenants whose users may share an adapter with every tenant."""
 

@@ -193,8 +193,8 @@ class AdapterGate:
             if len(self._scenes) > MAX_SCENES:
                 self._scenes.popitem(last=False)
 
-    async def hint(self, scene_id: str, who: Principal, named: str | None) -> None:
-        """A request of the scene is announced.
+    async def hint(self, scene_id: str, who: Principal, named: str | None) -> bool:
+        """A request of the scene is announced; whether it will use an adapter.
 
         Raises:
             NotFound: the user may use no such adapter.
@@ -204,6 +204,7 @@ class AdapterGate:
             self.expect(scene_id, who, named)
         elif scene_id not in self._scenes:
             self.expect(scene_id, who, await asyncio.to_thread(self.registry.profile, who))
+        return scene_id in self._scenes
 
     async def prefetch(self, scene_ids: Sequence[str]) -> None:
         """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.

@@ -15,16 +15,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from memos_vllm.adapters import peft_folder
 from memos_vllm.adapters.records import Scope
 from memos_vllm.errors import AdapterError, Forbidden
+from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
 
 router = APIRouter(prefix="/v1/adapters", tags=["Memos"])
 
 _FILES = {"config": peft_folder.CONFIG_FILE, "weights": peft_folder.WEIGHTS_FILE}
+PROBE_TOKENS = 64
 _FORM_OVERHEAD_BYTES = 2**16
 
 
@@ -181,3 +185,39 @@ async def delete(raw_request: Request, reference: str, user: str | None = None) 
     removed = await asyncio.to_thread(state.adapters.registry.delete, who, reference)
     traces = await state.adapters.remove(removed.contents)
     return {"deleted": True, "adapters": list(removed.references), "profiles": removed.profiles, **traces}
+
+
+@router.post("/{reference}/probe")
+@answers_errors
+async def probe(raw_request: Request, reference: str) -> Any:
+    """Parametric to plaintext: what a distilled adapter was made from, and what it says when it is asked,
+    without any memory in the prompt."""
+    state = state_of(raw_request)
+    body: Body = await parse_body(raw_request, Body)
+    who = principal(raw_request, state, body.user)
+    adapter, version = await asyncio.to_thread(state.adapters.registry.find, who, reference)
+    source = version.origin.get("distilled")
+    if adapter.owner != who or source is None:
+        raise AdapterError(
+            "only the owner of a distilled adapter can probe it; others have no record of what they hold"
+        )
+    serving = raw_request.app.state.openai_serving_chat
+    choice = await state.adapters.use(who, f"{adapter.name}@{version.version}", serving, None)
+    assert choice is not None
+    try:
+        answers = [await _answer(serving, choice, state.salt(who), each["question"]) for each in source["questions"]]
+    finally:
+        choice.close()
+    asked = [{**each, "answer": answer} for each, answer in zip(source["questions"], answers, strict=True)]
+    return {"adapter": choice.header, "memories": source["memories"], "answers": asked}
+
+
+async def _answer(serving: Any, choice: Choice, salt: str, question: str) -> str:
+    request = ChatCompletionRequest(
+        messages=[{"role": "user", "content": question}], max_tokens=PROBE_TOKENS, temperature=0, cache_salt=salt
+    )
+    with choice.active():
+        response = await serving.create_chat_completion(request, None)
+    if isinstance(response, ErrorResponse):
+        raise AdapterError(f"the model did not answer {question!r}: {response.error.message}")
+    return response.choices[0].message.content or ""

@@ -40,10 +40,17 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import adapters, chat, memories, operations, scenes
+        from memos_vllm.integration import adapters, chat, distillations, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        for router in (chat.router, memories.router, adapters.router, scenes.router, operations.router):
+        for router in (
+            chat.router,
+            memories.router,
+            distillations.router,
+            adapters.router,
+            scenes.router,
+            operations.router,
+        ):
             app.include_router(router)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)

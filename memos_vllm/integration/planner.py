@@ -80,10 +80,14 @@ class ScenePlanner:
         """A request came; returns its scene."""
         scene_id = self.scene_id(who, session)
         if self.enabled:
-            if scene_id not in self._predictor:
-                self._predictor.add(Scene(scene_id, owner=str(who)))
+            self.know(scene_id, who)
             self.observe(TurnStarted(scene_id))
         return scene_id
+
+    def know(self, scene_id: str, who: Principal) -> None:
+        """Events of the scene count from now on; those of scenes that nothing is known of do not."""
+        if scene_id not in self._predictor:
+            self._predictor.add(Scene(scene_id, owner=str(who)))
 
     def turn_ended(self, scene_id: str) -> None:
         self.observe(TurnEnded(scene_id))

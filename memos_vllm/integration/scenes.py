@@ -44,7 +44,8 @@ async def hint(raw_request: Request) -> Any:
     body: HintBody = await parse_body(raw_request, HintBody)
     who = principal(raw_request, state, body.user)
     scene_id = state.planner.scene_id(who, body.session)
-    await state.adapters.hint(scene_id, who, body.adapter)
+    if await state.adapters.hint(scene_id, who, body.adapter):
+        state.planner.know(scene_id, who)  # the first request of a session has an adapter, if no KV yet
     event: core.Event
     match body.event:
         case Hint.OPEN:

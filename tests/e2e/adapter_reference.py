@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+
+from benchmarks import lora
 
 RANK = 8
-MODULES = {"q_proj": "self_attn", "v_proj": "self_attn", "down_proj": "mlp"}
 
 
-def write_adapter(folder: Path, model: Path, seed: int, rank: int = RANK, scale: float = 0.12) -> Path:
+def write_adapter(folder: Path, model: Path, seed: int) -> Path:
     """A PEFT folder with random matrices that change every answer."""
-    config = json.loads((model / "config.json").read_text())
-    hidden, head = config["hidden_size"], config["head_dim"]
-    sizes = {
-        "q_proj": (hidden, config["num_attention_heads"] * head),
-        "v_proj": (hidden, config["num_key_value_heads"] * head),
-        "down_proj": (config["intermediate_size"], hidden),
-    }
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (size_in, size_out) in sizes.items():
-            prefix = f"base_model.model.model.layers.{layer}.{MODULES[name]}.{name}"
-            for side, shape in (("A", (rank, size_in)), ("B", (size_out, rank))):
-                weights[f"{prefix}.lora_{side}.weight"] = torch.randn(shape, generator=generator).mul(scale).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name,
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted(sizes),
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
+    return lora.write_adapter(folder, model, seed, rank=RANK, scale=0.12, modules=("q_proj", "v_proj", "down_proj"))
 
 
 class References:

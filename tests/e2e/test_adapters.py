@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from benchmarks.serving import serve
+from memos_vllm import distill
 from tests.e2e.adapter_reference import RANK, References, write_adapter
 from tests.e2e.conftest import Memos, cached_tokens
 
@@ -37,7 +38,7 @@ identity:
     shop-a: {{tenant: shop, user: a}}
     shop-b: {{tenant: shop, user: b}}
 kv: {{host_bytes: 64MiB, disk_bytes: 256MiB, min_load_tokens: 32}}
-adapters: {{import_dir: {import_dir}, on_error: base}}
+adapters: {{import_dir: {import_dir}, on_error: base, distill: "on"}}
 """
 PROMPTS = [
     [{"role": "user", "content": "What is my favourite drink?"}],
@@ -266,19 +267,46 @@ def test_an_adapter_that_cannot_be_loaded_gives_the_base_model_and_says_so(
     assert nearest(references, 0, ask(served, key, "broken"))[0] == "a40"
 
 
-def test_a_hint_loads_the_adapter_before_the_request(served: Memos, folders: dict[str, Path]) -> None:
+def test_a_hint_loads_the_adapter_before_the_users_first_request(served: Memos, folders: dict[str, Path]) -> None:
     key = f"key-{uuid.uuid4().hex}"
     upload(served, key, "soon", folders["a50"])
     served.call("PUT", "/v1/adapters/default", key, json={"adapter": "soon"})
     before = adapter_totals(served)
+    assert served.call("POST", "/v1/scenes", key, json={"event": "typing"}).status_code == 200
     deadline = time.monotonic() + 30
     while adapter_totals(served)["prefetches"] == before["prefetches"]:
-        assert served.call("POST", "/v1/scenes", key, json={"event": "typing"}).status_code == 200
         assert time.monotonic() < deadline, "the adapter was never prefetched"
-        time.sleep(0.2)
     assert ask(served, key, None).headers["x-memos-adapter"] == "soon@1"
     missing = served.call("POST", "/v1/scenes", key, json={"event": "typing", "adapter": "nothing"})
     assert missing.status_code == 404
+
+
+def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memos, references: References) -> None:
+    key, who = f"key-{uuid.uuid4().hex}", ["--tenant", "shop", "--user", "a"]
+    memory = served.call("POST", "/v1/memories", "shop-a", json={"text": "My job is baker."}).json()["id"]
+    quick = ["--steps", "2", "--num-controls", "6", "--rank", "4", "--quiet", "--memory", memory]
+    command = [*who, "--config", str(served.server.config), "--name", "knows", *quick]
+    assert distill.main([*command, "--min-answered", "0", "--max-control-loss", "1"]) == 0
+    probed = served.call("POST", "/v1/adapters/knows/probe", "shop-a", json={}).json()
+    assert [(each["question"], each["memory"]) for each in probed["answers"]] == [("What is my job?", memory)]
+    assert probed["answers"][0]["answer"] and probed["adapter"] == "knows@1"
+    assert served.call("POST", "/v1/adapters/knows/probe", key, json={}).status_code == 404
+    receipt = served.call("DELETE", f"/v1/memories/{memory}", "shop-a").json()
+    assert receipt["adapters"] == ["knows@1"]
+    assert ask(served, "shop-a", "knows").status_code == 404
+
+
+def test_distillation_over_rest_says_why_it_published_nothing(served: Memos) -> None:
+    key = f"key-{uuid.uuid4().hex}"
+    served.call("POST", "/v1/memories", key, json={"text": "My job is baker."})
+    body = {"name": "knows", "steps": 1, "num_controls": 0}
+    job = served.call("POST", "/v1/adapters/distill", key, json=body).json()["id"]
+    deadline = time.monotonic() + 120
+    while (report := served.call("GET", f"/v1/adapters/distill/{job}", key).json())["state"] == "running":
+        assert time.monotonic() < deadline, report
+        time.sleep(0.5)
+    assert report["state"] == "ended" and report["published"] is None and "less than the bar" in report["refused"]
+    assert served.call("GET", f"/v1/adapters/distill/{job}", "somebody").status_code == 404
 
 
 def adapter_totals(served: Memos) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""Distillation as an operation: ``python -m memos_vllm.distill`` in a process of its own, and what came of it.
+
+Off by default (``adapters.distill``): training takes minutes of the machine that serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from memos_vllm import activation, data_dir
+from memos_vllm.adapters.records import check_name
+from memos_vllm.errors import AdapterError, Forbidden, NotFound
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.state import MemosState, state_of
+from memos_vllm.types import Principal
+
+router = APIRouter(prefix="/v1/adapters/distill", tags=["Memos"])
+
+NICENESS = 10
+_running: dict[str, asyncio.Task[None]] = {}
+"""Of this API process; one at a time."""
+
+
+class DistillBody(Body):
+    name: str
+    memories: list[str] = Field(default=[], max_length=10_000)
+    """Ids; empty: all of the user's, or those with the tag."""
+
+    tag: str | None = None
+    steps: int | None = Field(default=None, ge=1, le=100_000)
+    num_controls: int | None = Field(default=None, ge=0, le=100_000)
+
+
+@router.post("")
+@answers_errors
+async def start(raw_request: Request) -> Any:
+    """Starts a distillation of the user's memories; its id leads to the report."""
+    state = state_of(raw_request)
+    body: DistillBody = await parse_body(raw_request, DistillBody)
+    who = principal(raw_request, state, body.user)
+    if state.config.adapters.distill == "off":
+        raise Forbidden("the operator has not switched distillation on (adapters.distill)")
+    check_name(body.name)
+    for memory_id in body.memories:
+        await asyncio.to_thread(state.service.get, who, memory_id)
+    if _running:
+        raise AdapterError("a distillation is running; ask again when it has ended", status=409)
+    job = uuid.uuid4().hex
+    task = asyncio.create_task(_run(job, who, body, state), name="memos-distill")
+    _running[job] = task
+    task.add_done_callback(lambda _: _running.pop(job, None))
+    return {"id": job, "state": "running"}
+
+
+@router.get("/{job}")
+@answers_errors
+async def report(raw_request: Request, job: str, user: str | None = None) -> Any:
+    """The state of a distillation and, once it has ended, its evaluation and what was published or why not."""
+    state = state_of(raw_request)
+    who = principal(raw_request, state, user)
+    folder = _folder(state)
+    try:
+        owner = json.loads((folder / f"{uuid.UUID(job).hex}.owner.json").read_text())
+    except (ValueError, OSError):
+        owner = None
+    if owner != [who.tenant, who.user]:
+        raise NotFound(f"no distillation {job[:64]!r}")
+    try:
+        return {"id": job, "state": "ended", **json.loads((folder / f"{job}.json").read_text())}
+    except FileNotFoundError:
+        return {"id": job, "state": "running" if (folder / f"{job}.pid").exists() else "interrupted"}
+
+
+async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -> None:
+    folder = _folder(state)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / f"{job}.owner.json").write_text(json.dumps([who.tenant, who.user]))
+    command = [sys.executable, "-m", "memos_vllm.distill", "--quiet", "--report", str(folder / f"{job}.json")]
+    command += ["--tenant", who.tenant, "--user", who.user, "--name", body.name]
+    if path := activation.config_path():
+        command += ["--config", path]
+    if body.tag is not None:
+        command += ["--tag", body.tag]
+    for option, value in (("--steps", body.steps), ("--num-controls", body.num_controls)):
+        command += [] if value is None else [option, str(value)]
+    for memory_id in body.memories:
+        command += ["--memory", memory_id]
+    # A process of its own: it must not think that it belongs to the server.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEMOS_", "VLLM_"))}
+    pid = folder / f"{job}.pid"
+    try:
+        with open(folder / f"{job}.log", "wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                "nice", "-n", str(NICENESS), *command, stdout=log, stderr=log, env=environment
+            )
+            pid.write_text(str(process.pid))
+            try:
+                await process.wait()
+            except asyncio.CancelledError:
+                process.terminate()
+                raise
+    finally:
+        pid.unlink(missing_ok=True)
+
+
+def _folder(state: MemosState) -> Path:
+    return data_dir.adapters_dir(state.config.data_dir) / "distillations"
