@@ -140,7 +140,7 @@ class AdapterGate:
             raise AdapterError(f"{_NO_LORA}; the operator starts it with --enable-lora", 409)
         choice = Choice(reference=reference)
         try:
-            used = await asyncio.to_thread(choice._files.enter_context, self.registry.use(who, reference))
+            used = await self._hold(choice, who, reference)
             await self._load(used)
         except (RequestError, asyncio.CancelledError) as error:
             choice.close()
@@ -158,6 +158,17 @@ class AdapterGate:
             self.totals.prefetch_used += 1
         choice.request, choice.name = lora_request(used), used.reference
         return choice
+
+    async def _hold(self, choice: Choice, who: Principal, reference: str) -> InUse:
+        """Off the loop: the first use in a process reads the whole adapter."""
+        holding = asyncio.ensure_future(
+            asyncio.to_thread(choice._files.enter_context, self.registry.use(who, reference))
+        )
+        try:
+            return await asyncio.shield(holding)
+        except asyncio.CancelledError:
+            holding.add_done_callback(lambda _: choice.close())  # the thread goes on, and may hold them only then
+            raise
 
     async def _load(self, used: InUse) -> None:
         """Has the engine load an adapter that it never had, so that one that does not load fails here."""

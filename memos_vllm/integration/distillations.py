@@ -55,6 +55,10 @@ async def start(raw_request: Request) -> Any:
     if _running:
         raise AdapterError("a distillation is running; ask again when it has ended", status=409)
     job = uuid.uuid4().hex
+    folder = _folder(state)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / f"{job}.owner.json").write_text(json.dumps([who.tenant, who.user]))
+    (folder / f"{job}.running").touch()
     task = asyncio.create_task(_run(job, who, body, state), name="memos-distill")
     _running[job] = task
     task.add_done_callback(lambda _: _running.pop(job, None))
@@ -77,13 +81,11 @@ async def report(raw_request: Request, job: str, user: str | None = None) -> Any
     try:
         return {"id": job, "state": "ended", **json.loads((folder / f"{job}.json").read_text())}
     except FileNotFoundError:
-        return {"id": job, "state": "running" if (folder / f"{job}.pid").exists() else "interrupted"}
+        return {"id": job, "state": "running" if (folder / f"{job}.running").exists() else "interrupted"}
 
 
 async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -> None:
     folder = _folder(state)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / f"{job}.owner.json").write_text(json.dumps([who.tenant, who.user]))
     command = [sys.executable, "-m", "memos_vllm.distill", "--quiet", "--report", str(folder / f"{job}.json")]
     command += ["--tenant", who.tenant, "--user", who.user, "--name", body.name]
     if path := activation.config_path():
@@ -96,20 +98,18 @@ async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -
         command += ["--memory", memory_id]
     # A process of its own: it must not think that it belongs to the server.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEMOS_", "VLLM_"))}
-    pid = folder / f"{job}.pid"
     try:
         with open(folder / f"{job}.log", "wb") as log:
             process = await asyncio.create_subprocess_exec(
                 "nice", "-n", str(NICENESS), *command, stdout=log, stderr=log, env=environment
             )
-            pid.write_text(str(process.pid))
             try:
                 await process.wait()
             except asyncio.CancelledError:
                 process.terminate()
                 raise
     finally:
-        pid.unlink(missing_ok=True)
+        (folder / f"{job}.running").unlink(missing_ok=True)
 
 
 def _folder(state: MemosState) -> Path:

@@ -1,0 +1,240 @@
+"""Between a request and the engine: what is loaded when, what fails how, and that nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memos_vllm.config import AdaptersConfig
+from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound
+from memos_vllm.integration import adapter_gate, engine_channel
+from memos_vllm.integration.adapter_gate import AdapterGate, Choice
+from tests.adapters.adapter_factories import ALICE, BOB, adapter_folder, open_registry
+
+SLOTS = 3
+
+
+class FakeEngine:
+    """Remembers what it was asked to load; refuses ids in ``broken``."""
+
+    def __init__(self, lora: bool = True) -> None:
+        self.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_loras=SLOTS) if lora else None)
+        self.loaded: list[int] = []
+        self.broken: set[int] = set()
+        self.in_use: set[int] = set()
+
+    async def add_lora(self, request: Any) -> bool:
+        await asyncio.sleep(0)
+        if request.lora_int_id in self.broken:
+            raise Exception("Call to add_lora method failed: no such module")
+        self.loaded.append(request.lora_int_id)
+        return True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+
+    async def call(client: FakeEngine, op: str, payload: Any = None) -> list[dict[str, Any]]:
+        assert client is engine and op == "adapters"
+        return [{"in_use": sorted(engine.in_use)}]
+
+    monkeypatch.setattr(engine_channel, "call", call)
+    return engine
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Any]:
+    registry = open_registry(tmp_path / "registry")
+    for seed in range(6):
+        registry.register(ALICE, f"a{seed}", adapter_folder(tmp_path / f"a{seed}", seed))
+    yield registry
+    registry.close()
+
+
+class Serving:
+    """The two methods of vLLM's serving object that matter here."""
+
+    def __init__(self) -> None:
+        self.models = SimpleNamespace(
+            lora_requests={"listed": "vLLM's own"}, model_name=lambda lora=None: lora or "base"
+        )
+
+    def _maybe_get_adapters(self, request: Any, supports_default_mm_loras: bool = False) -> Any:
+        return self.models.lora_requests.get(request.model)
+
+
+def number(registry: Any, name: str) -> int:
+    return registry.find(ALICE, name)[1].lora_int_id
+
+
+def run(body: Callable[[], Awaitable[Any]]) -> Any:
+    return asyncio.run(body())  # type: ignore[arg-type]
+
+
+def gate_of(engine: FakeEngine, registry: Any, on_error: str = "fail") -> AdapterGate:
+    return AdapterGate(engine, registry, AdaptersConfig(on_error=on_error))  # type: ignore[arg-type]
+
+
+def test_concurrent_requests_have_each_their_own(engine: FakeEngine, registry: Any) -> None:
+    gate, serving = gate_of(engine, registry), Serving()
+
+    async def request(name: str | None) -> tuple[Any, str]:
+        choice = await gate.use(ALICE, name, serving, "base") or Choice()
+        with choice.active():
+            await asyncio.sleep(0)
+            found = serving._maybe_get_adapters(SimpleNamespace(model="base"), supports_default_mm_loras=True)
+            shown = serving.models.model_name(found)
+        choice.close()
+        return getattr(found, "lora_int_id", None), shown
+
+    async def body() -> list[Any]:
+        return await asyncio.gather(*(request(name) for name in ("a0", None, "a1", "a0", None, "a2")))
+
+    ids = {name: number(registry, name) for name in ("a0", "a1", "a2")}
+    expected = [ids["a0"], None, ids["a1"], ids["a0"], None, ids["a2"]]
+    assert run(body) == [(each, "base") for each in expected]
+    assert sorted(engine.loaded) == sorted(ids.values()), "each is loaded once, however many ask at a time"
+
+
+def test_vllms_own_adapters_stay_as_they_were(engine: FakeEngine, registry: Any) -> None:
+    gate, serving = gate_of(engine, registry), Serving()
+    registry.set_profile(ALICE, "a0")
+
+    async def body() -> None:
+        assert await gate.use(ALICE, None, serving, "listed") is None, "the default gives way to the model"
+        with pytest.raises(AdapterError, match="name the base model"):
+            await gate.use(ALICE, "a0", serving, "listed")
+        choice = await gate.use(ALICE, "a0", serving, "base")
+        choice.close()
+        assert serving._maybe_get_adapters(SimpleNamespace(model="listed")) == "vLLM's own"
+        assert serving.models.model_name("vLLM's own") == "vLLM's own"
+
+    run(body)
+
+
+@pytest.mark.parametrize("on_error", ["base", "fail"])
+def test_a_load_that_fails_does_as_configured_and_holds_no_files(
+    engine: FakeEngine, registry: Any, on_error: str
+) -> None:
+    gate = gate_of(engine, registry, on_error)
+    engine.broken.add(number(registry, "a0"))
+
+    async def body() -> None:
+        if on_error == "fail":
+            with pytest.raises(AdapterUnavailable, match="cannot be loaded by vLLM"):
+                await gate.use(ALICE, "a0", Serving(), "base")
+        else:
+            choice = await gate.use(ALICE, "a0", Serving(), "base")
+            assert choice.request is None and choice.header.startswith("base; adapter 'a0@1' cannot be loaded")
+
+    run(body)
+    assert gate.totals.failures == 1 and registry._leases == {}
+
+
+@pytest.mark.parametrize("on_error", ["base", "fail"])
+def test_what_a_request_names_must_exist(engine: FakeEngine, registry: Any, on_error: str) -> None:
+    gate = gate_of(engine, registry, on_error)
+
+    async def body() -> None:
+        for who, name in ((ALICE, "nothing"), (BOB, "a0"), (ALICE, "a0@7")):
+            with pytest.raises(NotFound):
+                await gate.use(who, name, Serving(), "base")
+
+    run(body)
+
+
+def test_a_server_without_lora_refuses_what_is_named_and_nothing_else(registry: Any) -> None:
+    gate = gate_of(FakeEngine(lora=False), registry)
+    registry.set_profile(ALICE, "a0")
+
+    async def body() -> None:
+        with pytest.raises(AdapterError, match="--enable-lora"):
+            await gate.use(ALICE, "a0", Serving(), "base")
+        assert (await gate.use(ALICE, None, Serving(), "base")).request is None
+        assert await gate.use(BOB, None, Serving(), "base") is None
+        await gate.prefetch(["scene"])
+
+    run(body)
+
+
+def test_a_request_that_is_cancelled_while_it_loads_holds_no_files(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+
+    async def never(request: Any) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    engine.add_lora = never  # type: ignore[method-assign]
+
+    async def body() -> None:
+        task = asyncio.create_task(gate.use(ALICE, "a0", Serving(), "base"))
+        while not registry._leases:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(body)
+    assert registry._leases == {}
+
+
+def test_prefetch_takes_the_free_slots_and_loads_the_best_last(engine: FakeEngine, registry: Any) -> None:
+    """vLLM evicts what was used least recently, so the best is loaded last."""
+    gate = gate_of(engine, registry)
+    for index in range(5):
+        gate.expect(f"scene-{index}", ALICE, f"a{index}")
+    gate.expect("again", ALICE, "a0")
+    engine.in_use = {number(registry, "a1")}
+    run(lambda: gate.prefetch(["none", "scene-0", "again", "scene-1", "scene-2", "scene-3"]))
+    assert engine.loaded == [number(registry, "a2"), number(registry, "a0")], "one of three slots is in use"
+    assert gate.totals.prefetches == 2 and registry._leases == {}
+
+
+def test_prefetch_never_touches_the_engine_without_an_adapter(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+    gate.expect("scene", ALICE, "a0")
+    gate.expect("scene", ALICE, None)
+    engine.in_use = None  # type: ignore[assignment]
+    run(lambda: gate.prefetch(["scene", "other"]))
+    assert engine.loaded == []
+
+
+def test_a_scene_whose_adapter_is_gone_or_broken_stops_nothing(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+    for index in range(3):
+        gate.expect(f"scene-{index}", ALICE, f"a{index}")
+    registry.delete(ALICE, "a0")
+    engine.broken.add(number(registry, "a1"))
+    run(lambda: gate.prefetch(["scene-0", "scene-1", "scene-2"]))
+    assert engine.loaded == [number(registry, "a2")]
+
+
+def test_a_prefetched_adapter_counts_when_it_is_used(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+
+    async def body() -> None:
+        assert await gate.hint("scene", ALICE, "a0")
+        with pytest.raises(NotFound):
+            await gate.hint("scene", BOB, "a0")
+        await gate.prefetch(["scene"])
+        for _ in range(2):
+            (await gate.use(ALICE, "a0", Serving(), "base")).close()
+
+    run(body)
+    assert gate.totals.prefetch_used == 1 and gate.totals.loads == 0 and engine.loaded == [number(registry, "a0")]
+
+
+def test_the_number_of_remembered_scenes_is_bounded(
+    engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_gate, "MAX_SCENES", 2)
+    gate = gate_of(engine, registry)
+    for index in range(4):
+        gate.expect(f"scene-{index}", ALICE, "a0")
+    assert list(gate._scenes) == ["scene-2", "scene-3"]
