@@ -202,6 +202,7 @@ def finish_turn(
         explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
         response = explained
     recalled = [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
+    state.recalls.count(recalled)
     response.headers[RECALLED_HEADER] = ",".join(recalled[:_MAX_HEADER_IDS])
     if adapter is not None:
         response.headers[ADAPTER_HEADER] = adapter.header

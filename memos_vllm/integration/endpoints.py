@@ -40,17 +40,11 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import adapters, chat, distillations, memories, operations, scenes
+        from memos_vllm.integration import adapters, chat, distillations, forms, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        for router in (
-            chat.router,
-            memories.router,
-            distillations.router,
-            adapters.router,
-            scenes.router,
-            operations.router,
-        ):
+        routers = (chat, memories, forms, distillations, adapters, scenes, operations)
+        for router in (module.router for module in routers):
             app.include_router(router)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)
@@ -61,9 +55,10 @@ class MemosEndpoints:
         config = load(activation.config_path())
         store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
         adapters = await asyncio.to_thread(open_adapters, engine_client, config)
+        count_tokens = token_counter(engine_client)
         state.memos = MemosState(
             config=config,
-            service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client)),
+            service=MemoryService(store, config.memory, count_tokens=count_tokens),
             engine=engine_client,
             secret=data_dir.secret(config.data_dir),
             planner=ScenePlanner(
@@ -73,6 +68,7 @@ class MemosEndpoints:
                 on_expected=adapters.prefetch,
             ),
             adapters=adapters,
+            count_tokens=count_tokens,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.recall_counts import RecallCounts
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
 
@@ -31,6 +33,9 @@ class MemosState:
     secret: bytes
     planner: ScenePlanner
     adapters: AdapterGate
+    count_tokens: Callable[[str], int]
+    """With the served model's tokenizer."""
+    recalls: RecallCounts = field(default_factory=RecallCounts)
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:

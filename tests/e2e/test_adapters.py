@@ -309,6 +309,16 @@ def test_distillation_over_rest_says_why_it_published_nothing(served: Memos) -> 
     assert served.call("GET", f"/v1/adapters/distill/{job}", "somebody").status_code == 404
 
 
+def test_the_form_of_a_memory_follows_what_was_measured(served: Memos) -> None:
+    key = f"key-{uuid.uuid4().hex}"
+    memory = served.call("POST", "/v1/memories", key, json={"text": "My job is baker."}).json()["id"]
+    served.chat(key, "What is my job?", {"remember": False})
+    form = served.call("GET", f"/v1/memories/{memory}/form", key).json()
+    assert form["form"] == "text" and "its reuse is not known" in form["why"]
+    assert form["measured"]["tokens"] > 3 and form["measured"]["askable"] and form["measured"]["observed_s"] > 0
+    assert served.call("GET", f"/v1/memories/{memory}/form", "somebody").status_code == 404
+
+
 def adapter_totals(served: Memos) -> dict[str, Any]:
     """The largest of several looks: each API process counts for itself."""
     looks = [served.call("GET", "/v1/memos/status").json()["adapters"] for _ in range(8)]
