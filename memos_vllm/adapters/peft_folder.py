@@ -26,6 +26,7 @@ from memos_vllm.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")

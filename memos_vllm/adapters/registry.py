@@ -1,25 +1,18 @@
-"""The registry: which adapters there are, who may use them, and their files.
+"""The registry: which adapters there are, who may use them, and under which number vLLM knows them.
 
-    root/index/            LMDB: names and versions, numbers ever given, profiles
-    root/objects/<digest>/ one adapter's two files, canonical and immutable
-    root/incoming/         what is being written
-    root/lock              held while files appear or go
-    root/base.json         the served model, for ``python -m memos_vllm.distill``
+    root/index/     LMDB: names and versions, numbers ever given, profiles
+    root/base.json  the served model, for ``python -m memos_vllm.distill``
+    root/...        see ``adapters.files``
 
-Any number of processes may use a root. A registration is visible once its LMDB transaction is synced,
-after its files are; what a crash leaves of an unfinished one is removed at the next start. Whoever
-serves an adapter holds its folder shared (``use``), so files go only when nobody does.
+A registration is visible once its LMDB transaction is synced, after its files are; what a crash leaves of
+an unfinished one is removed at the next start. Whoever serves an adapter holds its files (``use``), so they
+go only when nobody does.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
-import os
 import secrets
-import shutil
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,13 +24,12 @@ from typing import Any
 import lmdb
 
 from memos_vllm.adapters import peft_folder, records
+from memos_vllm.adapters.files import AdapterFiles
 from memos_vllm.adapters.peft_folder import BaseModel
 from memos_vllm.adapters.records import Adapter, Scope, Version
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, DataDirError, Forbidden, NotFound, StoreError
 from memos_vllm.types import Principal
-
-logger = logging.getLogger(__name__)
 
 _MAP_BYTES = 2**30
 _TABLES = ("adapters", "ids", "profiles")
@@ -88,19 +80,15 @@ class AdapterRegistry:
         self._config = config
         self._base = base
         self._fingerprint = fingerprint
-        self._objects, self._incoming = root / "objects", root / "incoming"
-        self._leases: dict[str, tuple[int, int]] = {}  # digest -> descriptor, users in this process
-        self._lease_lock = threading.Lock()
-        self._verified: dict[str, tuple[int, ...]] = {}
         try:
-            for folder in (root, self._objects, self._incoming):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.files = AdapterFiles(root)
             self._env = lmdb.open(str(root / "index"), map_size=_MAP_BYTES, max_dbs=len(_TABLES), mode=0o600)
             self._dbs = {name: self._env.open_db(name.encode()) for name in _TABLES}
         except (lmdb.Error, OSError) as error:
             raise DataDirError(f"cannot use the adapters in {root}: {error}; check data_dir") from error
-        with self._files_locked():
-            self._sweep()
+        with self.files.locked():
+            with self._env.begin() as txn:
+                self.files.sweep({version.digest for version in self._versions(txn)})
             if base is not None:
                 _write_base(root / "base.json", base, fingerprint)
 
@@ -162,31 +150,18 @@ class AdapterRegistry:
         with self._env.begin() as txn:
             self._check_owner(self._read(txn, scope, who, name), who)
         checked = peft_folder.check(folder, self._base, self._config.max_bytes)
-        with self._files_locked():
-            if self._disk_bytes() + checked.size_bytes > self._config.disk_bytes:
+        with self.files.locked():
+            if self.files.size_bytes() + checked.size_bytes > self._config.disk_bytes:
                 raise AdapterError(
                     "there is no room for another adapter; delete some, or raise adapters.disk_bytes", status=507
                 )
-            incoming = self._incoming / secrets.token_hex(8)
-            incoming.mkdir(mode=0o700)
+            digest, is_new = self.files.add(checked)
             try:
-                digest = checked.write(incoming)
-                target = self._objects / digest.hex()
-                is_new = not target.exists()
+                return self._record(who, name, scope, bytes.fromhex(digest), checked, origin or {})
+            except BaseException:
                 if is_new:
-                    _sync(incoming)
-                    incoming.rename(target)
-                    _sync(self._objects)
-                try:
-                    return self._record(who, name, scope, digest, checked, origin or {})
-                except BaseException:
-                    if is_new:
-                        shutil.rmtree(target)
-                    raise
-            except OSError as error:
-                raise AdapterError(f"the adapter was not stored: {error.strerror}; free some space", 507) from error
-            finally:
-                shutil.rmtree(incoming, ignore_errors=True)
+                    self.files.remove(digest)
+                raise
 
     def _record(
         self, who: Principal, name: str, scope: Scope, digest: bytes, checked: Any, origin: Mapping[str, Any]
@@ -268,27 +243,11 @@ class AdapterRegistry:
         adapter, version = self.find(who, reference)
         if version.base != self._fingerprint:
             raise AdapterUnavailable(f"adapter {reference!r} was made for another model than the one that is served")
-        with self._holding(version.digest):
+        with self.files.holding(version.digest):
             # Again: a deletion may have been faster than the lock.
             adapter, version = self.find(who, f"{adapter.name}@{version.version}")
-            folder = self._objects / version.digest
-            self._verify(folder, version)
-            yield InUse(adapter, version, folder)
-
-    def _verify(self, folder: Path, version: Version) -> None:
-        """Reads the files once per process, and again when they changed."""
-        try:
-            files = [(folder / name).stat() for name in (peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE)]
-            stamp = tuple(number for file in files for number in (file.st_size, file.st_mtime_ns, file.st_ino))
-            if self._verified.get(version.digest) == stamp:
-                return
-            if peft_folder.digest_of(folder).hex() != version.digest:
-                raise AdapterUnavailable(f"the files of adapter {folder.name[:16]} are damaged; register it again")
-        except OSError as error:
-            raise AdapterUnavailable(
-                f"the files of adapter {folder.name[:16]} cannot be read ({error.strerror}); register it again"
-            ) from error
-        self._verified[version.digest] = stamp
+            self.files.verify(version.digest)
+            yield InUse(adapter, version, self.files.folder(version.digest))
 
     # -- changing -------------------------------------------------------------------------------
 
@@ -339,7 +298,7 @@ class AdapterRegistry:
     def wait_until_free(self, version: Version, timeout_s: float = RELEASE_TIMEOUT_S) -> bool:
         """Blocks until no request of any process uses a content that no name has. False: one still does."""
         deadline = time.monotonic() + timeout_s
-        while not self._is_free(self._objects / version.digest):
+        while not self.files.is_free(version.digest):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
@@ -348,15 +307,12 @@ class AdapterRegistry:
     def remove_files(self, version: Version) -> bool:
         """Removes a content that no name has and no request uses. False: that has changed; the next start
         removes what then still belongs to nobody."""
-        folder = self._objects / version.digest
-        with self._files_locked():
+        with self.files.locked():
             with self._env.begin() as txn:
                 known = any(each.digest == version.digest for each in self._versions(txn))
-            if known or not self._is_free(folder):
+            if known or not self.files.is_free(version.digest):
                 return False
-            self._verified.pop(version.digest, None)
-            shutil.rmtree(folder)
-            _sync(self._objects)
+            self.files.remove(version.digest)
         return True
 
     # -- profiles -------------------------------------------------------------------------------
@@ -460,65 +416,6 @@ class AdapterRegistry:
         if adapter is not None and adapter.owner != who:
             raise Forbidden(f"the shared name {adapter.name!r} belongs to somebody else; choose another one")
 
-    # -- files ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _files_locked(self) -> Iterator[None]:
-        with open(self.root / "lock", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    @contextmanager
-    def _holding(self, digest: str) -> Iterator[None]:
-        """A shared lock on a content's folder, one per process."""
-        with self._lease_lock:
-            descriptor, users = self._leases.get(digest, (-1, 0))
-            if not users:
-                try:
-                    descriptor = os.open(self._objects / digest, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise AdapterUnavailable(
-                        f"the files of adapter {digest[:16]} are gone; register it again"
-                    ) from error
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            self._leases[digest] = (descriptor, users + 1)
-        try:
-            yield
-        finally:
-            with self._lease_lock:
-                descriptor, users = self._leases.pop(digest)
-                if users > 1:
-                    self._leases[digest] = (descriptor, users - 1)
-                else:
-                    os.close(descriptor)
-
-    def _is_free(self, folder: Path) -> bool:
-        try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(descriptor)
-
-    def _sweep(self) -> None:
-        """Removes what no name has: of unfinished registrations, and of deletions that waited."""
-        with self._env.begin() as txn:
-            known = {version.digest for version in self._versions(txn)}
-        for folder in [*self._incoming.iterdir(), *self._objects.iterdir()]:
-            if folder.name not in known and self._is_free(folder):
-                logger.info("removing an adapter's files that nobody has: %s", folder.name[:16])
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _disk_bytes(self) -> int:
-        return sum(
-            file.stat().st_size for folder in self._objects.iterdir() for file in folder.iterdir() if file.is_file()
-        )
-
 
 def _write_base(path: Path, base: BaseModel, fingerprint: str) -> None:
     values = {
@@ -539,11 +436,3 @@ def _is_from(version: Version, who: Principal, memory_ids: Collection[str] | Non
     if source.get("tenant") != who.tenant or source.get("user") != who.user:
         return False
     return memory_ids is None or any(memory["id"] in memory_ids for memory in source["memories"])
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -181,6 +181,9 @@ def test_damaged_files_are_not_served(registry: AdapterRegistry, tmp_path: Path,
         path.write_bytes(raw if damage == "flip" else raw[:-1])
     with pytest.raises(AdapterUnavailable, match="register it again"), registry.use(ALICE, "style"):
         pass
+    add(registry, tmp_path)
+    with registry.use(ALICE, "style") as used:
+        assert (used.folder / "adapter_model.safetensors").stat().st_size == len(raw), "registering repairs it"
 
 
 def test_an_adapter_for_another_model_is_not_served(registry: AdapterRegistry, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_load_that_fails_does_as_configured_and_holds_no_files(
             assert choice.request is None and choice.header.startswith("base; adapter 'a0@1' cannot be loaded")
 
     run(body)
-    assert gate.totals.failures == 1 and registry._leases == {}
+    assert gate.totals.failures == 1 and registry.files.num_held == 0
 
 
 @pytest.mark.parametrize("on_error", ["base", "fail"])
@@ -174,14 +174,14 @@ def test_a_request_that_is_cancelled_while_it_loads_holds_no_files(engine: FakeE
 
     async def body() -> None:
         task = asyncio.create_task(gate.use(ALICE, "a0", Serving(), "base"))
-        while not registry._leases:
+        while not registry.files.num_held:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     run(body)
-    assert registry._leases == {}
+    assert registry.files.num_held == 0
 
 
 def test_prefetch_takes_the_free_slots_and_loads_the_best_last(engine: FakeEngine, registry: Any) -> None:
@@ -193,7 +193,7 @@ def test_prefetch_takes_the_free_slots_and_loads_the_best_last(engine: FakeEngin
     engine.in_use = {number(registry, "a1")}
     run(lambda: gate.prefetch(["none", "scene-0", "again", "scene-1", "scene-2", "scene-3"]))
     assert engine.loaded == [number(registry, "a2"), number(registry, "a0")], "one of three slots is in use"
-    assert gate.totals.prefetches == 2 and registry._leases == {}
+    assert gate.totals.prefetches == 2 and registry.files.num_held == 0
 
 
 def test_prefetch_never_touches_the_engine_without_an_adapter(engine: FakeEngine, registry: Any) -> None:
