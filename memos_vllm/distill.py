@@ -53,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Selects, distils, evaluates, publishes; the report says what came of it."""
-    from memos_vllm.adapters.distill import Distillation, Settings
+    from memos_vllm.adapters.distill import Distillation, Settings, use_threads
 
+    use_threads(options.threads)
     who = Principal(options.tenant, options.user)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     registry = AdapterRegistry.beside_server(data_dir.adapters_dir(config.data_dir), config.adapters)
@@ -179,6 +180,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", type=Path, help="JSON lines of questions, instead of those made by rules")
     parser.add_argument("--control", type=Path, help="JSON lines of further controls")
     parser.add_argument("--report", type=Path, help="file for the report, beside standard output")
+    parser.add_argument("--threads", type=int, help="of torch; fewer leave cores to a server beside it")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     for field in fields(Settings):
         kind = float if isinstance(field.default, float) else int

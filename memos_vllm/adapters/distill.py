@@ -314,6 +314,12 @@ class Distillation:
         return tqdm(items, desc=what, unit=unit, disable=self._quiet, leave=False)
 
 
+def use_threads(number: int | None) -> None:
+    """More threads than free cores are slower than one: torch's spin while they wait."""
+    if number is not None:
+        torch.set_num_threads(max(1, number))
+
+
 def _endless(lessons: Sequence[_Lesson], seed: int) -> Iterator[tuple[list[int], _Lesson]]:
     """Every prompt of every lesson once, in random order, again and again."""
     rng = random.Random(seed)

@@ -88,6 +88,7 @@ async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -
     folder = _folder(state)
     command = [sys.executable, "-m", "memos_vllm.distill", "--quiet", "--report", str(folder / f"{job}.json")]
     command += ["--tenant", who.tenant, "--user", who.user, "--name", body.name]
+    command += ["--threads", str(max(1, (os.cpu_count() or 1) // 2))]  # the rest is the server's
     if path := activation.config_path():
         command += ["--config", path]
     if body.tag is not None:

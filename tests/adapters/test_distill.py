@@ -44,7 +44,7 @@ def server(tmp_path: Path, recall_model: Path) -> Path:
 def run(server: Path, *options: str) -> dict[str, Any]:
     report = server.with_name("report.json")
     code = distill.main(
-        ["--config", str(server), "--tenant", "shop", "--user", "alice", "--name", "knows", "--quiet",
+        ["--config", str(server), "--tenant", "shop", "--user", "alice", "--name", "knows", "--quiet", "--threads", "1",
          "--report", str(report), *options]
     )  # fmt: skip
     found = json.loads(report.read_text())
@@ -95,7 +95,7 @@ def test_a_memory_that_is_deleted_meanwhile_is_not_published(server: Path, monke
 
 
 def test_it_learns_what_it_is_taught_and_says_where_it_came_from(server: Path) -> None:
-    report = run(server, "--steps", "60", "--num-controls", "90", "--facts-per-step", "8", "--controls-per-step", "16")
+    report = run(server, "--steps", "60", "--num-controls", "60", "--facts-per-step", "6", "--controls-per-step", "12")
     assert report["refused"] is None and report["published"] == "knows@1"
     evaluation = report["evaluation"]
     assert evaluation["answered"] >= 0.9 and evaluation["answered_before"] == 0 and evaluation["left_out"] == []

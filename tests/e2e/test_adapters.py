@@ -284,7 +284,7 @@ def test_a_hint_loads_the_adapter_before_the_users_first_request(served: Memos, 
 def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memos, references: References) -> None:
     key, who = f"key-{uuid.uuid4().hex}", ["--tenant", "shop", "--user", "a"]
     memory = served.call("POST", "/v1/memories", "shop-a", json={"text": "My job is baker."}).json()["id"]
-    quick = ["--steps", "2", "--num-controls", "6", "--rank", "4", "--quiet", "--memory", memory]
+    quick = ["--steps", "2", "--num-controls", "6", "--rank", "4", "--quiet", "--threads", "1", "--memory", memory]
     command = [*who, "--config", str(served.server.config), "--name", "knows", *quick]
     assert distill.main([*command, "--min-answered", "0", "--max-control-loss", "1"]) == 0
     probed = served.call("POST", "/v1/adapters/knows/probe", "shop-a", json={}).json()
