@@ -138,6 +138,22 @@ def test_files_stay_while_a_request_uses_them(registry: AdapterRegistry, tmp_pat
     assert folders(registry) == set()
 
 
+def test_a_deletion_that_was_faster_than_the_lock_is_noticed(
+    registry: AdapterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(registry, tmp_path)
+    holding = registry.files.holding
+
+    def slow(digest: str):  # type: ignore[no-untyped-def]
+        registry.delete(ALICE, "style")
+        return holding(digest)
+
+    monkeypatch.setattr(registry.files, "holding", slow)
+    with pytest.raises(NotFound), registry.use(ALICE, "style"):
+        pass
+    assert registry.files.num_held == 0
+
+
 def hold(root: Path, held: multiprocessing.Event, let_go: multiprocessing.Event) -> None:  # type: ignore[valid-type]
     with open_registry(root).use(ALICE, "style"):
         held.set()

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.e2e
 USERS = [f"adapter-user-{index}" for index in range(4)]
 NUM_ADAPTERS, NUM_SLOTS = 64, 4
 NUM_REQUESTS = int(os.environ.get("MEMOS_ADAPTER_REQUESTS", "160"))
-MAX_DISTANCE = 0.35
-"""Between log-probabilities in bfloat16 as served and in float32; a wrong adapter is off by several."""
+MAX_DISTANCE = 0.2
+"""Between log-probabilities in bfloat16 as served and in float32; other adapters are further, by more than twice."""
 
 CONFIG = """
 data_dir: {data_dir}
@@ -123,7 +123,7 @@ def test_no_answer_is_from_another_adapter(served: Memos, owned: dict[str, str],
         for _ in range(NUM_REQUESTS // len(USERS)):
             adapter, prompt = rng.choice([*by_user[key], None]), rng.randrange(len(PROMPTS))
             name, distance, second = nearest(references, prompt, ask(served, key, adapter, prompt))
-            if name != (adapter or "base") or distance > MAX_DISTANCE or second < 2 * MAX_DISTANCE:
+            if name != (adapter or "base") or distance > MAX_DISTANCE or second < 2 * distance:
                 wrong.append(f"{adapter} got {name} at {distance:.3f}, next at {second:.3f}")
         return wrong
 
