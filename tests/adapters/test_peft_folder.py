@@ -45,7 +45,14 @@ def test_the_digest_names_the_content_and_not_its_form(tmp_path: Path) -> None:
     reordered = adapter_folder(tmp_path / "b", config={"revision": "main", "inference_mode": True})
     config = json.loads((reordered / "adapter_config.json").read_text())
     (reordered / "adapter_config.json").write_text(json.dumps(dict(reversed(config.items())), indent=3))
-    assert digest(plain, tmp_path) == digest(reordered, tmp_path)
+    path = reordered / "adapter_model.safetensors"
+    (name_a, a), (name_b, b) = (tensors := weights()).items()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header[name_b] = {"dtype": "F32", "shape": list(b.shape), "data_offsets": [0, b.nbytes]}
+    header[name_a] = {"dtype": "F32", "shape": list(a.shape), "data_offsets": [b.nbytes, b.nbytes + a.nbytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b.tobytes() + a.tobytes())
+    assert load_file(path).keys() == tensors.keys() and digest(plain, tmp_path) == digest(reordered, tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}])
