@@ -91,6 +91,7 @@ def test_concurrent_requests_have_each_their_own(engine: FakeEngine, registry: A
             found = serving._maybe_get_adapters(SimpleNamespace(model="base"), supports_default_mm_loras=True)
             shown = serving.models.model_name(found)
         choice.close()
+        assert serving._maybe_get_adapters(SimpleNamespace(model="base")) is None, "not beyond the call"
         return getattr(found, "lora_int_id", None), shown
 
     async def body() -> list[Any]:
