@@ -1,0 +1,81 @@
+"""benchmarks.adapters without servers: its options, its rows, and that it sees a mix-up."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import adapters, models
+from benchmarks.adapters import Arm, Options, Run, parse
+from benchmarks.client import Answer
+
+NAMES = ["a", "b", "c"]
+LOGPROBS = {"a": -1.0, "b": -3.0, "c": -5.0}
+KEYS = {"arm", "adapters", "slots", "use", "order", "ttft_p50_s", "ttft_p95_s", "itl_p99_s", "mixups", "n"}
+
+
+def answer(name: str, noise: float = 0.0) -> Answer:
+    return Answer(0.1, 0.2, "text", (LOGPROBS[name] + noise,) * 4, 10, 0, (0.01, 0.02))
+
+
+class FakeArm(Arm):
+    """Answers with the adapter that was asked for, or with another one."""
+
+    def __init__(self, wrong: dict[str, str] | None = None, noise: float = 0.1) -> None:
+        server: Any = SimpleNamespace(http=lambda key: contextlib.nullcontext())
+        super().__init__("memos", server, {name: answer(name) for name in NAMES})
+        self.wrong, self.noise = wrong or {}, noise
+
+    def ask(self, http: Any, adapter: str, text: str, max_tokens: int) -> Answer:
+        return answer(self.wrong.get(adapter, adapter), self.noise)
+
+
+def churn(arm: Arm, order: str = "round_robin") -> Run:
+    run = Run(Options(models.RECALL, churn=12, clients=2), Path("unused"))
+    run._churn(arm, len(NAMES), NAMES, order)
+    return run
+
+
+@pytest.mark.parametrize("order", ["round_robin", "zipf"])
+def test_right_answers_are_no_mixups_whatever_the_batch_does_to_them(order: str) -> None:
+    run = churn(FakeArm(), order)
+    (row,) = run.rows
+    assert row.keys() == KEYS and row["mixups"] == 0 and row["n"] == 12 and run.problems == []
+    assert row["ttft_p50_s"] == pytest.approx(0.1) and 0.01 < row["itl_p99_s"] <= 0.02
+
+
+def test_an_answer_of_another_adapter_is_a_mixup() -> None:
+    run = churn(FakeArm(wrong={"b": "c"}))
+    assert run.rows[0]["mixups"] == 2 and "an answer for b is from another adapter" in run.problems[0]
+
+
+def test_servers_that_disagree_are_reported() -> None:
+    run = churn(FakeArm())
+    run._compare([FakeArm(), FakeArm()], NAMES)
+    assert run.problems == []
+    other = FakeArm()
+    other.first["a"] = answer("b")
+    run._compare([FakeArm(), other], NAMES)
+    assert run.problems == ["the servers disagree about a: log-probabilities differ by 2.00"]
+
+
+def test_options(capsys: pytest.CaptureFixture[str]) -> None:
+    _, options, target = parse(["--preset", "cpu", "--adapters", "1,256", "--slots", "2", "--model", "recall-model"])
+    assert options.adapters == (1, 256) and options.slots == 2 and options.model is models.RECALL and target is None
+    for bad in (["--adapters", "0"], ["--slots", "9", "--host", "8"], ["--json", "/nowhere/x.json"]):
+        with pytest.raises(SystemExit):
+            parse(["--preset", "cpu", *bad])
+    assert "--host must be at least --slots" in capsys.readouterr().err
+
+
+def test_the_table_says_what_a_prefetch_is_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    run = churn(FakeArm())
+    for use in ("resident", "prefetched"):
+        run._row(FakeArm(), 3, use, [answer("a")])
+    adapters.show(run.rows, ["a problem"])
+    shown = capsys.readouterr().out
+    assert "prefetched first use takes 1.00 times a resident use's TTFT" in shown and "a problem" in shown
