@@ -22,60 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from memos_vllm.adapters import peft_config
+from memos_vllm.adapters.peft_config import CONFIG_FILE, BaseModel
 from memos_vllm.errors import AdapterError
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-MAX_CONFIG_BYTES = 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _PIECE_BYTES = 2**20
 
-_CANONICAL = ("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora")
-"""What of the configuration changes the computation, besides the tensors there are. All the rest must say
-"nothing special"."""
-
-_NOTHING_SPECIAL: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "layers_to_transform": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False),
-    "megatron_config": (None,),
-    "exclude_modules": (None, []),
-}
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""PiSSA, OLoRA, CorDA and LoftQ change the base model's weights, which a server cannot do for one request."""
-
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>[\w.]{1,400})\.lora_(?P<side>[AB])\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """What an adapter must fit.
-
-    Attributes:
-        names: under which names an adapter may say it was made for this model.
-        modules: linear modules by name, (out, in) features; None where they cannot be known here, and
-            vLLM's own load is the only check of shapes.
-        max_rank: vLLM's ``--max-lora-rank``.
-        target_modules: vLLM's ``--lora-target-modules``; None: all.
-        path: folder or hub name of its weights.
-    """
-
-    names: frozenset[str]
-    modules: Mapping[str, tuple[int, int]] | None
-    max_rank: int
-    target_modules: frozenset[str] | None = None
-    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +110,8 @@ def check(folder: Path, model: BaseModel, max_bytes: int) -> CheckedAdapter:
     Raises:
         AdapterError: with what is wrong and what to do about it.
     """
-    config = _read_config(folder, model)
+    with _open_regular(folder, CONFIG_FILE) as file:
+        config = peft_config.parse(file.read(peft_config.MAX_CONFIG_BYTES + 1), model)
     weights = _open_regular(folder, WEIGHTS_FILE)
     try:
         size_bytes = os.fstat(weights.fileno()).st_size
@@ -167,9 +126,7 @@ def check(folder: Path, model: BaseModel, max_bytes: int) -> CheckedAdapter:
         raise
     dtypes = sorted({tensor.dtype for tensor in tensors.values()})
     return CheckedAdapter(
-        config={name: config[name] for name in _CANONICAL if name in config}
-        | {"bias": "none", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
-        | {"target_modules": sorted({module.rpartition(".")[2] for module in ranks})},
+        config=peft_config.canonical(config, list(ranks)),
         rank=max(ranks.values()),
         size_bytes=size_bytes - data_begin,
         num_modules=len(ranks),
@@ -178,68 +135,6 @@ def check(folder: Path, model: BaseModel, max_bytes: int) -> CheckedAdapter:
         _data_begin=data_begin,
         _tensors=tensors,
     )
-
-
-# -- configuration ------------------------------------------------------------------------------
-
-
-def _read_config(folder: Path, model: BaseModel) -> dict[str, Any]:
-    with _open_regular(folder, CONFIG_FILE) as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes", status=413)
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{CONFIG_FILE} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG_FILE} must be a JSON object, as PEFT writes it")
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; only LORA can be served")
-    for name, allowed in _NOTHING_SPECIAL.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise AdapterError(f"{CONFIG_FILE}: {name} = {config[name]!r} cannot be served; train without it")
-    if not any(config.get("init_lora_weights", True) is init for init in _PLAIN_INITS[:3]) and (
-        config["init_lora_weights"] not in _PLAIN_INITS[3:]
-    ):
-        raise AdapterError(
-            f"{CONFIG_FILE}: init_lora_weights = {config['init_lora_weights']!r} changes the base model's weights; "
-            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
-        )
-    _check_base(config.get("base_model_name_or_path"), model)
-    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(_is_positive(value, kind) for value in pattern.values()):
-            raise AdapterError(f"{CONFIG_FILE}: {name} must map module names to positive numbers")
-        if not all(re.fullmatch(r"[\w.]{1,400}", key) for key in pattern):
-            raise AdapterError(f"{CONFIG_FILE}: {name} has a regular expression; write module names")
-        config[name] = pattern
-    if not _is_positive(config.get("r"), int):
-        raise AdapterError(f"{CONFIG_FILE}: r must be a whole number above 0, not {config.get('r')!r}")
-    if not _is_positive(config.get("lora_alpha"), (int, float)):
-        raise AdapterError(f"{CONFIG_FILE}: lora_alpha must be a number above 0, not {config.get('lora_alpha')!r}")
-    largest = max([config["r"], *config["rank_pattern"].values()])
-    if largest > model.max_rank:
-        raise AdapterError(
-            f"the adapter's rank is {largest}, the server takes up to {model.max_rank}; "
-            "train with a lower r, or start the server with a higher --max-lora-rank"
-        )
-    return config
-
-
-def _check_base(named: Any, model: BaseModel) -> None:
-    if not isinstance(named, str) or not named:
-        raise AdapterError(f"{CONFIG_FILE} does not say for which model the adapter is: set base_model_name_or_path")
-    if named not in model.names and Path(named).name not in model.names:
-        raise AdapterError(
-            f"the adapter is for {named!r}, this server serves {', '.join(sorted(model.names))}; "
-            "if that is the same model, set base_model_name_or_path, or have the operator list the name under "
-            "adapters.base_models"
-        )
-
-
-def _is_positive(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31 and math.isfinite(value)
 
 
 # -- weights ------------------------------------------------------------------------------------
@@ -291,7 +186,7 @@ def _check_tensors(tensors: Mapping[str, _Tensor], config: Mapping[str, Any], mo
     for module, pair in sides.items():
         if len(pair) != 2 or any(len(tensor.shape) != 2 for tensor in pair.values()):
             raise AdapterError(f"{WEIGHTS_FILE}: {module} needs an A and a B matrix")
-        rank = ranks[module] = _rank_of(module, config)
+        rank = ranks[module] = peft_config.rank_of(module, config)
         if model.target_modules is not None and not {module, module.rpartition(".")[2]} & model.target_modules:
             raise AdapterError(f"the adapter changes {module}, which the server's --lora-target-modules leaves out")
         if model.modules is None:
@@ -306,14 +201,6 @@ def _check_tensors(tensors: Mapping[str, _Tensor], config: Mapping[str, Any], mo
                 f"and {list(pair['B'].shape)}; the adapter is for another model or another rank"
             )
     return ranks
-
-
-def _rank_of(module: str, config: Mapping[str, Any]) -> int:
-    """As PEFT looks it up: the first pattern that is the name's end."""
-    for pattern, rank in config["rank_pattern"].items():
-        if module == pattern or module.endswith("." + pattern):
-            return rank
-    return config["r"]
 
 
 def _check_finite(piece: bytes, dtype: str, name: str) -> None:

@@ -25,7 +25,7 @@ import lmdb
 
 from memos_vllm.adapters import peft_folder, records
 from memos_vllm.adapters.files import AdapterFiles
-from memos_vllm.adapters.peft_folder import BaseModel
+from memos_vllm.adapters.peft_config import BaseModel
 from memos_vllm.adapters.records import Adapter, Scope, Version
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, DataDirError, Forbidden, NotFound, StoreError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memos_vllm.adapters.base_model import linear_modules
-from memos_vllm.adapters.peft_folder import BaseModel
+from memos_vllm.adapters.peft_config import BaseModel
 from memos_vllm.config import AdaptersConfig
 
 if TYPE_CHECKING:

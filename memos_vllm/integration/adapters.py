@@ -18,7 +18,7 @@ from starlette.datastructures import FormData, UploadFile
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from memos_vllm.adapters import peft_folder
+from memos_vllm.adapters import peft_config, peft_folder
 from memos_vllm.adapters.records import Scope
 from memos_vllm.errors import AdapterError, Forbidden
 from memos_vllm.integration.adapter_gate import Choice
@@ -66,7 +66,7 @@ async def add(raw_request: Request) -> Any:
 
 
 async def _add_upload(raw_request: Request, state: MemosState) -> Any:
-    limit = state.config.adapters.max_bytes + peft_folder.MAX_CONFIG_BYTES + _FORM_OVERHEAD_BYTES
+    limit = state.config.adapters.max_bytes + peft_config.MAX_CONFIG_BYTES + _FORM_OVERHEAD_BYTES
     length = raw_request.headers.get("content-length", "")
     if not length.isdecimal():
         raise AdapterError("an upload must say its Content-Length", status=411)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from memos_vllm.adapters.peft_folder import BaseModel
+from memos_vllm.adapters.peft_config import BaseModel
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.types import Principal

@@ -10,7 +10,7 @@ import pytest
 
 from memos_vllm import data_dir, distill
 from memos_vllm.adapters.base_model import linear_modules
-from memos_vllm.adapters.peft_folder import BaseModel
+from memos_vllm.adapters.peft_config import BaseModel
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import AdaptersConfig, MemoryConfig
 from memos_vllm.memory.service import MemoryService

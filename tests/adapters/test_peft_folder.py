@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from memos_vllm.adapters import peft_folder
+from memos_vllm.adapters.peft_config import BaseModel
 from memos_vllm.errors import AdapterError
 from tests.adapters.adapter_factories import BASE, CONFIG, MODULE, adapter_folder, weights
 
@@ -118,7 +119,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
 
 def test_a_module_outside_the_servers_target_modules(tmp_path: Path) -> None:
     """vLLM would leave such a module out and answer with other weights than the adapter's."""
-    base = peft_folder.BaseModel(BASE.names, BASE.modules, BASE.max_rank, frozenset({"v_proj"}))
+    base = BaseModel(BASE.names, BASE.modules, BASE.max_rank, frozenset({"v_proj"}))
     with pytest.raises(AdapterError, match="--lora-target-modules"):
         peft_folder.check(adapter_folder(tmp_path / "a"), base, MAX_BYTES)
 
