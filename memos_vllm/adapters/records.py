@@ -38,7 +38,7 @@ class Version:
 
     lora_int_id: int
     incarnation: str
-    """Random, new each time the content is stored after it was deleted: KV from before is not found."""
+    """Random: KV belongs to this version, and goes with it, even if others have the same content."""
 
     size_bytes: int
     rank: int

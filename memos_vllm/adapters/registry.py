@@ -57,8 +57,11 @@ class Removed:
     references: tuple[str, ...]
     """``name@version`` of each."""
 
+    versions: tuple[Version, ...]
+    """The same: KV that was computed with them is to go."""
+
     contents: tuple[Version, ...]
-    """Those whose content nobody has any more: files, numbers in vLLM and KV are to go."""
+    """Those whose content nobody has any more: files, and what vLLM has loaded, are to go."""
 
     profiles: int
     """Users who had it as their default."""
@@ -169,12 +172,11 @@ class AdapterRegistry:
         def work(txn: lmdb.Transaction) -> Adapter:
             adapter = self._read(txn, scope, who, name)
             self._check_owner(adapter, who)
-            twin = next((each for each in self._versions(txn) if each.digest == digest.hex()), None)
             version = Version(
                 version=adapter.versions[-1].version + 1 if adapter else 1,
                 digest=digest.hex(),
                 lora_int_id=self._id_of(txn, digest),
-                incarnation=twin.incarnation if twin else secrets.token_hex(4),
+                incarnation=secrets.token_hex(4),
                 size_bytes=checked.size_bytes,
                 rank=checked.rank,
                 dtype=checked.dtype,
@@ -384,7 +386,7 @@ class AdapterRegistry:
 
     def _remove(self, txn: lmdb.Transaction, doomed: list[tuple[Adapter, set[int]]]) -> Removed:
         references: list[str] = []
-        gone: dict[str, Version] = {}
+        versions: list[Version] = []
         for adapter, numbers in doomed:
             left = adapter.without(numbers)
             if left is not None:
@@ -393,10 +395,11 @@ class AdapterRegistry:
                 key = records.space_key(adapter.scope, adapter.owner) + adapter.name.encode()
                 txn.delete(key, db=self._dbs["adapters"])
             references += [f"{adapter.name}@{number}" for number in sorted(numbers)]
-            gone |= {each.digest: each for each in adapter.versions if each.version in numbers}
+            versions += [each for each in adapter.versions if each.version in numbers]
         kept = {each.digest for each in self._versions(txn)}
-        contents = tuple(version for digest, version in gone.items() if digest not in kept)
-        return Removed(tuple(references), contents, self._drop_profiles(txn) if doomed else 0)
+        unique = {version.digest: version for version in versions if version.digest not in kept}
+        profiles = self._drop_profiles(txn) if doomed else 0
+        return Removed(tuple(references), tuple(versions), tuple(unique.values()), profiles)
 
     def _drop_profiles(self, txn: lmdb.Transaction) -> int:
         """Defaults that mean nothing any more."""

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from memos_vllm.adapters.records import Version
-from memos_vllm.adapters.registry import AdapterRegistry, InUse
+from memos_vllm.adapters.registry import AdapterRegistry, InUse, Removed
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound, RequestError
 from memos_vllm.integration import engine_channel
@@ -261,27 +260,26 @@ class AdapterGate:
 
     # -- the end of an adapter ------------------------------------------------------------------
 
-    async def remove(self, versions: Sequence[Version]) -> dict[str, Any]:
-        """Removes contents that nobody has any more: KV in every tier, the engine's copies, files.
+    async def remove(self, removed: Removed) -> dict[str, Any]:
+        """Removes what was computed with versions that are gone, and contents that nobody has any more.
 
         Returns:
             For a receipt: what was removed where; ``files_pending`` counts those that a request still uses.
         """
+        free = {each.digest: await asyncio.to_thread(self.registry.wait_until_free, each) for each in removed.contents}
         kv = {"host_blocks": 0, "disk_blocks": 0}
-        removed = pending = 0
-        for version in versions:
+        for version in removed.versions:
             self._loaded.discard(version.lora_name)
             self._prefetched.discard(version.lora_name)
-            free = await asyncio.to_thread(self.registry.wait_until_free, version)
             for reply in await engine_channel.call(self._engine, "forget_adapter", {"lora_name": version.lora_name}):
                 kv = {tier: count + reply.get(tier, 0) for tier, count in kv.items()}
-            if not free:
-                pending += 1
-                continue
-            if self._lora is not None:
-                await self._engine.remove_lora(version.lora_int_id)
-            removed += await asyncio.to_thread(self.registry.remove_files, version)
-        return {"contents": removed, "files_pending": pending, "kv": kv}
+        num_removed = 0
+        for version in removed.contents:
+            if free[version.digest]:
+                if self._lora is not None:
+                    await self._engine.remove_lora(version.lora_int_id)
+                num_removed += await asyncio.to_thread(self.registry.remove_files, version)
+        return {"contents": num_removed, "files_pending": len(free) - num_removed, "kv": kv}
 
     async def status(self) -> dict[str, Any]:
         """Slots, what is in host memory, and what came of loads; for the operator."""

@@ -156,5 +156,5 @@ async def _withdraw_adapters(state: MemosState, who: Principal, memory_ids: Sequ
         memory_ids: None: all of the user's.
     """
     removed = await asyncio.to_thread(state.adapters.registry.withdraw, who, memory_ids)
-    await state.adapters.remove(removed.contents)
+    await state.adapters.remove(removed)
     return list(removed.references)

@@ -115,6 +115,12 @@ def test_numbers_leave_room_for_vllms_own() -> None:
     assert records.first_id(b"\xff" * 32) == records.LAST_ID == 0x7FFFFFFF
 
 
+def test_the_same_content_of_two_owners_has_two_names_and_one_number(registry: AdapterRegistry, tmp_path: Path) -> None:
+    """What one of them computed goes with his version, and does not slow the other down."""
+    one, other = (add(registry, tmp_path, who=who).version() for who in (ALICE, BOB))
+    assert one.lora_int_id == other.lora_int_id and one.lora_name != other.lora_name
+
+
 def test_content_that_comes_back_has_a_new_name(registry: AdapterRegistry, tmp_path: Path) -> None:
     before = add(registry, tmp_path).version()
     for version in registry.delete(ALICE, "style").contents:
@@ -178,7 +184,7 @@ def test_content_that_another_name_has_stays(registry: AdapterRegistry, tmp_path
     add(registry, tmp_path)
     add(registry, tmp_path, who=BOB)
     removed = registry.delete(ALICE, "style")
-    assert removed.references == ("style@1",) and removed.contents == ()
+    assert removed.references == ("style@1",) and len(removed.versions) == 1 and removed.contents == ()
     with registry.use(BOB, "style") as used:
         assert used.folder.exists()
 

@@ -191,11 +191,14 @@ def test_a_new_version_meets_no_older_kv_and_can_be_undone(
     assert nearest(references, 1, ask(served, key, "style", 1))[0] == "a10"
 
 
-def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(served: Memos, folders: dict[str, Path]) -> None:
+def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(
+    served: Memos, recall_model: Path, tmp_path: Path
+) -> None:
     """Of another adapter, the base model, and another user of the tenant with the same adapter."""
     key, other = "shop-a", "shop-b"
-    for name, seed in (("one", 20), ("two", 21)):
-        assert upload(served, key, name, folders[f"a{seed}"], scope="tenant").status_code == 200
+    one, two = (write_adapter(tmp_path / str(seed), recall_model, seed) for seed in (1001, 1002))
+    for name, folder in (("one", one), ("two", two)):
+        assert upload(served, key, name, folder, scope="tenant").status_code == 200
     long = [{"role": "user", "content": "The ferry leaves at seven. " * 60}]
 
     def cached(adapter: str | None, who: str = key) -> int:
@@ -214,7 +217,7 @@ def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(served: Memos, fo
     assert receipt["adapters"] == ["one@1"] and receipt["contents"] == 1
     assert receipt["kv"]["disk_blocks"] > 5 and receipt["kv"]["host_blocks"] >= 0
     assert ask(served, key, "one").status_code == ask(served, other, "one").status_code == 404
-    assert upload(served, key, "one", folders["a20"], scope="tenant").status_code == 200
+    assert upload(served, key, "one", one, scope="tenant").status_code == 200
     assert cached("one") == 0, "the same content again finds nothing of before the deletion"
     assert cached("two") > 200, "another adapter's KV is untouched"
 
