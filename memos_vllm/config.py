@@ -137,6 +137,9 @@ class AdaptersConfig(Section):
     distill: Literal["off", "on"] = "off"
     """Whether users may have their memories distilled into adapters over REST; it takes minutes of this machine."""
 
+    distilled_text: Literal["keep", "leave_out"] = "keep"
+    """Whether memories that the request's adapter was distilled from stand in its prompt as well."""
+
     may_share_with_all: list[str] = []
     """Tenants whose users may share an adapter with every tenant."""
 

@@ -73,6 +73,9 @@ class Choice:
     why: str = ""
     """Why it is ``base``."""
 
+    instead_of: frozenset[tuple[str, int]] = frozenset()
+    """Id and version of the memories that the adapter stands for, so that their text is left out."""
+
     _files: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:
@@ -156,6 +159,9 @@ class AdapterGate:
             self._prefetched.discard(used.version.lora_name)
             self.totals.prefetch_used += 1
         choice.request, choice.name = lora_request(used), used.reference
+        if self._config.distilled_text == "leave_out" and used.adapter.owner == who:
+            memories = used.version.origin.get("distilled", {}).get("memories", ())
+            choice.instead_of = frozenset((memory["id"], memory["version"]) for memory in memories)
         return choice
 
     async def _hold(self, choice: Choice, who: Principal, reference: str) -> InUse:

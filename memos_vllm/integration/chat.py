@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +97,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         if adapter is not None:
             cleanup.callback(adapter.close)
         try:
-            recall = await add_memory(turn, request, state)
+            recall = await add_memory(turn, request, state, adapter)
         except MemosError as error:
             return error_response(error)
         scene_id = state.planner.turn_started(turn.who, turn.options.session)
@@ -169,10 +169,12 @@ def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
     return state.config.memory.default == "on" if by_key is None else by_key
 
 
-async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState) -> Recall:
+async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState, adapter: Choice | None) -> Recall:
     """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
     await state.wait_for_writes(turn.who)
     recall, salt = await asyncio.to_thread(_recall, turn, state)
+    if adapter is not None and adapter.instead_of:
+        recall = without(recall, adapter.instead_of)
     request.messages = assemble(
         turn.messages,
         [record.text for record in recall.long_lived],
@@ -180,6 +182,13 @@ async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosSta
     )  # type: ignore[assignment]
     request.cache_salt = salts.combine(salt, request.cache_salt)
     return recall
+
+
+def without(recall: Recall, left_out: Collection[tuple[str, int]]) -> Recall:
+    """What is left of a recall when these memories, by id and version, are known another way."""
+    standing = tuple(record for record in recall.long_lived if (record.id, record.version) not in left_out)
+    late = tuple(hit for hit in recall.late if (hit.record.id, hit.record.version) not in left_out)
+    return Recall(standing, late)
 
 
 def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:

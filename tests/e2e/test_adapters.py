@@ -38,7 +38,7 @@ identity:
     shop-a: {{tenant: shop, user: a}}
     shop-b: {{tenant: shop, user: b}}
 kv: {{host_bytes: 64MiB, disk_bytes: 256MiB, min_load_tokens: 32}}
-adapters: {{import_dir: {import_dir}, on_error: base, distill: "on"}}
+adapters: {{import_dir: {import_dir}, on_error: base, distill: "on", distilled_text: leave_out}}
 """
 PROMPTS = [
     [{"role": "user", "content": "What is my favourite drink?"}],
@@ -294,6 +294,12 @@ def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memo
     assert [(each["question"], each["memory"]) for each in probed["answers"]] == [("What is my job?", memory)]
     assert probed["answers"][0]["answer"] and probed["adapter"] == "knows@1"
     assert served.call("POST", "/v1/adapters/knows/probe", key, json={}).status_code == 404
+
+    def recalled(**adapter: str) -> list[str]:
+        response = served.chat("shop-a", "What is my job?", {"explain": True, "remember": False, **adapter})
+        return [item["id"] for item in response.model_extra["memos"]["recalled"]]
+
+    assert memory in recalled() and memory not in recalled(adapter="knows"), "the adapter stands for its text"
     receipt = served.call("DELETE", f"/v1/memories/{memory}", "shop-a").json()
     assert receipt["adapters"] == ["knows@1"]
     assert ask(served, "shop-a", "knows").status_code == 404

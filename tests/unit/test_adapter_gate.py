@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memos_vllm.adapters.records import Scope
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound
 from memos_vllm.integration import adapter_gate, engine_channel
@@ -148,6 +149,23 @@ def test_what_a_request_names_must_exist(engine: FakeEngine, registry: Any, on_e
                 await gate.use(who, name, Serving(), "base")
 
     run(body)
+
+
+@pytest.mark.parametrize("setting", ["keep", "leave_out"])
+def test_a_distilled_adapter_stands_for_its_memories_where_the_operator_wants_it(
+    engine: FakeEngine, registry: Any, tmp_path: Path, setting: str
+) -> None:
+    origin = {"distilled": {"tenant": "shop", "user": "alice", "memories": [{"id": "m1", "version": 2}]}}
+    registry.register(ALICE, "knows", adapter_folder(tmp_path / "knows", 9), Scope.TENANT, origin)
+    gate = AdapterGate(engine, registry, AdaptersConfig(distilled_text=setting))  # type: ignore[arg-type]
+
+    async def body() -> list[Any]:
+        choices = [await gate.use(who, "knows", Serving(), "base") for who in (ALICE, BOB)]
+        for choice in choices:
+            choice.close()
+        return [choice.instead_of for choice in choices]
+
+    assert run(body) == [{("m1", 2)} if setting == "leave_out" else set(), set()], "the memories are Alice's"
 
 
 def test_a_server_without_lora_refuses_what_is_named_and_nothing_else(registry: Any) -> None:
