@@ -117,7 +117,7 @@ class _Lesson:
     """One answer to learn.
 
     Attributes:
-        prompt: token ids of the student's prompts, one per system prompt.
+        prompts: token ids of the student's prompts, one per system prompt.
         answer: token ids of the teacher's answer and its end.
         logprobs: the teacher's, float16 [len(answer), vocab].
     """

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 MAX_SCENES = 16_384
 """How many scenes' adapters one process remembers; those used least recently are forgotten first."""
 
+MAX_HEADER_CHARS = 200
+
 _NO_LORA = "this server runs without LoRA"
 _chosen: ContextVar[LoRARequest | None] = ContextVar("memos_adapter", default=None)
 
@@ -110,10 +112,6 @@ class AdapterGate:
         self._scenes: OrderedDict[str, tuple[Principal, str]] = OrderedDict()
         self._prefetched: set[str] = set()
 
-    @property
-    def enabled(self) -> bool:
-        return self._lora is not None
-
     # -- requests -------------------------------------------------------------------------------
 
     async def use(self, who: Principal, named: str | None, serving: Any, model: str | None) -> Choice | None:
@@ -152,7 +150,7 @@ class AdapterGate:
                 raise
             self.totals.fallbacks += 1
             logger.warning("adapter %r of %s is not used: %s", reference, who, error)
-            return Choice(why=str(error).encode("ascii", "replace").decode())
+            return Choice(reference=reference, why=_in_a_header(error))
         _hand_over(serving)
         self.totals.requests += 1
         if used.version.lora_name in self._prefetched:
@@ -300,6 +298,11 @@ class AdapterGate:
             "stored": stored,
             "totals": asdict(self.totals),
         }
+
+
+def _in_a_header(error: Exception) -> str:
+    """One line of ASCII, whatever vLLM and the user's names have put into it."""
+    return " ".join(str(error).encode("ascii", "replace").decode().split())[:MAX_HEADER_CHARS]
 
 
 def lora_request(used: InUse) -> LoRARequest:

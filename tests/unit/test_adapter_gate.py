@@ -32,7 +32,7 @@ class FakeEngine:
     async def add_lora(self, request: Any) -> bool:
         await asyncio.sleep(0)
         if request.lora_int_id in self.broken:
-            raise Exception("Call to add_lora method failed: no such module")
+            raise Exception("Call to add_lora method failed:\r\nno such módule")
         self.loaded.append(request.lora_int_id)
         return True
 
@@ -134,6 +134,7 @@ def test_a_load_that_fails_does_as_configured_and_holds_no_files(
         else:
             choice = await gate.use(ALICE, "a0", Serving(), "base")
             assert choice.request is None and choice.header.startswith("base; adapter 'a0@1' cannot be loaded")
+            assert choice.header.isascii() and choice.header.isprintable(), "it goes into a header"
 
     run(body)
     assert gate.totals.failures == 1 and registry.files.num_held == 0
