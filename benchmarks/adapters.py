@@ -145,6 +145,7 @@ class Run:
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
         environment = {
             "VLLM_PLUGINS": "lora_filesystem_resolver",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_LORA_RESOLVER_CACHE_DIR": str(self.folder / "import"),
         }
         stock = Server(model, extra=[*extra, *share], env=environment)

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from memos_vllm import activation, data_dir
-from memos_vllm.compat import hashing
+from memos_vllm.compat import cpu_lora, hashing
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError
 
@@ -30,6 +30,7 @@ _PLUGIN_GROUPS = (
 
 def activate() -> None:
     hashing.make_block_hashes_stable()
+    cpu_lora.skip_tokens_without_adapter()
     _allow_endpoint_plugin()
     _wrap_engine_config()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import tomllib
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from memos_vllm.compat import hashing, json_body
+from memos_vllm.compat import cpu_lora, hashing, json_body
 from tests.conftest import ROOT
 
 NOT_NEEDED_FROM = {"hashing": "0.32", "json_body": "0.32"}
@@ -44,3 +45,36 @@ def test_hashes_are_seeded_where_vllm_would_not_seed_them(monkeypatch: pytest.Mo
     monkeypatch.delattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
     hashing.make_block_hashes_stable()
     assert environment == {"PYTHONHASHSEED": "0"}
+
+
+def shrink(indices: list[int], rows: int | None = None) -> torch.Tensor:
+    """What vLLM's operation leaves for tokens with these adapter indices: [tokens, rank]."""
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    tokens = rows or len(indices)
+    inputs, weights = torch.ones(tokens, 4), torch.ones(3, 1, 2, 4)  # [slots, 1, rank, size]
+    out = torch.full((tokens, 2), 7.0)
+    lora_ops.bgmv_shrink(inputs, weights, out, torch.tensor(indices), 1.0)
+    return out
+
+
+@pytest.fixture
+def plain_lora_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own operation, whatever ran before in this process."""
+    from vllm.lora.ops import torch_ops
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    own = getattr(lora_ops.bgmv_shrink, "_memos_original", lora_ops.bgmv_shrink)
+    for module in (lora_ops, torch_ops):
+        monkeypatch.setattr(module, "bgmv_shrink", own)
+
+
+def test_vllm_still_gives_tokens_without_adapter_the_last_slots_weights(plain_lora_ops: None) -> None:
+    assert shrink([0, -1])[1].any(), "memos_vllm/compat/cpu_lora.py can go"
+
+
+def test_tokens_without_adapter_get_none(plain_lora_ops: None) -> None:
+    for _ in range(2):
+        cpu_lora.skip_tokens_without_adapter()
+    assert shrink([0, -1, 2]).tolist() == [[4, 4], [0, 0], [4, 4]]
+    assert not shrink([-1, -1]).any()
