@@ -45,6 +45,9 @@ class Wait:
     """Up to where the wait has been learned from."""
     hint: Hint | None = None
     trigger: Trigger | None = None
+    """By a scene of the same owner."""
+    turn: Trigger | None = None
+    """By the scene after which it is this one's turn, whoever owns that."""
     probability: float = 0.0
     due: float | None = None
     """When to look at it again."""
@@ -64,6 +67,7 @@ class Wait:
         out["scene"] = asdict(self.scene)
         out["hint"] = None if self.hint is None else asdict(self.hint)
         out["trigger"] = None if self.trigger is None else asdict(self.trigger)
+        out["turn"] = None if self.turn is None else asdict(self.turn)
         return out
 
     @classmethod
@@ -71,10 +75,11 @@ class Wait:
         values = dict(state)
         scene = Scene(**values.pop("scene"))
         scene = Scene(**asdict(scene) | {"kind": SceneKind(scene.kind)})
-        hint, trigger = values.pop("hint"), values.pop("trigger")
+        hint, trigger, turn = values.pop("hint"), values.pop("trigger"), values.pop("turn")
         wait = cls(scene, **values)
         wait.hint = None if hint is None else Hint(**hint)
         wait.trigger = None if trigger is None else Trigger(**trigger)
+        wait.turn = None if turn is None else Trigger(**turn)
         return wait
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memos_vllm.core.predictor import Predictor
+from memos_vllm.core.predictor import STATE_VERSION, Predictor
 from memos_vllm.core.scenes import (
     Closed,
     Event,
@@ -291,7 +291,7 @@ def test_a_state_that_is_none_is_refused(data: bytes) -> None:
 def test_the_state_is_json() -> None:
     predictor = predictor_with("a", owner="ada")
     turn(predictor, "a", 0)
-    assert json.loads(predictor.to_bytes())["version"] == 1
+    assert json.loads(predictor.to_bytes())["version"] == STATE_VERSION
 
 
 def test_ten_thousand_scenes_cost_little() -> None:
