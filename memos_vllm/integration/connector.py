@@ -65,6 +65,7 @@ class MemosConnector(KVConnectorBase_V1):
         # A client may send anything here, and vLLM itself reads it as a mapping right after this call.
         if not isinstance(request.kv_transfer_params, dict):
             request.kv_transfer_params = None
+        self._scheduler.added(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.match(request, num_computed_tokens)

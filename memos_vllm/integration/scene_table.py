@@ -17,10 +17,11 @@ request that needs the blocks takes them.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 SCENE_PARAM = "memos_scene"
 """Key in ``kv_transfer_params`` by which a request names its scene."""
+
+START_PARAM = "memos_start"
+"""Key by which it names the scene of the user's next session as well; it counts as the one that is closer."""
 
 KEEP_SHARE = 0.9
 """Share of the pool that kept blocks may take; the rest stays plain for whoever comes unexpected."""
@@ -238,11 +242,17 @@ class SceneTable:
         told = sorted((item for items in self._told.values() for item in items), key=lambda item: -item[0])
         budget = int(KEEP_SHARE * self.pool.num_gpu_blocks)
         expected: dict[str, None] = {}
+        by_salt: dict[str | None, list[Scene]] = {}
         for scene_id in dict.fromkeys(scene_id for _, scene_id in told):
-            scene = self._scenes.get(scene_id)
-            if scene is not None and scene.num_blocks <= budget:
-                budget -= scene.num_blocks
+            if (scene := self._scenes.get(scene_id)) is None:
+                continue
+            # A user's next session often starts with the blocks of the last: they are kept and counted once.
+            others = by_salt.setdefault(scene.request.cache_salt, [])
+            num_new = scene.num_blocks - max((_num_common_blocks(scene, other) for other in others), default=0)
+            if 0 < num_new <= budget:
+                budget -= num_new
                 expected[scene_id] = None
+                others.append(scene)
         known = set(self._expected)
         for scene_id in known - expected.keys():
             self.queue.release(scene_id, self._scenes[scene_id].hashes)
@@ -337,7 +347,35 @@ class SceneTable:
         if len(self._unused) > self.pool.num_gpu_blocks:
             self._count_wasted()
 
+    def want(self, scene_id: str) -> list[Op]:
+        """Loads what a tier holds of an expected scene, from its first missing block on."""
+        if scene_id in self._expected:
+            self._wanted[scene_id] = 0
+        return self.advance()
+
     # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def expected(self) -> Sequence[str]:
+        """Scenes that are expected and fit, most valuable first."""
+        return self._expected
+
+    def scene(self, scene_id: str) -> Scene:
+        return self._scenes[scene_id]
+
+    def closest(self, scene_ids: Iterable[str], request: Request) -> str | None:
+        """Of the scenes that a request names, the known one that it shares most blocks with."""
+        known = [scene_id for scene_id in scene_ids if scene_id in self._scenes]
+        return max(known, key=lambda each: _num_shared_blocks(self._scenes[each], request), default=None)
+
+    def is_resident(self, scene: Scene, index: int) -> bool:
+        return self._resident(scene, index) is not None
+
+    def is_absent(self, scene: Scene, index: int) -> bool:
+        """Whether only a forward pass can bring a block."""
+        key = scene.keys[index]
+        on_its_way = self.tiers.is_on_its_way(key) or self.tiers.match([key]).num_blocks
+        return not on_its_way and not self.is_resident(scene, index)
 
     def expected_blocks(self) -> dict[str, int]:
         """Size of each expected scene, in blocks."""
@@ -393,6 +431,12 @@ class SceneTable:
 
     def _resident(self, scene: Scene, index: int) -> KVCacheBlock | None:
         return self.pool.cached_block_hash_to_block.get_one_block(scene.hashes[index])
+
+
+def _num_common_blocks(one: Scene, other: Scene) -> int:
+    """Leading blocks that two scenes have in common. Hashes chain: from the first difference on all differ."""
+    length = min(one.num_blocks, other.num_blocks)
+    return bisect.bisect_left(range(length), True, key=lambda index: one.hashes[index] != other.hashes[index])
 
 
 def _num_shared_blocks(scene: Scene, request: Request) -> int:
