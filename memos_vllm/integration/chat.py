@@ -25,7 +25,9 @@ from memos_vllm.compat.json_body import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
 from memos_vllm.integration.rest import error_response
-from memos_vllm.integration.scene_table import SCENE_PARAM
+from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
+from memos_vllm.integration.session_start import SessionStart, start_of
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.service import Recall
@@ -70,6 +72,10 @@ class Turn:
     request_id: str
     """Provenance of what is remembered; the id of the completion ends with it."""
 
+    @property
+    def starts_conversation(self) -> bool:
+        return all(message.get("role") != "assistant" for message in self.messages)
+
 
 @router.post(
     "/v1/chat/completions",
@@ -82,11 +88,16 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
+        start = next_start(turn, request, raw_request, state)
         recall = await add_memory(turn, request, state)
     except MemosError as error:
         return error_response(error)
-    scene_id = state.planner.turn_started(turn.who, turn.options.session)
+    starts_session = start is not None and turn.starts_conversation
+    scene_id = state.planner.turn_started(turn.who, turn.options.session, starts_session=starts_session)
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
+    if start is not None:
+        request.kv_transfer_params[START_PARAM] = start.scene_id
+        state.builder.turn_seen(start, scene_id)
     response = None
     try:
         response = await stock.create_chat_completion(request, raw_request)
@@ -106,7 +117,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     """
     salts.check_client_salt(request.cache_salt)
     if request.kv_transfer_params:
-        request.kv_transfer_params.pop(SCENE_PARAM, None)
+        for ours in (SCENE_PARAM, START_PARAM, BUILD_PARAM):
+            request.kv_transfer_params.pop(ours, None)
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)
     if options is None:
@@ -141,6 +153,16 @@ def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
     except RequestError:
         return False
     return state.config.memory.default == "on" if by_key is None else by_key
+
+
+def next_start(
+    turn: Turn, request: ChatCompletionRequest, raw_request: Request, state: MemosState
+) -> SessionStart | None:
+    """What the turn shows of how the user's next session starts; None if that is not to be prepared."""
+    serving = stock.chat(raw_request)
+    if serving is None or not state.builder.enabled or not turn.options.recall:
+        return None
+    return start_of(turn.who, request, turn.messages, serving, state.planner.start_id(turn.who))
 
 
 async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState) -> Recall:

@@ -11,7 +11,10 @@ import xxhash
 
 from memos_vllm import activation, data_dir
 from memos_vllm.config import load
+from memos_vllm.integration import salts
+from memos_vllm.integration.builder import LiveRequests, SceneBuilder
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -40,6 +43,7 @@ class MemosEndpoints:
         _remove_route(app, "/v1/chat/completions", "POST")
         for router in (chat.router, memories.router, scenes.router, operations.router):
             app.include_router(router)
+        app.add_middleware(LiveRequests)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)
 
@@ -48,12 +52,19 @@ class MemosEndpoints:
             return
         config = load(activation.config_path())
         store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
+        service = MemoryService(store, config.memory, count_tokens=token_counter(engine_client))
+        secret = data_dir.secret(config.data_dir)
+        planner = ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json")
+        starts = SessionStarts(
+            engine_client, service, salt_of=lambda who: salts.salt_of(secret, who, service.kv_epoch(who))
+        )
         state.memos = MemosState(
             config=config,
-            service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client)),
+            service=service,
             engine=engine_client,
-            secret=data_dir.secret(config.data_dir),
-            planner=ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json"),
+            secret=secret,
+            planner=planner,
+            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts),
         )
 
 

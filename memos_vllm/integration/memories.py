@@ -133,6 +133,7 @@ async def delete_all(raw_request: Request, user: str | None = None) -> Any:
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
     state.planner.forget(who)
+    state.builder.forget(who)
     return await _forget(state, who, state.service.delete_all, who)
 
 

@@ -21,7 +21,7 @@ async def status(raw_request: Request) -> Any:
     state = state_of(raw_request)
     engines = await engine_channel.call(state.engine, "status")
     memory = await asyncio.to_thread(state.service.stats)
-    return {"kv": engines[0], "engines": engines, "memory": memory}
+    return {"kv": engines[0], "engines": engines, "memory": memory, "build": state.builder.status()}
 
 
 @development_router.post("/kv/drop")

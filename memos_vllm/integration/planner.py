@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import PredictionConfig
 from memos_vllm.core.predictor import Predictor
-from memos_vllm.core.scenes import Event, Scene, TurnEnded, TurnStarted
+from memos_vllm.core.scenes import Event, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.integration import engine_channel
 from memos_vllm.types import Principal
 
@@ -57,7 +57,9 @@ class ScenePlanner:
         self._max_scenes = config.max_scenes
         self._state_path = state_path
         self._now = now
-        self._name = f"{os.getpid()}"
+        self.name = f"{os.getpid()}"
+        self.on_told: Callable[[], None] = lambda: None
+        """Called when an event has changed what the engine expects."""
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
         self._changed = asyncio.Event()
@@ -71,16 +73,44 @@ class ScenePlanner:
         text = "".join(f"{len(part)}:{part}" for part in parts)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+    @classmethod
+    def start_id(cls, who: Principal) -> str:
+        """The scene of what the user's next session starts with; no session has the name."""
+        return cls.scene_id(who, "")
+
+    def hinted_id(self, who: Principal, session: str | None) -> str:
+        """What a hint is about: a session that nobody has seen begins with the start."""
+        scene_id, start_id = self.scene_id(who, session), self.start_id(who)
+        return start_id if scene_id not in self._predictor and start_id in self._predictor else scene_id
+
+    @property
+    def told(self) -> list[str]:
+        """Scenes that the engine was told to expect, most valuable first."""
+        return [scene_id for _, scene_id in self._told]
+
     # -- what happens ---------------------------------------------------------------------------
 
-    def turn_started(self, who: Principal, session: str | None) -> str:
-        """A request came; returns its scene."""
+    def turn_started(self, who: Principal, session: str | None, *, starts_session: bool = False) -> str:
+        """A request came; returns its scene.
+
+        Args:
+            starts_session: as far as the request shows; that its session is known says otherwise.
+        """
         scene_id = self.scene_id(who, session)
+        if self.enabled and starts_session and (session is None or scene_id not in self._predictor):
+            self._session_started(who)
         if self.enabled:
             if scene_id not in self._predictor:
                 self._predictor.add(Scene(scene_id, owner=str(who)))
             self.observe(TurnStarted(scene_id))
         return scene_id
+
+    def _session_started(self, who: Principal) -> None:
+        """The start is used as soon as the request is here; from now on the next session is expected."""
+        start_id = self.start_id(who)
+        if start_id not in self._predictor:
+            self._predictor.add(Scene(start_id, owner=str(who), kind=SceneKind.SESSION_START))
+        self.observe(TurnEnded(start_id))
 
     def turn_ended(self, scene_id: str) -> None:
         self.observe(TurnEnded(scene_id))
@@ -127,30 +157,43 @@ class ScenePlanner:
         meantime, and when time alone has changed the order."""
         self._predictor.take_changes()
         ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
-        if not happened and [scene_id for _, scene_id in ranked] == [scene_id for _, scene_id in self._told]:
+        if not happened and [scene_id for _, scene_id in ranked] == self.told:
             return
-        payload = {"planner": self._name, "scenes": ranked}
-        replies = await engine_channel.call(self._engine, "expect", payload)
-        self._told = ranked
-        self._take_sizes(replies)
+        await self._tell(ranked)
+        self.on_told()
 
-    def _take_sizes(self, replies: list[dict[str, Any]]) -> None:
-        """The engine knows how large the scenes are; their value depends on it."""
+    async def tell(self) -> None:
+        """Tells the engine what is expected as of now."""
+        self._predictor.take_changes()
+        await self._tell([(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)])
+
+    async def _tell(self, ranked: list[tuple[float, str]]) -> None:
+        replies = await engine_channel.call(self._engine, "expect", {"planner": self.name, "scenes": ranked})
+        self._told = ranked
         for reply in replies:
-            for scene_id, num_blocks in reply.get("blocks", {}).items():
-                known = self._predictor.scene(scene_id)
-                if known is not None and known.num_blocks != num_blocks:
-                    # Prefill time and bytes both grow with the tokens; what counts is their ratio.
-                    self._predictor.add(
-                        Scene(
-                            scene_id,
-                            owner=known.owner,
-                            kind=known.kind,
-                            num_blocks=num_blocks,
-                            size_bytes=num_blocks,
-                            prefill_s=float(num_blocks),
-                        )
+            self._take_sizes(reply.get("blocks", {}))
+
+    async def starts_declared(self, num_blocks: dict[str, int]) -> None:
+        """The engine knows these starts of sessions now: they can be expected at once."""
+        self._take_sizes(num_blocks)
+        await self.tell()
+
+    def _take_sizes(self, num_blocks_of: dict[str, int]) -> None:
+        """The engine knows how large the scenes are; their value depends on it."""
+        for scene_id, num_blocks in num_blocks_of.items():
+            known = self._predictor.scene(scene_id)
+            if known is not None and known.num_blocks != num_blocks:
+                # Prefill time and bytes both grow with the tokens; what counts is their ratio.
+                self._predictor.add(
+                    Scene(
+                        scene_id,
+                        owner=known.owner,
+                        kind=known.kind,
+                        num_blocks=num_blocks,
+                        size_bytes=num_blocks,
+                        prefill_s=float(num_blocks),
                     )
+                )
 
     def save(self) -> None:
         """Writes down what was learned, whole or not at all; called at the end of the process too."""

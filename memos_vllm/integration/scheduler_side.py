@@ -410,7 +410,7 @@ class SchedulerSide:
     def shutdown(self) -> None:
         if self._tiers is not None and self._tiers.disk is not None:
             self._tiers.disk.close()
-        self._tiers = None
+        self._tiers = self._builds = None
 
 
 def _scene_of(request: Request, param: str = SCENE_PARAM) -> str | None:

@@ -24,6 +24,15 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a session that begins now gets as long-lived memory, and of which state of the memories that is so."""
+
+    long_lived: tuple[MemoryRecord, ...]
+    seq: int
+    kv_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     records: tuple[MemoryRecord, ...]
     next: MemoryId | None

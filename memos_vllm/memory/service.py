@@ -12,10 +12,11 @@ from memos_vllm.errors import NotFound, RequestError, StoreError
 from memos_vllm.memory import inputs, records, sessions
 from memos_vllm.memory.extraction import extract
 from memos_vllm.memory.messages import last_user_text
+from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, fitting, long_lived
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.remembering import keep
-from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Recall
+from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall
 from memos_vllm.memory.search import Indexes, UserIndex
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import Removed, UserReader, UserWriter
@@ -52,6 +53,7 @@ class MemoryService:
         self._count_tokens = count_tokens
         self._now = now
         self._indexes = Indexes()
+        self._prepared = PreparedChoices()
 
     def add(
         self,
@@ -207,6 +209,14 @@ class MemoryService:
         budget = Budget(self._config.late_tokens, self._count_tokens)
         return Recall(tuple(standing), tuple(fitting(hits, budget)))
 
+    def prepare(self, who: Principal) -> Prepared:
+        """Chooses the long-lived memory of the user's next session, whose first recall then need not.
+
+        Loads the user's search index too, so that recall does not begin with it.
+        """
+        with self._store.read(who) as user, self._indexes.current(user) as index:
+            return Prepared(tuple(self._long_lived(user, index)), user.seq, user.kv_epoch)
+
     def remember(
         self,
         who: Principal,
@@ -236,6 +246,15 @@ class MemoryService:
         with self._store.read(who) as user:
             return user.kv_epoch
 
+    def memory_version(self, who: Principal) -> tuple[int, int]:
+        """``seq`` and ``kv_epoch`` of ``Prepared``."""
+        with self._store.read(who) as user:
+            return user.seq, user.kv_epoch
+
+    def stamp(self) -> int:
+        """Another whenever anything was written, by whichever process."""
+        return self._store.stamp()
+
     def stats(self) -> dict[str, int]:
         """Counts over all users; sizes in bytes."""
         return {**self._store.stats(), "indexed_users": len(self._indexes)}
@@ -264,7 +283,11 @@ class MemoryService:
             return frozen.ids if frozen else None
 
     def _long_lived(self, user: UserReader, index: UserIndex) -> Sequence[MemoryRecord]:
-        return long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens))
+        if (ids := self._prepared.get(user.who, user.seq)) is not None:
+            return [record for memory_id in ids if (record := user.get(memory_id)) is not None]
+        chosen = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens))
+        self._prepared.put(user.who, user.seq, [record.id for record in chosen])
+        return chosen
 
     def _receipt(self, who: Principal, removed: Removed, kv_epoch: int) -> DeletionReceipt:
         with self._store.read(who) as user:

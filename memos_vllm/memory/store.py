@@ -111,6 +111,11 @@ class MemoryStore:
             if frees:
                 self._shrink_to_maximum()
 
+    def stamp(self) -> int:
+        """Another after every write, by whichever process."""
+        with self._gate.shared():
+            return self._env.info()["last_txnid"]
+
     def stats(self) -> dict[str, int]:
         """Entries, and bytes of the map and of the pages in use or freed for reuse."""
         with self._begin() as txn:
