@@ -92,7 +92,6 @@ class SceneBuilder:
         self._num_live -= 1
         if not self._num_live:
             self._idle.set()
-            self.wake()
 
     def turn_seen(self, start: SessionStart, scene_id: str) -> None:
         """A turn of the session with this scene came, and shows how the user's next session starts."""
@@ -112,7 +111,7 @@ class SceneBuilder:
 
     def status(self) -> dict[str, bool]:
         """``pending``: something may have to be built, or is being built."""
-        pending = self._task is not None and (self._working or self._has_news())
+        pending = self._task is not None and (self._planner.busy or self._working or self._has_news())
         return {"enabled": self.enabled, "pending": pending}
 
     def _has_news(self) -> bool:
@@ -137,12 +136,12 @@ class SceneBuilder:
                 again = True
             if again:
                 self._woken.set()
-                await asyncio.sleep(CHECK_INTERVAL_S)
+                if self._idle.is_set():
+                    await asyncio.sleep(CHECK_INTERVAL_S)
             self._working = False
 
     async def _work(self) -> bool:
-        """Declares what has changed and builds what is absent while the engine is idle; whether to try again soon."""
-        await self._planner.tell()
+        """Declares what has changed and builds what is absent, while the engine is idle; whether something is left."""
         if declared := await self._starts.declare_changed(self._planner.told):
             await self._planner.starts_declared(declared)
         while self._idle.is_set():
@@ -152,7 +151,7 @@ class SceneBuilder:
             if (piece := reply.get("piece")) is None:
                 return bool(reply.get("busy") or reply.get("unknown"))
             await self._build(piece)
-        return False  # the end of the live request wakes the builder
+        return True  # it gave way
 
     async def _claim(self) -> dict[str, Any]:
         payload = {

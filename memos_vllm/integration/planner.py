@@ -63,6 +63,7 @@ class ScenePlanner:
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
         self._changed = asyncio.Event()
+        self._telling = False
         self._saved_at = now()
         self._task: asyncio.Task[None] | None = None
 
@@ -82,6 +83,11 @@ class ScenePlanner:
         """What a hint is about: a session that nobody has seen begins with the start."""
         scene_id, start_id = self.scene_id(who, session), self.start_id(who)
         return start_id if scene_id not in self._predictor and start_id in self._predictor else scene_id
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has yet to hear of something that happened."""
+        return self._changed.is_set() or self._telling
 
     @property
     def told(self) -> list[str]:
@@ -143,6 +149,7 @@ class ScenePlanner:
                 await asyncio.wait_for(self._changed.wait(), REPLAN_INTERVAL_S)
             happened = self._changed.is_set()
             self._changed.clear()
+            self._telling = True
             try:
                 await self._replan(happened)
                 if self._now() - self._saved_at > SAVE_INTERVAL_S:
@@ -151,6 +158,8 @@ class ScenePlanner:
                 # Prediction only makes requests cheap; they must not depend on it.
                 logger.exception("the expected scenes could not be told to the engine")
                 await asyncio.sleep(REPLAN_INTERVAL_S)
+            finally:
+                self._telling = False
 
     async def _replan(self, happened: bool) -> None:
         """Tells the engine what is expected: after an event, since blocks may have left the GPU in the
