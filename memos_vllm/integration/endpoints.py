@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -55,9 +56,7 @@ class MemosEndpoints:
         service = MemoryService(store, config.memory, count_tokens=token_counter(engine_client))
         secret = data_dir.secret(config.data_dir)
         planner = ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json")
-        starts = SessionStarts(
-            engine_client, service, salt_of=lambda who: salts.salt_of(secret, who, service.kv_epoch(who))
-        )
+        starts = SessionStarts(engine_client, service, salt_of=partial(salts.salt_of, secret))
         state.memos = MemosState(
             config=config,
             service=service,

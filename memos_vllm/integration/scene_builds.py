@@ -100,9 +100,10 @@ class SceneBuilds:
         while self._num_token_ids > MAX_TOKEN_IDS and len(self._contents) > 1:
             self._drop(next(iter(self._contents)))
 
-    def lora_request(self, scene_id: str) -> LoRARequest | None:
+    def lora_of(self, scene_id: str, otherwise: LoRARequest | None) -> LoRARequest | None:
+        """The adapter of a scene, or of ``otherwise`` where the scene is not known."""
         content = self._contents.get(scene_id)
-        return None if content is None else content.lora_request
+        return otherwise if content is None else content.lora_request
 
     def forget(self, tag: bytes) -> None:
         """The text of a deleted salt is gone, so its tokens are too; of what is not here no piece is claimed."""
@@ -153,6 +154,8 @@ class SceneBuilds:
         None: there is none, or no block that nobody expects is free for it.
         """
         last = min(scene.num_blocks, (self.max_scene_tokens - 1) // self.block_size)
+        if not last or self.table.is_resident(scene, last - 1):
+            return None  # a chain is given up from its end; looking at every block would stop the engine for long
         first = 0
         while first < last and self.table.is_resident(scene, first):
             first += 1

@@ -363,7 +363,7 @@ class SchedulerSide:
         from vllm.v1.request import Request
 
         assert self._tiers is not None and self._builds is not None
-        adapter = self._builds.lora_request(like) or (LoRARequest(**lora) if lora else None)
+        adapter = self._builds.lora_of(like, otherwise=LoRARequest(**lora) if lora else None)
         request = Request(
             f"memos-declare-{scene}",
             token_ids,

@@ -37,8 +37,12 @@ MAX_USERS = 1000
 _QUESTIONS = ("a", "1")
 """Any two that share no first token."""
 
-_PER_REQUEST = {"messages", "request_id", "stream", "stream_options", "max_tokens", "max_completion_tokens", "seed"}
-"""Fields that differ from turn to turn and leave the rendered start as it is."""
+_RENDERED = {
+    "model", "tools", "tool_choice", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort",
+    "add_special_tokens", "mm_processor_kwargs",
+}  # fmt: skip
+"""Fields of a request that decide how it is rendered. Of one that is missing here an old value may be used, for
+a start that no request then has; nothing is wrong by that."""
 
 
 @dataclass(slots=True)
@@ -62,7 +66,7 @@ class SessionStart:
     """What the engine made of it."""
 
     def same_prompt(self, other: SessionStart) -> bool:
-        mine, theirs = (each.request.model_dump(exclude=_PER_REQUEST) for each in (self, other))
+        mine, theirs = (each.request.model_dump(include=_RENDERED) for each in (self, other))
         return (self.lead, self.client_salt, mine) == (other.lead, other.client_salt, theirs)
 
 
@@ -88,10 +92,10 @@ class SessionStarts:
     """Owned by the API process's event loop.
 
     Args:
-        salt_of: the ``cache_salt`` of a user's requests as of now.
+        salt_of: the ``cache_salt`` of a user's requests in a KV epoch.
     """
 
-    def __init__(self, engine: EngineClient, service: MemoryService, salt_of: Callable[[Principal], str]) -> None:
+    def __init__(self, engine: EngineClient, service: MemoryService, salt_of: Callable[[Principal, int], str]) -> None:
         self._engine = engine
         self._service = service
         self._salt_of = salt_of
@@ -104,8 +108,8 @@ class SessionStarts:
             scene_id: of its own session.
         """
         known = self._starts.pop(start.scene_id, None)
-        if known is not None and known.like == scene_id and known.same_prompt(start):
-            start = known
+        if known is not None and known.same_prompt(start):
+            start = known  # with what is declared of it
         start.like = scene_id
         self._starts[start.scene_id] = start
         if len(self._starts) > MAX_USERS:
@@ -131,7 +135,7 @@ class SessionStarts:
     async def declare_changed(self, scene_ids: Sequence[str]) -> dict[str, int]:
         """Declares those of these starts that have changed since; their size in blocks."""
         declared: dict[str, int] = {}
-        for start, version, salt in await asyncio.to_thread(self._changed, scene_ids):
+        for start, version in await asyncio.to_thread(self._changed, scene_ids):
             # Before the work: a start that cannot be rendered is not tried again until it has changed.
             start.declared, start.num_blocks = version, 0
             prepared = await asyncio.to_thread(self._service.prepare, start.who)
@@ -140,8 +144,10 @@ class SessionStarts:
             if not token_ids or self._starts.get(start.scene_id) is not start:
                 continue
             if (prepared.seq, prepared.kv_epoch) != version:
-                start.declared = None  # changed meanwhile, and the salt perhaps with it
+                start.declared = None  # changed meanwhile
                 continue
+            # The salt of this very text: a deletion from now on finds it, before or after it is built.
+            salt = salts.combine(self._salt_of(start.who, prepared.kv_epoch), start.client_salt)
             payload = {"scene": start.scene_id, "token_ids": token_ids, "salt": salt, "like": start.like}
             (reply,) = await engine_channel.call(self._engine, "declare", {**payload, "lora": start.lora})
             if reply.get("blocks"):
@@ -149,16 +155,11 @@ class SessionStarts:
                 declared[start.scene_id] = start.num_blocks
         return declared
 
-    def _changed(self, scene_ids: Sequence[str]) -> list[tuple[SessionStart, tuple[int, int], str]]:
-        """With the memory's version and salt as of now."""
-        changed = []
-        for start in [self._starts[scene_id] for scene_id in scene_ids if scene_id in self._starts]:
-            # The salt first: a deletion in between then leaves KV under the old salt, never the reverse.
-            salt = salts.combine(self._salt_of(start.who), start.client_salt)
-            version = self._service.memory_version(start.who)
-            if version != start.declared:
-                changed.append((start, version, salt))
-        return changed
+    def _changed(self, scene_ids: Sequence[str]) -> list[tuple[SessionStart, tuple[int, int]]]:
+        """With the version of the user's memory as of now."""
+        starts = [start for scene_id in scene_ids if (start := self._starts.get(scene_id)) is not None]
+        versions = [self._service.memory_version(start.who) for start in starts]
+        return [each for each in zip(starts, versions, strict=True) if each[0].declared != each[1]]
 
 
 async def _render(start: SessionStart, head: list[Message]) -> list[int]:

@@ -87,13 +87,12 @@ class Parts:
     def __init__(self, folder: Path, engine: Engine, config: BuildConfig | None = None) -> None:
         self.engine = engine
         self.service = MemoryService(MemoryStore(folder / "memory", 2**24), MemoryConfig())
-        self.epochs_of_salts: list[int] = []
         self.planner = ScenePlanner(engine, PredictionConfig(), folder / "predictor.json")
         self.starts = SessionStarts(engine, self.service, self.salt)
         self.builder = SceneBuilder(engine, config or BuildConfig(busy_share=1.0), self.planner, self.starts)
 
-    def salt(self, who: Principal) -> str:
-        return f"memos:{self.service.kv_epoch(who)}"
+    def salt(self, who: Principal, kv_epoch: int) -> str:
+        return f"memos:{kv_epoch}"
 
     def turn(self, system: str = "Be brief.", session: str = "one") -> SessionStart:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello!"}]
