@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration import salts, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
+from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, SCENE_PARAM
 from memos_vllm.integration.scheduler_side import PREFETCH_PATIENCE_S, SchedulerSide
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
@@ -93,19 +94,27 @@ def hash_function() -> Any:
     return sha256
 
 
-def make_request(name: str, token_ids: list[int], salt: str | None, scene: str | None) -> Any:
-    from vllm import SamplingParams
+def block_hasher() -> Any:
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+
+    return get_request_block_hasher(BLOCK_SIZE, hash_function())
+
+
+def make_request(
+    name: str, token_ids: list[int], salt: str | None, scene: str | None = None, build: str | None = None
+) -> Any:
+    from vllm import SamplingParams
     from vllm.v1.request import Request
 
-    extra = {"kv_transfer_params": {SCENE_PARAM: scene}} if scene else None
+    params = {param: value for param, value in ((SCENE_PARAM, scene), (BUILD_PARAM, build)) if value}
+    extra = {"kv_transfer_params": params} if params else None
     return Request(
         name,
         token_ids,
         SamplingParams(max_tokens=1000, extra_args=extra),
         None,
         cache_salt=salt,
-        block_hasher=get_request_block_hasher(BLOCK_SIZE, hash_function()),
+        block_hasher=block_hasher(),
     )
 
 
@@ -300,9 +309,36 @@ class SceneMachine(RuleBasedStateMachine):
             assert live.state == "running", "there was room"
             self.end(live)
 
-    def add(self, token_ids: list[int], salt: str | None, scene: str | None) -> None:
+    @rule(user=st.integers(0, USERS - 1), path=st.sampled_from(PATHS), scene=st.sampled_from(SCENES))
+    def declare(self, user: int, path: Sequence[int], scene: str) -> None:
+        """A prefix that perhaps no request had is a scene from now on."""
+        token_ids = [token for index, branch in enumerate(path) for token in (branch, index)]
+        salt = f"memos:user{user}-{self.epochs[user]}"
+        payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "like": "", "lora": None}
+        engine = SimpleNamespace(request_block_hasher=block_hasher())
+        assert self.side.handle("declare", payload, engine)["blocks"] == len(path)
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(planner=st.sampled_from("pq"), num_blocks=st.integers(1, 4))
+    def build(self, planner: str, num_blocks: int) -> None:
+        """An API process runs the next piece, if there is one now."""
+        payload = {"planner": planner, "piece_tokens": num_blocks * BLOCK_SIZE, "declared": []}
+        piece = self.side.handle("build", payload)["piece"]
+        if piece is None:
+            return
+        note_event("a piece was built")
+        self.add(piece["token_ids"], piece["salt"], build=piece["build"])
+        live, kept = self.lives[-1], set(self.scenes.queue._part_of)
+        num_resident = self.kv.get_computed_blocks(live.request)[1] // BLOCK_SIZE
+        self.try_schedule(live)
+        assert live.state == "running", "it was claimed because there is room and nothing to wait for"
+        assert not set(live.block_ids[num_resident:]) & kept, "it took a block that is expected"
+        assert len(live.block_ids) - num_resident <= num_blocks, "the piece is longer than it may be"
+
+    def add(self, token_ids: list[int], salt: str | None, scene: str | None = None, build: str | None = None) -> None:
         self.num_requests += 1
-        self.lives.append(Live(make_request(f"r{self.num_requests}", token_ids, salt, scene)))
+        self.lives.append(Live(make_request(f"r{self.num_requests}", token_ids, salt, scene, build)))
+        self.side.added(self.lives[-1].request)
         self.note_hashes(self.lives[-1])
 
     def note_hashes(self, live: Live) -> None:
@@ -320,6 +356,8 @@ class SceneMachine(RuleBasedStateMachine):
         num_loaded, is_async = self.side.match(request, num_local)
         if num_loaded is None:
             return
+        builds = self.side._builds
+        assert not builds.is_build(request) or not builds._live, "a piece shares a step with a live request"
         assert is_async == (num_loaded > 0) and num_local + num_loaded < request.num_tokens
         num_new = 0 if is_async else request.num_tokens - num_local
         if not self.allocate(live, num_new, hits, num_local, num_loaded):
@@ -575,6 +613,7 @@ class SceneMachine(RuleBasedStateMachine):
     @invariant()
     def the_forgotten_stay_forgotten(self) -> None:
         assert not {scene.request.cache_salt for scene in self.scenes._scenes.values()} & self.forgotten
+        assert not {content.salt for content in self.side._builds._contents.values()} & self.forgotten
         tags = {salts.tag(salt) for salt in self.forgotten}
         found = {
             self.tiers._host_tags[key] for key in self.tiers._host_tags if self.tiers.slots.lookup(key) is not None
@@ -586,7 +625,7 @@ class SceneMachine(RuleBasedStateMachine):
             self.settle()
             self.side.shutdown()
             assert not self.side.has_work
-            assert self.side.match(make_request("late", [1] * 9, "memos:late", None), 0) == (0, False)
+            assert self.side.match(make_request("late", [1] * 9, "memos:late"), 0) == (0, False)
         finally:
             if self.tiers is not None:
                 self.tiers.disk.close()
