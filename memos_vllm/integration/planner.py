@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,7 @@ class ScenePlanner:
         self._name = f"{os.getpid()}"
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
+        self._busy: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._saved_at = now()
         self._task: asyncio.Task[None] | None = None
@@ -79,11 +81,14 @@ class ScenePlanner:
         if self.enabled:
             if scene_id not in self._predictor:
                 self._predictor.add(Scene(scene_id, owner=str(who)))
+            self._busy[scene_id] += 1
             self.observe(TurnStarted(scene_id))
         return scene_id
 
     def turn_ended(self, scene_id: str) -> None:
-        self.observe(TurnEnded(scene_id))
+        self._busy -= Counter([scene_id])
+        if scene_id not in self._busy:
+            self.observe(TurnEnded(scene_id))
 
     def observe(self, event: Event) -> None:
         """Learns from an event, and replans soon."""
@@ -129,7 +134,7 @@ class ScenePlanner:
         ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
         if not happened and [scene_id for _, scene_id in ranked] == [scene_id for _, scene_id in self._told]:
             return
-        payload = {"planner": self._name, "scenes": ranked}
+        payload = {"planner": self._name, "scenes": ranked, "busy": list(self._busy)}
         replies = await engine_channel.call(self._engine, "expect", payload)
         self._told = ranked
         self._take_sizes(replies)
