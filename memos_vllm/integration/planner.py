@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +63,7 @@ class ScenePlanner:
         """Called when an event has changed what the engine expects."""
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
+        self._busy: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._telling = False
         self._saved_at = now()
@@ -108,6 +110,7 @@ class ScenePlanner:
         if self.enabled:
             if scene_id not in self._predictor:
                 self._predictor.add(Scene(scene_id, owner=str(who)))
+            self._busy[scene_id] += 1
             self.observe(TurnStarted(scene_id))
         return scene_id
 
@@ -119,7 +122,9 @@ class ScenePlanner:
         self.observe(TurnEnded(start_id))
 
     def turn_ended(self, scene_id: str) -> None:
-        self.observe(TurnEnded(scene_id))
+        self._busy -= Counter([scene_id])
+        if scene_id not in self._busy:
+            self.observe(TurnEnded(scene_id))
 
     def observe(self, event: Event) -> None:
         """Learns from an event, and replans soon."""
@@ -177,7 +182,8 @@ class ScenePlanner:
         await self._tell([(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)])
 
     async def _tell(self, ranked: list[tuple[float, str]]) -> None:
-        replies = await engine_channel.call(self._engine, "expect", {"planner": self.name, "scenes": ranked})
+        payload = {"planner": self.name, "scenes": ranked, "busy": list(self._busy)}
+        replies = await engine_channel.call(self._engine, "expect", payload)
         self._told = ranked
         for reply in replies:
             self._take_sizes(reply.get("blocks", {}))

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.integration import salts
-from memos_vllm.integration.scene_table import Scene, SceneTable
+from memos_vllm.integration.known_scenes import Scene
+from memos_vllm.integration.scene_table import SceneTable
 from memos_vllm.store.ops import Op
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ class _Content:
 class _Claim:
     build_id: str
     planner: str
-    scene_id: str
     expires_at: float
     num_cached_blocks: int | None = None
     """Blocks that the piece's request found when it was scheduled; None until then."""
@@ -131,16 +131,16 @@ class SceneBuilds:
         if self._live or (claim is not None and claim.planner != planner and now < claim.expires_at):
             return {"busy": True, "piece": None}
         self._claim = None
-        for scene_id in self.table.expected:
-            scene, content = self.table.scene(scene_id), self._contents.get(scene_id)
+        for scene in self.table.expected:
+            content = self._contents.get(scene.scene_id)
             if content is None or (end := self._end_of_piece(scene, piece_tokens)) is None:
                 continue
-            self._claim = _Claim(secrets.token_hex(8), planner, scene_id, now + CLAIM_TTL_S)
+            self._claim = _Claim(secrets.token_hex(8), planner, now + CLAIM_TTL_S)
             return {
                 "busy": False,
                 "piece": {
                     "build": self._claim.build_id,
-                    "scene": scene_id,
+                    "scene": scene.scene_id,
                     "token_ids": content.token_ids[: end * self.block_size].tolist(),
                     "salt": content.salt,
                     "lora": lora_arguments(content.lora_request),
@@ -151,7 +151,7 @@ class SceneBuilds:
     def _end_of_piece(self, scene: Scene, piece_tokens: int) -> int | None:
         """End of the first gap that only a forward pass can fill, in blocks, at most a piece on from its start.
 
-        None: there is none, or no block that nobody expects is free for it.
+        None: there is none, or no room for it.
         """
         last = min(scene.num_blocks, (self.max_scene_tokens - 1) // self.block_size)
         if not last or self.table.is_resident(scene, last - 1):
@@ -163,7 +163,7 @@ class SceneBuilds:
         end = first
         while end < min(last, first + num_blocks) and self.table.is_absent(scene, end):
             end += 1
-        return end if first < end and end - first <= self.table.queue.num_plain_blocks else None
+        return end if first < end and self.table.has_room(scene, first, end) else None
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class SceneBuilds:
             return []
         self.totals.build_requests += 1
         self.totals.built_blocks += num_computed_tokens // self.block_size - claim.num_cached_blocks
-        return self.table.want(claim.scene_id)
+        return self.table.advance()
 
     def unknown(self, scene_ids: Sequence[str]) -> list[str]:
         """Of these scenes, those to be declared again: the engine was reset, or had no room for them."""

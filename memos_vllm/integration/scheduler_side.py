@@ -335,7 +335,7 @@ class SchedulerSide:
             case "forget":
                 return self._forget(salts.tag(payload["salt"]))
             case "expect" if self._scenes is not None:
-                self._operations += self._scenes.expect(payload["planner"], payload["scenes"])
+                self._operations += self._scenes.expect(payload["planner"], payload["scenes"], payload.get("busy", ()))
                 return {"enabled": True, "blocks": self._scenes.expected_blocks()}
             case "scene" if self._scenes is not None:
                 return {"enabled": True, **self._scenes.state(payload["scene"])}

@@ -137,6 +137,10 @@ class TierManager:
             num_blocks += 1
         return Match(num_blocks, num_host, pending)
 
+    def holds(self, key: BlockKey) -> bool:
+        """Whether a tier has the block, ready to be loaded."""
+        return self.match([key]).num_blocks == 1
+
     def is_on_its_way(self, key: BlockKey) -> bool:
         """Whether a copy of the block to the GPU is under way."""
         return key in self._loading or key in self._prefetching
