@@ -78,13 +78,13 @@ class Memos:
             return client.request(method, path, **options)
 
     def settle(self) -> dict[str, Any]:
-        """Waits until no copy is under way; the status of activation memory."""
+        """Waits until no copy is under way and nothing is left to be built; the status of activation memory."""
         deadline = time.monotonic() + 60
         while True:
-            status = self.call("GET", "/v1/memos/status").json()["kv"]
-            if not status["in_flight"]:
-                return status
-            assert time.monotonic() < deadline, f"copies do not end: {status}"
+            status = self.call("GET", "/v1/memos/status").json()
+            if not status["kv"]["in_flight"] and not status["build"]["pending"]:
+                return status["kv"]
+            assert time.monotonic() < deadline, f"copies or builds do not end: {status}"
 
     def drop(self, *tiers: str) -> None:
         for tier in tiers:
