@@ -284,3 +284,31 @@ def test_a_forgotten_user_has_no_start(run: Any) -> None:
         assert await parts.declare() == []
 
     run(play)
+
+
+def test_an_adapter_travels_with_its_scene() -> None:
+    from vllm.lora.request import LoRARequest
+
+    from memos_vllm.integration.scene_builds import SceneBuilds
+
+    scene = SimpleNamespace(scene_id="s", num_blocks=2)
+    table = SimpleNamespace(
+        expected=[scene],
+        is_resident=lambda *_: False,
+        is_absent=lambda *_: True,
+        has_room=lambda *_: True,
+    )
+    builds = SceneBuilds(table, block_size=2, max_step_tokens=64, max_scene_tokens=64)
+    adapter = LoRARequest("style", 7, "/adapters/style")
+    request = SimpleNamespace(
+        mm_features=[], prompt_embeds=None, prompt_token_ids=[1, 2, 3, 4], all_token_ids=[1, 2, 3, 4, 5],
+        cache_salt="memos:x", lora_request=adapter,
+    )  # fmt: skip
+    builds.show("s", request, 2)
+    piece = builds.claim("p", 64)["piece"]
+    assert piece["token_ids"] == [1, 2, 3, 4] and LoRARequest(**piece["lora"]) == adapter
+    assert builds.lora_of("s", otherwise=None) == adapter
+    assert builds.lora_of("unknown", otherwise=adapter) == adapter
+
+    builds.show("s", SimpleNamespace(**{**vars(request), "mm_features": ["image"]}), 2)
+    assert builds.claim("p", 64)["piece"] is None, "tokens alone would compute something else"

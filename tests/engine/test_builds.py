@@ -16,6 +16,12 @@ SALT = "memos:" + "b" * 64
 PIECE_BLOCKS = 4
 
 
+@pytest.fixture(autouse=True)
+def no_claim(engine: Engine) -> None:
+    """None is open from the test before."""
+    engine.side._builds._claim = None
+
+
 def declare(engine: Engine, scene: str, token_ids: list[int], salt: str = SALT) -> int:
     """As an API process does it for a prefix that no request has had; its size in blocks."""
     payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "like": "", "lora": None}
