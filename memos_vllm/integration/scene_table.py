@@ -112,9 +112,9 @@ class SceneTotals:
     """Arrivals whose prompt shares no block with the scene: memory or system prompt changed."""
     prefetched_blocks: int = 0
     used_blocks: int = 0
-    """Prefetched blocks that an arrival found."""
+    """Prefetched blocks that a request was given."""
     wasted_blocks: int = 0
-    """Prefetched blocks that were gone, or not asked for, before an arrival used them."""
+    """Prefetched blocks that were gone before a request was given them."""
     failed_blocks: int = 0
 
 
@@ -144,7 +144,7 @@ class SceneTable:
     """Of the expected ones, those that may still need a load, and their first block not yet seen to."""
     _loads: list[_Load] = field(default_factory=list)
     _unused: dict[bytes, None] = field(default_factory=dict)
-    """Hashes of prefetched blocks that no arrival has used yet."""
+    """Hashes of prefetched blocks that no request was given yet; those looked at last are at the end."""
 
     def __post_init__(self) -> None:
         self.queue = KeepingFreeQueue(self.pool.free_block_queue)
@@ -197,10 +197,6 @@ class SceneTable:
         if scene is None:
             return
         num_shared = _num_shared_blocks(scene, request)
-        for index in range(min(num_resident_blocks, num_shared)):
-            if scene.hashes[index] in self._unused:
-                del self._unused[scene.hashes[index]]
-                self.totals.used_blocks += 1
         if not num_shared:
             self.totals.other += 1
         elif num_resident_blocks >= num_shared:
@@ -210,6 +206,17 @@ class SceneTable:
         else:
             self.totals.missed += 1
         self._wanted.pop(scene_id, None)  # the request loads what is missing itself
+
+    def use(self, request: Request, num_blocks: int) -> int:
+        """A request was given its leading blocks on the GPU; how many of them a prefetch had brought for it."""
+        num_prefetched = 0
+        for block_hash in request.block_hashes[:num_blocks] if self._unused else ():
+            key = make_block_hash_with_group_id(block_hash, 0)
+            if key in self._unused:
+                del self._unused[key]
+                num_prefetched += 1
+        self.totals.used_blocks += num_prefetched
+        return num_prefetched
 
     def forget(self, tag_of: Callable[[str | None], bytes], tag: bytes) -> int:
         """Forgets the scenes of a deleted salt, and their blocks on the GPU; how many scenes there were."""
@@ -236,7 +243,7 @@ class SceneTable:
         """
         self._told[planner] = list(scenes)
         told = sorted((item for items in self._told.values() for item in items), key=lambda item: -item[0])
-        budget = int(KEEP_SHARE * self.pool.num_gpu_blocks)
+        budget = self.budget_blocks
         expected: dict[str, None] = {}
         for scene_id in dict.fromkeys(scene_id for _, scene_id in told):
             scene = self._scenes.get(scene_id)
@@ -335,13 +342,18 @@ class SceneTable:
             self._unused.update(dict.fromkeys(scene.hashes[first:end]))
             self.totals.prefetched_blocks += end - first
         if len(self._unused) > self.pool.num_gpu_blocks:
-            self._count_wasted()
+            self.count_wasted()
 
     # -- looking --------------------------------------------------------------------------------
 
     def expected_blocks(self) -> dict[str, int]:
         """Size of each expected scene, in blocks."""
         return {scene_id: self._scenes[scene_id].num_blocks for scene_id in self._expected}
+
+    @property
+    def budget_blocks(self) -> int:
+        """Blocks that expected scenes may have together."""
+        return int(KEEP_SHARE * self.pool.num_gpu_blocks)
 
     @property
     def num_loading_blocks(self) -> int:
@@ -366,7 +378,7 @@ class SceneTable:
         return {"state": state, "blocks": scene.num_blocks, "resident_blocks": resident}
 
     def status(self) -> dict[str, Any]:
-        self._count_wasted()
+        self.count_wasted()
         return {
             "scenes": len(self._scenes),
             "expected": len(self._expected),
@@ -381,15 +393,17 @@ class SceneTable:
         assert len(free) == self.queue.num_free_blocks == len({block.block_id for block in free})
         assert all(block.ref_cnt == 0 for block in free)
 
-    def _count_wasted(self) -> None:
-        gone = [
-            block_hash
-            for block_hash in self._unused
-            if self.pool.cached_block_hash_to_block.get_one_block(block_hash) is None
-        ]
-        for block_hash in gone:
+    def count_wasted(self, limit: int | None = None) -> int:
+        """Looks which of the unused blocks are gone, all of them or the next ``limit``; how many are."""
+        num_gone = 0
+        for block_hash in list(itertools.islice(self._unused, limit)):
             del self._unused[block_hash]
-        self.totals.wasted_blocks += len(gone)
+            if self.pool.cached_block_hash_to_block.get_one_block(block_hash) is None:
+                num_gone += 1
+            else:
+                self._unused[block_hash] = None
+        self.totals.wasted_blocks += num_gone
+        return num_gone
 
     def _resident(self, scene: Scene, index: int) -> KVCacheBlock | None:
         return self.pool.cached_block_hash_to_block.get_one_block(scene.hashes[index])
