@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from memos_vllm.integration.metrics import API_METRICS, ENGINE_METRICS, Kind, series_key
+from memos_vllm.integration.metrics import API_METRICS, ENGINE_METRICS, Kind, Source, series_key
 from tests.conftest import ROOT
 from tests.e2e.conftest import Memos
 from tests.e2e.test_scenes import hint, key, wait_until
@@ -37,9 +37,11 @@ def metrics_with(memos: Memos, summary: dict[str, Any]) -> dict[str, float]:
     """The metrics once the statistics of the last steps, which the summary has, have come too."""
     answered = sum(numbers["requests"] for numbers in summary["time_to_first_token"].values())
     deadline = time.monotonic() + 30
-    while sum(value for name, value in (seen := memos.metrics()).items() if name.startswith(FIRST_TOKENS)) != answered:
-        assert time.monotonic() < deadline, f"{answered} first tokens in the summary, other numbers in the metrics"
-    return seen
+    while True:
+        seen = memos.metrics()
+        if sum(seen[series_key(FIRST_TOKENS, source)] for source in Source) == answered:
+            return seen
+        assert time.monotonic() < deadline, f"{answered} first tokens in the summary, others in the metrics"
 
 
 def test_the_endpoint_has_exactly_the_listed_metrics(memos: Memos) -> None:
