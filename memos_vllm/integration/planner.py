@@ -11,15 +11,19 @@ import asyncio
 import atexit
 import contextlib
 import hashlib
+import itertools
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import PredictionConfig
+from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import Event, Scene, TurnEnded, TurnStarted
 from memos_vllm.integration import engine_channel
@@ -35,6 +39,9 @@ REPLAN_INTERVAL_S = 1.0
 
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
+
+COPY_PARTS = 8
+"""Parts of the predictor's state (``core.snapshot``) that are copied between two looks at the event loop."""
 
 
 class ScenePlanner:
@@ -60,6 +67,12 @@ class ScenePlanner:
         self._name = f"{os.getpid()}"
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
+        self._events: deque[tuple[float, Event]] = deque()
+        """What the predictor has not learned from yet; empty unless its state is being copied."""
+        self._copied_at: float | None = None
+        """Set while the state is being copied, and nothing may change it."""
+        self._forgotten = 0
+        """How many times a user was forgotten; a copy made before that is not written."""
         self._changed = asyncio.Event()
         self._saved_at = now()
         self._task: asyncio.Task[None] | None = None
@@ -76,10 +89,7 @@ class ScenePlanner:
     def turn_started(self, who: Principal, session: str | None) -> str:
         """A request came; returns its scene."""
         scene_id = self.scene_id(who, session)
-        if self.enabled:
-            if scene_id not in self._predictor:
-                self._predictor.add(Scene(scene_id, owner=str(who)))
-            self.observe(TurnStarted(scene_id))
+        self.observe(TurnStarted(scene_id, owner=str(who)))
         return scene_id
 
     def turn_ended(self, scene_id: str) -> None:
@@ -89,21 +99,38 @@ class ScenePlanner:
         """Learns from an event, and replans soon."""
         if not self.enabled:
             return
-        self._predictor.observe(event, self._now())
+        self._events.append((self._now(), event))
+        self._learn()
+        self._start()
+
+    def _learn(self) -> None:
+        while self._events and self._copied_at is None:
+            now, event = self._events.popleft()
+            if isinstance(event, TurnStarted) and event.scene_id not in self._predictor:
+                self._predictor.add(Scene(event.scene_id, owner=event.owner))
+            self._predictor.observe(event, now)
+            self._changed.set()
+
+    def forget(self, who: Principal) -> None:
+        """Forgets a user's scenes and habits, and has that written down soon."""
+        self._copied_at = None
+        self._learn()
+        self._predictor.forget_owner(str(who))
+        self._forgotten += 1
+        self._saved_at = -math.inf
+        self._start()
+
+    def explain(self, scene_id: str) -> dict[str, Any] | None:
+        """Why a scene is expected; None if nothing is known of it."""
+        now = self._now() if self._copied_at is None else self._copied_at
+        prediction = self._predictor.predict(scene_id, now) if self.enabled else None
+        return None if prediction is None else asdict(prediction)
+
+    def _start(self) -> None:
         self._changed.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-planner")
             atexit.register(self.save)
-
-    def forget(self, who: Principal) -> None:
-        """Forgets a user's scenes and habits."""
-        self._predictor.forget_owner(str(who))
-        self._changed.set()
-
-    def explain(self, scene_id: str) -> dict[str, Any] | None:
-        """Why a scene is expected; None if nothing is known of it."""
-        prediction = self._predictor.predict(scene_id, self._now()) if self.enabled else None
-        return None if prediction is None else asdict(prediction)
 
     # -- what follows ---------------------------------------------------------------------------
 
@@ -114,9 +141,10 @@ class ScenePlanner:
             happened = self._changed.is_set()
             self._changed.clear()
             try:
-                await self._replan(happened)
+                if self.enabled:
+                    await self._replan(happened)
                 if self._now() - self._saved_at > SAVE_INTERVAL_S:
-                    self.save()
+                    await self.save_in_slices()
             except Exception:
                 # Prediction only makes requests cheap; they must not depend on it.
                 logger.exception("the expected scenes could not be told to the engine")
@@ -152,15 +180,71 @@ class ScenePlanner:
                         )
                     )
 
-    def save(self) -> None:
-        """Writes down what was learned, whole or not at all; called at the end of the process too."""
-        self._saved_at = self._now()
-        temporary = self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.tmp")
+    # -- what is kept over restarts -------------------------------------------------------------
+
+    async def save_in_slices(self) -> None:
+        """Writes down what was learned, whole or not at all, and holds the event loop a few milliseconds at a time.
+
+        What happens while the state is copied is learned right after that, so the copy is of one moment.
+        A user who is forgotten meanwhile is not written: it starts again.
+        """
+        copied: list[snapshot.Part] | None = None
+        while copied is None:
+            forgotten, self._saved_at = self._forgotten, self._now()
+            copied = await self._copy_state(forgotten)
+        lines = [snapshot.head(copied)]
+        for part in copied:
+            lines.append(snapshot.encode(part))
+            await asyncio.sleep(0)
+        temporary = self._temporary_path("slices")
         try:
-            temporary.write_bytes(self._predictor.to_bytes())
+            await asyncio.to_thread(_write, temporary, lines)
+            if forgotten == self._forgotten:
+                temporary.replace(self._state_path)
+            else:
+                temporary.unlink()  # written again at once, since ``forget`` has asked for it
+        except OSError as error:
+            self._not_saved(error)
+
+    async def _copy_state(self, forgotten: int) -> list[snapshot.Part] | None:
+        """None if a user was forgotten before it was done."""
+        self._copied_at = self._now()
+        self._predictor.advance(self._copied_at)
+        copied: list[snapshot.Part] = []
+        parts = snapshot.parts(self._predictor.state())
+        try:
+            while slice_ := list(itertools.islice(parts, COPY_PARTS)):
+                copied += slice_
+                await asyncio.sleep(0)
+                if forgotten != self._forgotten:
+                    return None
+            return copied
+        finally:
+            self._copied_at = None
+            self._learn()
+
+    def save(self) -> None:
+        """The same in one go, at the end of the process."""
+        temporary = self._temporary_path("whole")
+        try:
+            _write(temporary, [self._predictor.to_bytes()])
             temporary.replace(self._state_path)
         except OSError as error:
-            logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
+            self._not_saved(error)
+
+    def _temporary_path(self, name: str) -> Path:
+        return self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.{name}.tmp")
+
+    def _not_saved(self, error: OSError) -> None:
+        logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
+
+
+def _write(path: Path, lines: Iterable[bytes]) -> None:
+    """On disk when this returns."""
+    with path.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _restored(path: Path, now: float) -> Predictor:
