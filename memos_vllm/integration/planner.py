@@ -71,8 +71,6 @@ class ScenePlanner:
         """What the predictor has not learned from yet; empty unless its state is being copied."""
         self._copied_at: float | None = None
         """Set while the state is being copied, and nothing may change it."""
-        self._forgotten = 0
-        """How many times a user was forgotten; a copy made before that is not written."""
         self._changed = asyncio.Event()
         self._saved_at = now()
         self._task: asyncio.Task[None] | None = None
@@ -112,11 +110,10 @@ class ScenePlanner:
             self._changed.set()
 
     def forget(self, who: Principal) -> None:
-        """Forgets a user's scenes and habits, and has that written down soon."""
-        self._copied_at = None
+        """Forgets a user's scenes and habits, and has that written down at once."""
+        self._copied_at = None  # which ends a copy; it starts again
         self._learn()
         self._predictor.forget_owner(str(who))
-        self._forgotten += 1
         self._saved_at = -math.inf
         self._start()
 
@@ -186,12 +183,11 @@ class ScenePlanner:
         """Writes down what was learned, whole or not at all, and holds the event loop a few milliseconds at a time.
 
         What happens while the state is copied is learned right after that, so the copy is of one moment.
-        A user who is forgotten meanwhile is not written: it starts again.
         """
         copied: list[snapshot.Part] | None = None
         while copied is None:
-            forgotten, self._saved_at = self._forgotten, self._now()
-            copied = await self._copy_state(forgotten)
+            self._saved_at = self._now()
+            copied = await self._copy_state()
         lines = [snapshot.head(copied)]
         for part in copied:
             lines.append(snapshot.encode(part))
@@ -199,14 +195,11 @@ class ScenePlanner:
         temporary = self._temporary_path("slices")
         try:
             await asyncio.to_thread(_write, temporary, lines)
-            if forgotten == self._forgotten:
-                temporary.replace(self._state_path)
-            else:
-                temporary.unlink()  # written again at once, since ``forget`` has asked for it
+            temporary.replace(self._state_path)
         except OSError as error:
             self._not_saved(error)
 
-    async def _copy_state(self, forgotten: int) -> list[snapshot.Part] | None:
+    async def _copy_state(self) -> list[snapshot.Part] | None:
         """None if a user was forgotten before it was done."""
         self._copied_at = self._now()
         self._predictor.advance(self._copied_at)
@@ -216,7 +209,7 @@ class ScenePlanner:
             while slice_ := list(itertools.islice(parts, COPY_PARTS)):
                 copied += slice_
                 await asyncio.sleep(0)
-                if forgotten != self._forgotten:
+                if self._copied_at is None:
                     return None
             return copied
         finally:

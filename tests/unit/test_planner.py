@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from memos_vllm.config import PredictionConfig
 from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import TurnEnded, Typing
-from memos_vllm.integration.planner import COPY_PARTS, ScenePlanner
+from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.types import Principal
 
 USERS = 300
@@ -62,8 +63,12 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def run(tmp_path: Path, clock: Clock) -> Callable[[Callable[[ScenePlanner], Awaitable[None]]], ScenePlanner]:
+def run(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[ScenePlanner], Awaitable[None]]], ScenePlanner]:
     """Runs a test's coroutine with a planner that has learned from many users, and whose own loop stands still."""
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
 
     def run(body: Callable[[ScenePlanner], Awaitable[None]]) -> ScenePlanner:
         planner = ScenePlanner(Engine(), PredictionConfig(), tmp_path / "predictor.json", clock)  # type: ignore[arg-type]
@@ -83,8 +88,15 @@ def run(tmp_path: Path, clock: Clock) -> Callable[[Callable[[ScenePlanner], Awai
     return run
 
 
+async def at_once(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
 async def saving(planner: ScenePlanner, meanwhile: Callable[[int], None] = lambda turn: None) -> int:
-    """Saves; calls ``meanwhile`` in every turn that the event loop gets; how many there were."""
+    """Saves; calls ``meanwhile`` in every turn that the event loop gets; how many there were.
+
+    The file is written at once, so that only the turns count that it gets while it is not.
+    """
     save = asyncio.ensure_future(planner.save_in_slices())
     turn = 0
     while not save.done():
@@ -95,13 +107,27 @@ async def saving(planner: ScenePlanner, meanwhile: Callable[[int], None] = lambd
     return turn
 
 
-def test_the_event_loop_gets_its_turn_after_every_part(run: Any, tmp_path: Path) -> None:
+def test_the_event_loop_gets_its_turn_after_every_part(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, in_turn = [], Counter()
+    parts = snapshot.parts
+
+    def counted(state: Any, path: tuple[str, ...] = ()) -> Iterator[snapshot.Part]:
+        for part in parts(state, path):
+            if not path:  # each part once, however deep it lies
+                copied.append(len(part[2]) if part[1] else 1)
+            yield part
+
+    monkeypatch.setattr(snapshot, "parts", counted)
+
     async def body(planner: ScenePlanner) -> None:
-        turns = await saving(planner)
+        turns = await saving(planner, lambda turn: in_turn.update({turn: sum(copied) - in_turn.total()}))
+        assert in_turn.total() > 5 * USERS and max(in_turn.values()) <= 512, "records copied in one turn"
         lines = (tmp_path / "predictor.json").read_bytes().splitlines()
         num_parts = len(lines) - 1
         assert num_parts > 5 * USERS / snapshot.PART_RECORDS
-        assert turns >= num_parts + num_parts // COPY_PARTS
+        assert turns >= num_parts, "each part is encoded in a turn of its own"
         assert max(map(len, lines)) < MAX_LINE_BYTES, "a table must be an iterator, or it is one large part"
 
     run(body)
@@ -117,7 +143,7 @@ def test_what_is_saved_is_of_one_moment_and_nothing_is_missed(run: Any, tmp_path
         def meanwhile(turn: int) -> None:
             clock.now += 0.5
             number = turn % USERS
-            scene_id = planner.scene_id(user(number), "session 0")
+            scene_id = planner.scene_id(user(number), "session 1")
             assert planner.explain(scene_id) is not None
             for event in (Typing(scene_id), TurnEnded(scene_id)):
                 happened.append((clock.now, event))
@@ -163,7 +189,7 @@ def test_who_is_forgotten_while_it_saves_is_not_in_the_file(run: Any, tmp_path: 
         await saving(planner)
         assert named(7) in path.read_text()
         await saving(planner, lambda turn: planner.forget(user(7)) if turn == at else None)
-        if planner._saved_at < 0:  # it was written already, and thrown away; the planner saves again at once
+        if planner._saved_at < 0:  # it was copied already; the planner saves again at once
             await planner.save_in_slices()
         assert named(7) not in path.read_text()
         assert named(8) in path.read_text()
