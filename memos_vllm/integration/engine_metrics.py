@@ -43,8 +43,9 @@ class MemosStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For vLLM's log line: what moved."""
-        return {key.removeprefix("memos:"): round(value, 3) for key, value in self.data[COUNTERS].items()}
+        """For vLLM's log line: what moved, and how things stand."""
+        told = self.data[COUNTERS] | self.data[GAUGES]
+        return {key.removeprefix("memos:"): round(value, 3) for key, value in told.items()}
 
     def is_empty(self) -> bool:
         return not any(self.data.values())
