@@ -2,7 +2,7 @@
 
 A loop that must not stop for long copies a few parts, goes on with its work, and copies the next. While
 it copies nothing may change; that is short. What was copied does not change any more, so encoding it,
-which takes ten times as long, can be spread out at leisure.
+which takes several times as long, can be spread out at leisure.
 
     state   mappings, nested, down to values; a large table is an iterator over its records
     part    path of keys, whether its value is a piece of a table, and the value
@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any
 
 PART_RECORDS = 64
-"""Records of a table in one part. On one core of 2 GHz a part takes 0.1 ms to copy and 1 ms to encode."""
+"""Records of a table in one part; it takes about 0.1 ms to copy and 0.4 ms to encode, on a core as CI machines have."""
 
 Part = tuple[tuple[str, ...], bool, Any]
 

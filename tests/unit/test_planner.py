@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -158,6 +160,27 @@ def test_what_is_saved_is_of_one_moment_and_nothing_is_missed(run: Any, tmp_path
         assert not planner._events and planner._copied_at is None
 
     run(body)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_collection_holds_a_save_and_collection_goes_on_after_it(
+    run: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    encode, enabled = snapshot.encode, []
+
+    def seen(part: snapshot.Part) -> bytes:
+        enabled.append(gc.isenabled())
+        if fails:
+            raise ValueError
+        return encode(part)
+
+    async def body(planner: ScenePlanner) -> None:
+        monkeypatch.setattr(snapshot, "encode", seen)
+        with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+            await planner.save_in_slices()
+
+    run(body)
+    assert enabled and not any(enabled) and gc.isenabled()
 
 
 def test_a_save_teaches_and_unteaches_nothing(run: Any, clock: Clock) -> None:
