@@ -11,6 +11,7 @@ import xxhash
 
 from memos_vllm import activation, data_dir
 from memos_vllm.config import load
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -54,6 +55,7 @@ class MemosEndpoints:
             engine=engine_client,
             secret=data_dir.secret(config.data_dir),
             planner=ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json"),
+            metrics=MemoryMetrics(),
         )
 
 
