@@ -12,7 +12,8 @@
     |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
         +-- KVFileMismatch     written by another model, dtype, layout, ...
-        `-- KVFileCorrupt      truncated, or a checksum that does not match
+        `-- KVFileCorrupt      truncated or malformed
+            `-- KVChecksumMismatch   whole, but with other bytes than were written
 
 A message says what to do about it. Our own invariants are ``assert``, not errors.
 """
@@ -73,4 +74,8 @@ class KVFileMismatch(KVFileError):
 
 
 class KVFileCorrupt(KVFileError):
-    """The file is truncated or a checksum does not match."""
+    """The file is truncated or malformed."""
+
+
+class KVChecksumMismatch(KVFileCorrupt):
+    """The file is whole, but a block's bytes are not those that were written."""

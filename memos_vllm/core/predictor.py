@@ -15,11 +15,12 @@ its wait enters the next bin of elapsed time, less and less often as it waits: `
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from memos_vllm.core import snapshot
 from memos_vllm.core.hints import HintModel
 from memos_vllm.core.ranking import Ranking
 from memos_vllm.core.returns import Returns
@@ -28,7 +29,7 @@ from memos_vllm.core.transitions import Transitions
 from memos_vllm.core.turn_order import TurnOrder
 from memos_vllm.core.waiting import Trigger, Wait
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 HORIZON_S = 10.0
 """A scene is worth having if it is used within this time; of the order of a few loads and turns."""
 
@@ -186,19 +187,21 @@ class Predictor:
         changed, self._changed = self._changed, set()
         return changed
 
-    def to_bytes(self) -> bytes:
-        """What was learned and the scenes' waits, as JSON."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What was learned and the scenes' waits, for ``snapshot``; nothing may change while it is copied."""
+        return {
             "version": STATE_VERSION,
             "now": self._now if math.isfinite(self._now) else None,
             "hazard": self._returns.hazard.state(),
             "hints": self._hints.state(),
             "transitions": self._transitions.state(),
             "turn_order": self._turn_order.state(),
-            "last_use": self._last_use,
-            "waits": [wait.state() for wait in self._waits.values()],
+            "last_use": ([owner, *use] for owner, use in self._last_use.items()),
+            "waits": (wait.state() for wait in self._waits.values()),
         }
-        return json.dumps(state, separators=(",", ":")).encode()
+
+    def to_bytes(self) -> bytes:
+        return snapshot.to_bytes(self.state())
 
     @classmethod
     def from_bytes(
@@ -214,14 +217,14 @@ class Predictor:
         """
         predictor = cls(horizon_s, max_scenes)
         try:
-            state = json.loads(data)
+            state = snapshot.from_bytes(data)
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} of the predictor's state, not {STATE_VERSION}")
             predictor._returns.hazard.restore(state["hazard"])
             predictor._hints.restore(state["hints"])
             predictor._transitions.restore(state["transitions"])
             predictor._turn_order.restore(state["turn_order"])
-            predictor._last_use = {owner: (scene_id, at) for owner, (scene_id, at) in state["last_use"].items()}
+            predictor._last_use = {owner: (scene_id, at) for owner, scene_id, at in state["last_use"]}
             predictor._now = -math.inf if state["now"] is None else state["now"]
             for each in state["waits"]:
                 predictor._restore(Wait.from_state(each))

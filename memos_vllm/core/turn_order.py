@@ -129,17 +129,17 @@ class TurnOrder:
 
     def state(self) -> dict[str, Any]:
         return {
-            "successors": {
-                source: [[each, known.count, known.delay_s] for each, known in successors.items()]
+            "successors": (
+                [source, [[each, known.count, known.delay_s] for each, known in successors.items()]]
                 for source, successors in self._successors.items()
-            },
+            ),
             "records": [[*evidence, record.right, record.tries] for evidence, record in self._records.items()],
             "last": self._last,
             "standing": self._standing,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._successors = {source: _successors(rows) for source, rows in state["successors"].items()}
+        self._successors = {source: _successors(rows) for source, rows in state["successors"]}
         self._records = {
             (int(followed), int(others)): _Record(float(right), float(tries))
             for followed, others, right, tries in state["records"]

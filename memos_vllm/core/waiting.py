@@ -62,13 +62,8 @@ class Wait:
         return 0.0 if self.busy or self.ended is None else max(0.0, now - self.ended)
 
     def state(self) -> dict[str, Any]:
-        """Without what follows from the rest."""
-        out = {name: getattr(self, name) for name in _PLAIN}
-        out["scene"] = asdict(self.scene)
-        out["hint"] = None if self.hint is None else asdict(self.hint)
-        out["trigger"] = None if self.trigger is None else asdict(self.trigger)
-        out["turn"] = None if self.turn is None else asdict(self.turn)
-        return out
+        """Without what follows from the rest. Does not change any more."""
+        return {name: getattr(self, name) for name in _STATE}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Wait:
@@ -83,7 +78,7 @@ class Wait:
         return wait
 
 
-_PLAIN = (
+_STATE = (
     "uses",
     "busy",
     "closed",
@@ -96,4 +91,8 @@ _PLAIN = (
     "counted_s",
     "probability",
     "due",
+    "scene",
+    "hint",
+    "trigger",
+    "turn",
 )

@@ -143,7 +143,7 @@ class SceneBuilder:
     async def _work(self) -> bool:
         """Declares what has changed and builds what is absent, while the engine is idle; whether something is left."""
         if declared := await self._starts.declare_changed(self._planner.told):
-            await self._planner.starts_declared(declared)
+            self._planner.starts_declared(declared)
         while self._idle.is_set():
             if await self._engine.is_sleeping():
                 return True

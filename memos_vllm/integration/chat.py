@@ -183,7 +183,9 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     salt = state.salt(turn.who)
     if not turn.options.recall:
         return Recall((), ()), salt
-    recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
+    with state.metrics.recalling():
+        recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
+    state.metrics.recalled(recall)
     return recall, salt
 
 
@@ -229,7 +231,9 @@ async def end_turn(turn: Turn, scene_id: str, state: MemosState, announced: list
         return
     try:
         remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
-        await asyncio.to_thread(remember, turn.who, turn.messages)
+        records = await asyncio.to_thread(remember, turn.who, turn.messages)
+        # The others were known: their origin is the turn that told them first.
+        state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
     except MemosError as error:
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:

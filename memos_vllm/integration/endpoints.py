@@ -14,6 +14,7 @@ from memos_vllm import activation, data_dir
 from memos_vllm.config import load
 from memos_vllm.integration import salts
 from memos_vllm.integration.builder import LiveRequests, SceneBuilder
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
@@ -64,6 +65,7 @@ class MemosEndpoints:
             secret=secret,
             planner=planner,
             builder=SceneBuilder(engine_client, config.prediction.build, planner, starts),
+            metrics=MemoryMetrics(),
         )
 
 

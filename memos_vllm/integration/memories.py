@@ -55,6 +55,7 @@ async def add(raw_request: Request) -> Any:
         session=body.session,
         origin={"source": "api"},
     )
+    state.metrics.stored("api")
     return record.as_json()
 
 
@@ -88,6 +89,7 @@ async def search(raw_request: Request) -> Any:
     hits = await asyncio.to_thread(
         state.service.search, who, body.query, top_k=body.top_k, type=body.type, tag=body.tag
     )
+    state.metrics.searched()
     return {
         "object": "list",
         "data": [{"score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in hits],

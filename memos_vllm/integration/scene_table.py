@@ -25,10 +25,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
+from memos_vllm.integration.scene_totals import SceneTotals
 from memos_vllm.store.manager import TierManager
 from memos_vllm.store.ops import Op
 from memos_vllm.types import BlockKey
@@ -77,26 +80,6 @@ class _Load:
 
 
 @dataclass(slots=True)
-class SceneTotals:
-    """Since the start. An arrival is a request that names a scene which was registered before."""
-
-    ready: int = 0
-    """Arrivals that found all they share with the scene on the GPU."""
-    late: int = 0
-    """Arrivals whose prefetch was under way."""
-    missed: int = 0
-    """Arrivals that found less, with nothing under way."""
-    other: int = 0
-    """Arrivals whose prompt shares no block with the scene: memory or system prompt changed."""
-    prefetched_blocks: int = 0
-    used_blocks: int = 0
-    """Prefetched blocks that an arrival found."""
-    wasted_blocks: int = 0
-    """Prefetched blocks that were gone, or not asked for, before an arrival used them."""
-    failed_blocks: int = 0
-
-
-@dataclass(slots=True)
 class SceneTable:
     """Owned by the engine's loop.
 
@@ -123,7 +106,7 @@ class SceneTable:
     _failed: set[bytes] = field(default_factory=set)
     """Blocks whose load failed; not again before the next word of a planner."""
     _unused: dict[bytes, None] = field(default_factory=dict)
-    """Hashes of prefetched blocks that no arrival has used yet."""
+    """Hashes of prefetched blocks that no request was given yet; those looked at last are at the end."""
     _num_arrivals: int = 0
 
     def __post_init__(self) -> None:
@@ -175,10 +158,6 @@ class SceneTable:
         num_shared = scene.num_shared_blocks(request)
         self._num_arrivals += 1
         self._policy.used(scene_id, num_shared, self._num_arrivals)
-        for index in range(min(num_resident_blocks, num_shared)):
-            if scene.hashes[index] in self._unused:
-                del self._unused[scene.hashes[index]]
-                self.totals.used_blocks += 1
         if not num_shared:
             self.totals.other += 1
         elif num_resident_blocks >= num_shared:
@@ -187,6 +166,17 @@ class SceneTable:
             self.totals.late += 1
         else:
             self.totals.missed += 1
+
+    def use(self, request: Request, num_blocks: int) -> int:
+        """A request was given its leading blocks on the GPU; how many of them a prefetch had brought for it."""
+        num_prefetched = 0
+        for block_hash in request.block_hashes[:num_blocks] if self._unused else ():
+            key = make_block_hash_with_group_id(block_hash, 0)
+            if key in self._unused:
+                del self._unused[key]
+                num_prefetched += 1
+        self.totals.used_blocks += num_prefetched
+        return num_prefetched
 
     def forget(self, tag_of: Callable[[str | None], bytes], tag: bytes) -> int:
         """Forgets the scenes of a deleted salt, and their blocks on the GPU; how many scenes there were."""
@@ -300,7 +290,7 @@ class SceneTable:
     @property
     def _room(self) -> int:
         """Blocks by which those that are worth something may become more."""
-        return int(KEEP_SHARE * self.pool.num_gpu_blocks) - self._policy.num_resident
+        return self.budget_blocks - self._policy.num_resident
 
     def _give_up_excess(self) -> None:
         excess = self._policy.coldest(max(0, -self._room))
@@ -348,7 +338,7 @@ class SceneTable:
             self._unused.update(dict.fromkeys(scene.hashes[first:end]))
             self.totals.prefetched_blocks += end - first
         if len(self._unused) > self.pool.num_gpu_blocks:
-            self._count_wasted()
+            self.count_wasted()
 
     # -- what only a forward pass can bring -----------------------------------------------------
 
@@ -382,6 +372,11 @@ class SceneTable:
         return {scene_id: len(places) for scene_id, places in self._places.items()}
 
     @property
+    def budget_blocks(self) -> int:
+        """Blocks that expected scenes may have together."""
+        return int(KEEP_SHARE * self.pool.num_gpu_blocks)
+
+    @property
     def num_loading_blocks(self) -> int:
         return sum(len(load.blocks) for load in self._loads)
 
@@ -404,7 +399,7 @@ class SceneTable:
         return {"state": state, "blocks": scene.num_blocks, "resident_blocks": resident}
 
     def status(self) -> dict[str, Any]:
-        self._count_wasted()
+        self.count_wasted()
         return {
             "scenes": len(self.known),
             "expected": len(self._places),
@@ -421,11 +416,17 @@ class SceneTable:
         self.queue.check_integrity()
         self._policy.check_integrity()
 
-    def _count_wasted(self) -> None:
-        gone = [block_hash for block_hash in self._unused if self._resident(block_hash) is None]
-        for block_hash in gone:
+    def count_wasted(self, limit: int | None = None) -> int:
+        """Looks which of the unused blocks are gone, all of them or the next ``limit``; how many are."""
+        num_gone = 0
+        for block_hash in list(itertools.islice(self._unused, limit)):
             del self._unused[block_hash]
-        self.totals.wasted_blocks += len(gone)
+            if self._resident(block_hash) is None:
+                num_gone += 1
+            else:
+                self._unused[block_hash] = None
+        self.totals.wasted_blocks += num_gone
+        return num_gone
 
     def _resident(self, block_hash: Hashable) -> KVCacheBlock | None:
         return self.pool.cached_block_hash_to_block.get_one_block(block_hash)

@@ -19,6 +19,8 @@ from memos_vllm.compat.kv_cache_specs import is_full_attention
 from memos_vllm.config import MemosConfig
 from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration import engine_channel, salts
+from memos_vllm.integration.accounting import Accounting
+from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import adapter_digest, identity_of
 from memos_vllm.integration.scene_builds import SceneBuilds, lora_arguments
@@ -58,10 +60,11 @@ class SchedulerSide:
         self._tiers: TierManager | None = None
         self._scenes: SceneTable | None = None
         self._builds: SceneBuilds | None = None
+        self._accounting: Accounting | None = None
         self._arrived: set[str] = set()
         self._operations: list[Op] = []
         self._loads: dict[str, tuple[int, ...]] = {}
-        self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
+        self._matched: dict[str, tuple[int | None, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
         self._keys: dict[str, list[BlockKey]] = {}
         self._adapters: dict[tuple[int, str], bytes | None] = {}
@@ -112,6 +115,7 @@ class SchedulerSide:
                     ),
                     max_scene_tokens=self._vllm_config.model_config.max_model_len,
                 )
+        self._accounting = Accounting(self._tiers, self._scenes)
         logger.info(
             "activation memory: %d bytes a block on %d rank(s), %d host slots, %s on disk, identity %s",
             block_bytes, world_size, slots.num_slots, "nothing" if disk is None else f"{len(disk)} blocks",
@@ -156,6 +160,7 @@ class SchedulerSide:
         if match.pending is Pending.LOAD or (match.pending is Pending.PREFETCH and self._waits(request)):
             return None, False
         num_tokens = match.num_blocks * self._block_size
+        self._matched[request.request_id] = (first, [])
         if num_tokens < self._config.kv.min_load_tokens:
             num_tokens = 0
         if self._builds is not None:
@@ -180,18 +185,26 @@ class SchedulerSide:
         return now - self._prefetch_waits.setdefault(request.request_id, now) < PREFETCH_PATIENCE_S
 
     def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
-        first, keys = self._matched.pop(request.request_id, (0, []))
-        if not num_external_tokens or self._tiers is None:
-            return
+        first, keys = self._matched.pop(request.request_id, (None, []))
+        if first is None or self._tiers is None or self._accounting is None:
+            return  # goes on after its load
+        operations: list[Op] = []
         num_blocks = num_external_tokens // self._block_size
         assert num_blocks <= len(keys)
-        operations = self._tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
+        if num_blocks:
+            operations = self._tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
+        if self._builds is None or not self._builds.is_build(request):  # nobody waits for a build's first token
+            self._accounting.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
+        if not operations:
+            return
         self._operations += operations
         self._loads[request.request_id] = tuple(operation.op_id for operation in operations)
         self._loading[request.request_id] = {operation.op_id for operation in operations}
 
     def plan_save(self, request: Request, block_ids: list[int]) -> None:
         """Plans the save of a finished request's full blocks that no tier holds yet."""
+        if self._accounting is not None:
+            self._accounting.finished(request)
         self._matched.pop(request.request_id, None)
         keys = self._keys_of(request) if self._tiers is not None else []
         self._keys.pop(request.request_id, None)
@@ -274,7 +287,8 @@ class SchedulerSide:
         return metadata
 
     def complete(self, meta: MemosWorkerMeta) -> None:
-        assert self._tiers is not None and self._pool is not None
+        assert self._tiers is not None and self._pool is not None and self._accounting is not None
+        self._accounting.changed()
         completion, follow_up = self._tiers.complete(meta.results)
         self._operations += follow_up
         released = []
@@ -288,11 +302,15 @@ class SchedulerSide:
         for request_id, op_ids in list(self._loading.items()):
             if op_ids & completion.failed_ops and request_id in self._keys:
                 self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
+                self._accounting.load_failed(request_id)
             op_ids -= completion.finished_ops
             if not op_ids:
                 del self._loading[request_id]
         if self._scenes is not None:
             self._operations += self._scenes.complete(completion.finished_ops, completion.failed_ops)
+
+    def take_stats(self) -> MemosStats | None:
+        return self._accounting.take() if self._accounting is not None else None
 
     @property
     def has_work(self) -> bool:
@@ -324,8 +342,9 @@ class SchedulerSide:
         Args:
             engine: the caller; ``declare`` hashes with its hasher.
         """
-        if self._tiers is None:
+        if self._tiers is None or self._accounting is None:
             return {"enabled": False}
+        self._accounting.changed()
         match op:
             case "status":
                 return self._status()
@@ -388,7 +407,7 @@ class SchedulerSide:
         return {**asdict(self._tiers.forget(tag)), "scenes": num_scenes}
 
     def _status(self) -> dict[str, Any]:
-        assert self._tiers is not None
+        assert self._tiers is not None and self._accounting is not None
         slots, disk = self._tiers.slots, self._tiers.disk
         return {
             "enabled": True,
@@ -399,6 +418,7 @@ class SchedulerSide:
             "disk": {"blocks": len(disk), "bytes": disk.usage_bytes} if disk else {"blocks": 0, "bytes": 0},
             "totals": asdict(self._tiers.totals),
             "prediction": self._prediction_status(),
+            "accounting": self._accounting.status(),
         }
 
     def _prediction_status(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
@@ -31,6 +32,7 @@ class MemosState:
     secret: bytes
     planner: ScenePlanner
     builder: SceneBuilder
+    metrics: MemoryMetrics
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:

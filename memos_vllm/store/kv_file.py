@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from xxhash import xxh3_64_hexdigest
 
-from memos_vllm.errors import KVFileCorrupt, KVFileMismatch
+from memos_vllm.errors import KVChecksumMismatch, KVFileCorrupt, KVFileMismatch
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.types import BlockKey
 
@@ -150,7 +150,7 @@ class ChunkReader:
             begin = end
         for position, key, row in zip(positions, keys, rows, strict=True):
             if xxh3_64_hexdigest(row) != header.checksums[position]:
-                raise KVFileCorrupt(
+                raise KVChecksumMismatch(
                     f"{self.path}: the checksum of block {key.hex()} at position {position} does not match"
                 )
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from memos_vllm.store.copy_totals import ROUTES, CopyTotals, Route, route_of
 from memos_vllm.store.disk_index import DiskIndex, PlannedChunk
 from memos_vllm.store.host_pool import SlotState, SlotTable
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
@@ -76,6 +77,10 @@ class _Pending:
     ranks_left: int = 0
     errors: list[str] = field(default_factory=list)
     corrupt: bool = False
+    checksum_failed: bool = False
+    size_bytes: int = 0
+    seconds: float = 0.0
+    """Of the slowest rank so far."""
 
 
 @dataclass(slots=True)
@@ -89,6 +94,10 @@ class TransferTotals:
     failed_ops: int = 0
     skipped_blocks: int = 0
     """Blocks that were not saved because no tier had room for them."""
+    corrupt_files: int = 0
+    """Chunks whose file was damaged, foreign or gone on some rank."""
+    checksum_failures: int = 0
+    """Those of them in which a block's checksum did not match."""
 
 
 class TierManager:
@@ -109,6 +118,7 @@ class TierManager:
         self.slots = slots
         self.disk = disk
         self.totals = TransferTotals()
+        self.copies: dict[Route, CopyTotals] = {route: CopyTotals() for route in ROUTES}
         self._chunk_blocks = chunk_blocks
         self._block_bytes = block_bytes
         self._world_size = world_size
@@ -245,13 +255,17 @@ class TierManager:
         for result in results:
             pending = self._pending[result.op_id]
             pending.ranks_left -= 1
+            pending.size_bytes += result.nbytes
+            pending.seconds = max(pending.seconds, result.seconds)
             if not result.ok:
                 pending.errors.append(result.error or "unknown error")
                 pending.corrupt |= result.corrupt
+                pending.checksum_failed |= result.checksum_failed
             if pending.ranks_left:
                 continue
             del self._pending[result.op_id]
             finished.add(result.op_id)
+            self._count_copy(pending)
             if pending.errors:
                 failed.add(result.op_id)
                 self.totals.failed_ops += 1
@@ -267,6 +281,14 @@ class TierManager:
                 case Read() as read:
                     self._read(pending, read)
         return Completion(released, finished, failed), follow_up
+
+    def _count_copy(self, pending: _Pending) -> None:
+        copies = self.copies[route_of(pending.operation)]
+        copies.size_bytes += pending.size_bytes
+        copies.seconds += pending.seconds
+        copies.failed_ops += bool(pending.errors)
+        self.totals.corrupt_files += pending.corrupt
+        self.totals.checksum_failures += pending.checksum_failed
 
     def _saved(self, pending: _Pending, save: Save) -> list[Op]:
         if pending.errors or pending.tag in self._forgotten:
@@ -339,6 +361,11 @@ class TierManager:
         self._pending[pending.operation.op_id] = pending
 
     # -- control --------------------------------------------------------------------------------
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block over all ranks."""
+        return self._block_bytes
 
     @property
     def num_in_flight(self) -> int:

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memos_vllm.errors import KVFileError
+from memos_vllm.errors import KVChecksumMismatch, KVFileError
 from memos_vllm.kernels.kv_copy import block_bytes
 from memos_vllm.store.host_memory import HostMemory, tensors
 from memos_vllm.store.identity import KVIdentity
@@ -192,7 +192,7 @@ class _Job:
         self._lock = threading.Lock()
         self._parts = 1
         self._error: str | None = None
-        self._corrupt = False
+        self._corrupt = self._checksum_failed = False
         self._failed: set[int] = set()
         self._blocks = 0
         self._started: float | None = None
@@ -205,6 +205,7 @@ class _Job:
         """Takes down what went wrong; returns it in words."""
         if isinstance(error, (KVFileError, FileNotFoundError)):
             self._corrupt = True
+            self._checksum_failed |= isinstance(error, KVChecksumMismatch)
         return _describe(error, self.op)
 
     def add_part(self) -> None:
@@ -223,9 +224,8 @@ class _Job:
         loaded = self.op.block_ids if isinstance(self.op, Load | Read) else ()
         failed = tuple(block for block in loaded if block in self._failed)
         nbytes = self._blocks * self._block_bytes
-        self._report(
-            self.op, Result(self.op.op_id, self._error is None, self._error, failed, nbytes, seconds, self._corrupt)
-        )
+        ok, damage = self._error is None, (self._corrupt, self._checksum_failed)
+        self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *damage))
 
 
 class _Steps(Task):

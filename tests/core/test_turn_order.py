@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import Closed, Scene, TurnEnded, TurnStarted
 from memos_vllm.core.turn_order import TurnOrder
@@ -106,7 +106,7 @@ def test_forgotten_scenes_are_named_nowhere() -> None:
     for now, scene_id in enumerate("abcabca"):
         order.used(scene_id, float(now))
     order.forget({"a"})
-    state = json.dumps(order.state())
+    state = snapshot.to_bytes(order.state()).decode()
     assert '"a"' not in state and '"b"' in state
 
 
@@ -116,6 +116,6 @@ def test_a_restored_order_goes_on_the_same(before: list[str], after: list[str]) 
     order, restored = TurnOrder(), TurnOrder()
     for now, scene_id in enumerate(before):
         order.used(scene_id, float(now))
-    restored.restore(json.loads(json.dumps(order.state())))
+    restored.restore(snapshot.from_bytes(snapshot.to_bytes(order.state())))
     for now, scene_id in enumerate(after, len(before)):
         assert order.used(scene_id, float(now)) == restored.used(scene_id, float(now))

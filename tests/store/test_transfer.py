@@ -152,7 +152,8 @@ def test_a_damaged_block_reaches_no_gpu_block(make_rig, tmp_path, slots):
         file.write(bytes([byte[0] ^ 4]))
     before = rig.fill(range(10, 18))
     result = rig.read(range(8), range(10, 18), slots=slots)
-    assert not result.ok and "KVFileCorrupt" in result.error and "position 5" in result.error
+    assert not result.ok and "KVChecksumMismatch" in result.error and "position 5" in result.error
+    assert result.corrupt and result.checksum_failed
     assert set(result.failed_blocks) == {13, 14, 15, 16, 17} and result.nbytes == 3 * rig.worker.block_bytes
     assert torch.equal(rig.content(range(13, 18)), before[3:])
     assert torch.equal(rig.content(range(10, 13)), original[:3])

@@ -30,6 +30,7 @@ print(json.dumps({
     "platform": sorted(vars(current_platform)),
     "threads": sorted(thread.name for thread in threading.enumerate()),
     "modules": sorted(name for name in sys.modules if name.startswith("memos_vllm")),
+    "metrics": sorted(__import__("prometheus_client").REGISTRY._names_to_collectors),
     "environment": sorted(name for name in __import__("os").environ if "MEMOS" in name or name == "VLLM_PLUGINS"),
 }))
 """
