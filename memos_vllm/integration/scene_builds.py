@@ -39,19 +39,23 @@ MAX_TOKEN_IDS = 16_000_000
 """Over all known scenes, 4 bytes each. A scene that is forgotten here can be loaded, but not built."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Content:
     """What computing a scene takes, beside its blocks."""
 
     token_ids: array[int]
     salt: str
     lora_request: LoRARequest | None
+    num_built_blocks: int = 0
+    """Since the scene was shown, or a request used it. A scene is computed once for a use that may never come,
+    not again and again where no tier has room to keep it."""
 
 
 @dataclass(slots=True)
 class _Claim:
     build_id: str
     planner: str
+    content: _Content
     expires_at: float
     num_cached_blocks: int | None = None
     """Blocks that the piece's request found when it was scheduled; None until then."""
@@ -100,6 +104,11 @@ class SceneBuilds:
         while self._num_token_ids > MAX_TOKEN_IDS and len(self._contents) > 1:
             self._drop(next(iter(self._contents)))
 
+    def used(self, scene_id: str) -> None:
+        """A request came that has the scene as its prefix."""
+        if (content := self._contents.get(scene_id)) is not None:
+            content.num_built_blocks = 0
+
     def lora_of(self, scene_id: str, otherwise: LoRARequest | None) -> LoRARequest | None:
         """The adapter of a scene, or of ``otherwise`` where the scene is not known."""
         content = self._contents.get(scene_id)
@@ -133,9 +142,11 @@ class SceneBuilds:
         self._claim = None
         for scene in self.table.expected:
             content = self._contents.get(scene.scene_id)
-            if content is None or (end := self._end_of_piece(scene, piece_tokens)) is None:
+            if content is None or content.num_built_blocks >= scene.num_blocks:
                 continue
-            self._claim = _Claim(secrets.token_hex(8), planner, now + CLAIM_TTL_S)
+            if (end := self._end_of_piece(scene, piece_tokens)) is None:
+                continue
+            self._claim = _Claim(secrets.token_hex(8), planner, content, now + CLAIM_TTL_S)
             return {
                 "busy": False,
                 "piece": {
@@ -194,8 +205,10 @@ class SceneBuilds:
         assert claim is not None
         if claim.num_cached_blocks is None or num_computed_tokens <= claim.num_cached_blocks * self.block_size:
             return []
+        num_built_blocks = num_computed_tokens // self.block_size - claim.num_cached_blocks
+        claim.content.num_built_blocks += num_built_blocks
         self.totals.build_requests += 1
-        self.totals.built_blocks += num_computed_tokens // self.block_size - claim.num_cached_blocks
+        self.totals.built_blocks += num_built_blocks
         return self.table.advance()
 
     def unknown(self, scene_ids: Sequence[str]) -> list[str]:

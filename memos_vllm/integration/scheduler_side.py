@@ -178,6 +178,8 @@ class SchedulerSide:
         named = [scene_id for param in (SCENE_PARAM, START_PARAM) if (scene_id := _scene_of(request, param))]
         if (scene_id := self._scenes.closest(named, request)) is not None:
             self._scenes.arrived(scene_id, request, num_resident_blocks)
+            if self._builds is not None:
+                self._builds.used(scene_id)
 
     def _waits(self, request: Request) -> bool:
         """Whether a request still waits for a prefetch of its first blocks, which others may overtake."""

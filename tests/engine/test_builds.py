@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 import pytest
 
 from memos_vllm.integration import salts
 from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
 from tests.engine.conftest import BLOCK_SIZE, Engine
 from tests.engine.test_kv_tiers import add_request, prompt, run_until_finished, signature, tokens
 from tests.engine.test_scenes import NUM_BLOCKS, ask, counted_forward_tokens, expect, tell, totals
@@ -105,6 +107,23 @@ def test_a_finished_requests_scene_that_left_every_tier_is_built_again(
     assert again.num_cached_tokens == NUM_BLOCKS * BLOCK_SIZE and tokens(again) == right
 
 
+def test_a_scene_that_nothing_keeps_is_built_once_for_one_use(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every tier is full, what was built and evicted is not built for ever."""
+    token_ids = prompt(317)
+    monkeypatch.setattr(engine.tiers, "plan_save", lambda *_: [])
+    declare(engine, "s", token_ids)
+    expect(engine, "s")
+    assert build_all(engine) == [4, 8, 9]
+    engine.drop_gpu()
+    expect(engine, "s")
+    assert state(engine, "s") == "absent" and build_all(engine) == []
+    names = {SCENE_PARAM: "a new session", START_PARAM: "s"}
+    engine.generate(token_ids, SALT, extra_args={"kv_transfer_params": names})
+    engine.drop_gpu()
+    expect(engine, "s")
+    assert build_all(engine) == [4, 8, 9]
+
+
 def test_only_what_no_tier_holds_is_computed(engine: Engine) -> None:
     """The stored head of a start is loaded, and its new end built."""
     head = prompt(303, 5 * BLOCK_SIZE)
@@ -174,7 +193,7 @@ def test_one_process_builds_at_a_time_and_none_while_a_request_is_in_the_engine(
 
 
 def test_a_deletion_during_a_build_leaves_nothing(engine: Engine) -> None:
-    salt = "memos:" + "d" * 64
+    salt = "memos:" + uuid.uuid4().hex * 2
     declare(engine, "s", prompt(312), salt)
     expect(engine, "s")
     run_until_finished(engine, add_piece(engine, claim(engine)))
