@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ PIECE_BLOCKS = 4
 
 
 @pytest.fixture(autouse=True)
-def no_claim(engine: Engine) -> None:
-    """None is open from the test before."""
+def nothing_claimed_or_expected(engine: Engine) -> Iterator[None]:
+    """No claim is open from the test before, and no scene is loaded in the test after."""
     engine.side._builds._claim = None
+    yield
+    tell(engine)
+    engine.settle()
 
 
 def declare(engine: Engine, scene: str, token_ids: list[int], salt: str = SALT) -> int:
