@@ -10,7 +10,10 @@ import torch
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import identity_of, rank_of
-from memos_vllm.kernels.kv_copy import block_bytes, describe_planes, planes_of
+from memos_vllm.kernels.kv_copy import BlockCopier, describe_planes, planes_of
+from memos_vllm.store.copy_planner import CopyPlan
+from memos_vllm.store.cuda_device import plan_of
+from memos_vllm.store.link import link_for
 from memos_vllm.store.ops import Result
 from memos_vllm.store.transfer import TransferWorker
 
@@ -51,12 +54,13 @@ class WorkerSide:
             [kv_caches[name] for name in sorted(kv_caches, key=_layer_order)], self._num_blocks
         )
         layout = describe_planes(planes)
-        size_bytes = block_bytes(planes)
+        plan = plan_of(planes[0].device, self._config.data_dir) if planes[0].is_cuda else CopyPlan()
+        link = link_for(BlockCopier(planes), planes, plan)
         world_size = self._vllm_config.parallel_config.world_size
-        self._handshake = MemosHandshake(layout=layout, block_bytes=size_bytes)
+        self._handshake = MemosHandshake(layout=layout, block_bytes=link.row_bytes)
         self._transfer = TransferWorker(
-            planes,
-            num_slots=self._config.kv.host_bytes // (size_bytes * world_size),
+            link,
+            num_slots=self._config.kv.host_bytes // (link.row_bytes * world_size),
             identity=identity_of(self._vllm_config, layout),
             rank=rank_of(self._vllm_config),
             io_threads=self._config.kv.io_threads,

@@ -132,12 +132,17 @@ class ChunkReader:
             self.close()
             raise
 
+    def check(self, positions: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """Raises KVFileMismatch unless the file says that it holds ``keys`` at ``positions``."""
+        held = self.header.keys
+        for position, key in zip(positions, keys, strict=True):
+            if not 0 <= position < len(held) or held[position] != key:
+                raise KVFileMismatch(f"{self.path} does not hold block {key.hex()} at position {position}")
+
     def read(self, positions: Sequence[int], keys: Sequence[BlockKey], out: Rows) -> None:
         header, rows = self.header, _buffers(out)
         assert len(positions) == len(keys) == len(rows)
-        for position, key in zip(positions, keys, strict=True):
-            if not 0 <= position < len(header.keys) or header.keys[position] != key:
-                raise KVFileMismatch(f"{self.path} does not hold block {key.hex()} at position {position}")
+        self.check(positions, keys)
         if any(row.nbytes != header.block_bytes for row in rows):
             raise KVFileMismatch(f"{self.path} has blocks of {header.block_bytes} bytes, not {rows[0].nbytes}")
         begin = 0
@@ -191,9 +196,13 @@ def check_owner(header: Header, path: str | os.PathLike[str], identity: KVIdenti
 
 def pieces(items: Sequence[_Item], item_bytes: int) -> Iterator[Sequence[_Item]]:
     """Cuts ``items`` into parts of at most ``PIECE_BYTES``, but at least one item."""
-    step = max(1, PIECE_BYTES // item_bytes)
+    step = items_per_piece(item_bytes)
     for begin in range(0, len(items), step):
         yield items[begin : begin + step]
+
+
+def items_per_piece(item_bytes: int) -> int:
+    return max(1, PIECE_BYTES // item_bytes)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

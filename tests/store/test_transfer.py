@@ -9,9 +9,10 @@ import threading
 import pytest
 import torch
 
-from memos_vllm.kernels.kv_copy import block_bytes, gather_reference, planes_of, scatter_reference
-from memos_vllm.store import host_memory, kv_file, transfer
+from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, gather_reference, planes_of, scatter_reference
+from memos_vllm.store import host_memory, kv_file
 from memos_vllm.store.kv_file import read_blocks
+from memos_vllm.store.link import CpuLink
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
 from tests.store.store_factories import make_identity, make_keys, other_identity
 
@@ -30,7 +31,6 @@ LAYOUTS = {
 @pytest.fixture(autouse=True)
 def small_pieces_and_segments(monkeypatch):
     """Three blocks to a piece, five slots to a segment: every operation crosses borders."""
-    monkeypatch.setattr(transfer, "PIECE_BYTES", 3 * 6144 + 1)
     monkeypatch.setattr(kv_file, "PIECE_BYTES", 3 * 6144 + 1)
     monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 5 * 6144 + 1)
 
@@ -40,7 +40,8 @@ class Rig:
 
     def __init__(self, layout="cpu bf16", io_threads=2, root=None):
         self.planes = planes_of(LAYOUTS[layout](), BLOCKS)
-        self.worker = TransferWorker(self.planes, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
+        link = CpuLink(BlockCopier(self.planes))
+        self.worker = TransferWorker(link, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
         self.root, self.ids = root, iter(range(10**9))
 
     def fill(self, block_ids):
@@ -108,7 +109,7 @@ def test_round_trip_through_host_and_disk_is_bit_identical(layout, make_rig):
     blocks, slots = [3, 4, 5, 6, 20, 0, 19, 18], [1, 2, 3, 4, 5, 6, 15, 0]
     original = rig.fill(range(BLOCKS))
     saved = rig.save(blocks, slots)
-    assert saved.ok and saved.nbytes == len(blocks) * rig.worker.block_bytes
+    assert saved.ok and saved.nbytes == len(blocks) * rig.worker.row_bytes
     written = rig.write(slots, range(8))
     assert written.ok and written.nbytes == saved.nbytes
     rig.fill(range(BLOCKS))
@@ -116,7 +117,7 @@ def test_round_trip_through_host_and_disk_is_bit_identical(layout, make_rig):
     assert rig.load(slots, [7, 8, 9, 10, 11, 12, 13, 14]).ok
     assert torch.equal(rig.content(range(7, 15)), original[blocks])
     read = rig.read([0, 1, 2, 3, 4, 6, 7], range(15, 22))
-    assert read.ok and read.nbytes == 7 * rig.worker.block_bytes
+    assert read.ok and read.nbytes == 7 * rig.worker.row_bytes
     assert torch.equal(rig.content(range(15, 22)), original[blocks][[0, 1, 2, 3, 4, 6, 7]])
     assert torch.equal(rig.content([1, 2]), untouched)
 
@@ -141,21 +142,40 @@ def test_empty_operations_succeed(make_rig):
 
 @pytest.mark.parametrize("slots", [None, range(8)], ids=["staged", "into slots"])
 def test_a_damaged_block_reaches_no_gpu_block(make_rig, tmp_path, slots):
-    rig = make_rig()
+    rig = make_rig(io_threads=1)
     original = rig.fill(range(8))
     rig.save(range(8), range(8))
     rig.write(range(8), range(8))
     with open(tmp_path / "c.r0", "r+b") as file:
-        file.seek(-3 * rig.worker.block_bytes + 5, os.SEEK_END)  # block 5, in the second piece of three
+        file.seek(-3 * rig.worker.row_bytes + 5, os.SEEK_END)  # block 5, in the second piece of three
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 4]))
     before = rig.fill(range(10, 18))
     result = rig.read(range(8), range(10, 18), slots=slots)
     assert not result.ok and "KVFileCorrupt" in result.error and "position 5" in result.error
-    assert set(result.failed_blocks) == {13, 14, 15, 16, 17} and result.nbytes == 3 * rig.worker.block_bytes
+    assert result.failed_blocks == (13, 14, 15, 16, 17) and result.nbytes == 3 * rig.worker.row_bytes
     assert torch.equal(rig.content(range(13, 18)), before[3:])
     assert torch.equal(rig.content(range(10, 13)), original[:3])
+
+
+def test_threads_share_a_read_and_name_every_block_that_did_not_arrive(make_rig, tmp_path):
+    """Two threads: the one that finds the damage must not hide what the other one did, nor claim it."""
+    rig = make_rig(io_threads=2)
+    original = rig.fill(range(16))
+    rig.save(range(16), range(16))
+    rig.write(range(16), range(16))
+    data = bytearray((tmp_path / "c.r0").read_bytes())
+    data[-7 * rig.worker.row_bytes] ^= 1  # block 9
+    (tmp_path / "c.r0").write_bytes(data)
+    before = rig.fill(range(8, 24))
+    result = rig.read(range(16), range(8, 24))
+    arrived = sorted(set(range(16)) - {block - 8 for block in result.failed_blocks})
+    assert not result.ok and result.corrupt and 17 in result.failed_blocks
+    assert result.nbytes == len(arrived) * rig.worker.row_bytes
+    assert torch.equal(rig.content([block + 8 for block in arrived]), original[arrived])
+    untouched = [block - 8 for block in result.failed_blocks]
+    assert torch.equal(rig.content(result.failed_blocks), before[untouched])
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "key", "identity", "rank"])
@@ -224,10 +244,12 @@ def test_results_come_once_and_are_counted_until_drained(make_rig):
 
 
 class GatedLink:
-    """Copies like the real one, but logs every piece and holds the first at a gate."""
+    """Copies like the real one in a thread of its own, but logs every piece and holds it at a gate."""
+
+    in_place = False
 
     def __init__(self, link):
-        self.real, self.block_bytes, self.device = link, link.block_bytes, link.device
+        self.real, self.close = link, link.close
         self.log, self.entered, self.gate = [], threading.Event(), threading.Event()
 
     def _piece(self, name):
@@ -235,13 +257,13 @@ class GatedLink:
         self.entered.set()
         assert self.gate.wait(PATIENCE_S)
 
-    def save(self, block_ids, groups, after):
+    def save(self, *piece):
         self._piece("save")
-        self.real.save(block_ids, groups, after)
+        self.real.save(*piece)
 
-    def load(self, groups, block_ids, after):
+    def load(self, *piece):
         self._piece("load")
-        self.real.load(groups, block_ids, after)
+        self.real.load(*piece)
 
 
 def gate(rig):
@@ -308,7 +330,7 @@ def test_shutdown_finishes_writes_and_fails_the_rest(make_rig, tmp_path, monkeyp
 
     def held_save(*args):
         entered.set()
-        wait_for_stop(rig.worker._copies)
+        wait_for_stop(rig.worker._saves)
         save(*args)
 
     monkeypatch.setattr(rig.worker._link, "save", held_save)
