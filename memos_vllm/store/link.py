@@ -56,7 +56,7 @@ class CpuLink(Link):
 
     def __init__(self, copier: BlockCopier) -> None:
         self._copier = copier
-        self.row_bytes, self.device = copier.block_bytes, copier.device
+        self.row_bytes, self.device = copier.row_bytes, copier.device
 
     def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
         begin = 0
@@ -117,5 +117,6 @@ def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> L
     """The link to ``planes``, which ``copier`` copies."""
     if copier.device.type != "cuda":
         return CpuLink(copier)
+    copier.warm_up()
     device = CudaDevice(copier, planes, items_per_piece(copier.row_bytes))
     return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan)

@@ -18,13 +18,13 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 
-from memos_vllm.store.host_memory import HostMemory, RowGroup, tensors
+from memos_vllm.store.host_memory import HostMemory, tensors
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.jobs import Copy, Job, Steps
 from memos_vllm.store.kv_file import ChunkReader, items_per_piece, pieces, write_chunk_in_pieces
 from memos_vllm.store.link import Link
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write, path_for_rank
-from memos_vllm.store.pipeline import Event, Landed
+from memos_vllm.store.pipeline import Event
 from memos_vllm.store.staging import Staging
 from memos_vllm.store.task_queue import Priority, TaskQueue
 

@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from memos_vllm.kernels.kv_copy import gather_reference, planes_of, scatter_reference
+from memos_vllm.kernels.kv_copy import planes_of
+from memos_vllm.kernels.reference import gather_reference, scatter_reference
 from memos_vllm.store.copy_planner import CopyPlan
 from memos_vllm.store.host_memory import RowGroup
 from memos_vllm.store.link import DeviceLink

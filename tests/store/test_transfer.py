@@ -3,13 +3,13 @@
 import dataclasses
 import os
 import pickle
-import random
 import threading
 
 import pytest
 import torch
 
-from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, gather_reference, planes_of, scatter_reference
+from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, planes_of
+from memos_vllm.kernels.reference import gather_reference, scatter_reference
 from memos_vllm.store import host_memory, kv_file
 from memos_vllm.store.kv_file import read_blocks
 from memos_vllm.store.link import CpuLink
@@ -369,75 +369,3 @@ def test_operations_are_plain_data():
     for op in (Save(1, (2,), (3,)), Read(1, "c", "p", (0,), make_keys(0), (1,), None)):
         assert pickle.loads(pickle.dumps(op)) == op and dataclasses.asdict(op)
     assert pickle.loads(pickle.dumps(IDENTITY)).digest() == IDENTITY.digest()
-
-
-def test_stress_every_block_is_what_was_saved(make_rig, tmp_path):
-    """Thousands of operations in flight together; a model of blocks, slots and files says what must be there.
-
-    Each operation owns the blocks and slots it writes until its result, as the scheduler's tables see to.
-    """
-    rig, rng = make_rig(io_threads=3), random.Random(7)
-    width = block_bytes(rig.planes)
-    free_blocks, free_slots = set(range(BLOCKS)), set(range(SLOTS))
-    slot_content, files, running, count, target = {}, {}, {}, 0, 3000
-
-    def stamp(number):
-        return torch.randint(0, 256, (1, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
-
-    while count < target or running:
-        ops = []
-        for _ in range(12 if count < target else 0):
-            if len(running) + len(ops) == 8:
-                break
-            op_id, n = 10**6 + count, rng.randint(1, 4)
-            kind = rng.choice(["save", "load", "load", "read", "read", "write"])
-            if kind == "save" and len(free_blocks) >= n and len(free_slots) >= n:
-                blocks, slots = rng.sample(sorted(free_blocks), n), rng.sample(sorted(free_slots), n)
-                marks = [count * 10 + i for i in range(n)]
-                scatter_reference(torch.cat([stamp(mark) for mark in marks]), rig.planes, blocks)
-                op, done = Save(op_id, tuple(blocks), tuple(slots)), (kind, blocks, slots, marks)
-            elif kind in ("load", "write") and (ready := sorted(slot_content.keys() & free_slots)):
-                slots = rng.sample(ready, min(n, len(ready)))
-                marks = [slot_content[slot] for slot in slots]
-                if kind == "load":
-                    if len(free_blocks) < len(slots):
-                        continue
-                    blocks = rng.sample(sorted(free_blocks), len(slots))
-                    op, done = Load(op_id, tuple(slots), tuple(blocks)), (kind, blocks, slots, marks)
-                else:
-                    path, keys = str(tmp_path / f"{op_id}.r{{rank}}"), make_keys(*marks)
-                    blocks = []
-                    op, done = Write(op_id, str(op_id), path, tuple(slots), keys), (kind, blocks, slots, marks)
-            elif kind == "read" and files and len(free_blocks) >= n:
-                path, all_marks = rng.choice(sorted(files.items()))
-                positions = rng.sample(range(len(all_marks)), min(n, len(all_marks)))
-                marks = [all_marks[position] for position in positions]
-                blocks, slots = rng.sample(sorted(free_blocks), len(marks)), []
-                if rng.random() < 0.5 and len(free_slots) >= len(marks):
-                    slots = rng.sample(sorted(free_slots), len(marks))
-                op = Read(op_id, "c", path, tuple(positions), make_keys(*marks), tuple(blocks), tuple(slots) or None)
-                done = (kind, blocks, slots, marks)
-            else:
-                continue
-            for slot in done[2]:
-                if kind in ("save", "read"):
-                    slot_content.pop(slot, None)
-            free_blocks.difference_update(done[1])
-            free_slots.difference_update(done[2])
-            running[op_id] = (*done, op)
-            ops.append(op)
-            count += 1
-        rig.worker.submit(ops)
-        if running:
-            assert rig.worker.wait(PATIENCE_S)
-        for result in rig.worker.drain():
-            kind, blocks, slots, marks, op = running.pop(result.op_id)
-            assert result.ok, result.error
-            if kind in ("load", "read"):
-                assert torch.equal(rig.content(blocks), torch.cat([stamp(mark) for mark in marks])), (kind, op)
-            if kind in ("save", "read"):
-                slot_content.update(zip(slots, marks, strict=False))
-            if kind == "write" and len(files) < 40:
-                files[op.path] = marks
-            free_blocks.update(blocks)
-            free_slots.update(slots)
