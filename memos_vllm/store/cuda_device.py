@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.store.copy_planner import CopyPlan, Direction, cached_plan, measure_plan
+from memos_vllm.store.fragments import fragment_views
 from memos_vllm.store.host_memory import RowGroup
 from memos_vllm.store.pipeline import Device, Event, Method
 
@@ -113,14 +114,6 @@ class CudaDevice(Device):
     def _on(self, stream: CudaStream) -> Iterator[None]:
         with torch.cuda.device(self._device), torch.cuda.stream(stream.torch):
             yield
-
-
-def fragment_views(planes: Sequence[Tensor]) -> list[Tensor] | None:
-    """Each plane as uint8 ``[num_blocks, bytes]``; None if a block is not contiguous in one of them."""
-    if not all(plane[0].is_contiguous() for plane in planes):
-        return None
-    flat = (plane.as_strided((plane.shape[0], plane[0].numel()), (plane.stride(0), 1)) for plane in planes)
-    return [plane.view(torch.uint8) for plane in flat]
 
 
 def _by_group(groups: Sequence[RowGroup], block_ids: Sequence[int]) -> Iterator[tuple[RowGroup, Sequence[int]]]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.store.copy_planner import CopyPlan, Direction
 from memos_vllm.store.cuda_device import CudaDevice
+from memos_vllm.store.fragments import fragment_views
 from memos_vllm.store.host_memory import RowGroup
-from memos_vllm.store.kv_file import items_per_piece
+from memos_vllm.store.kv_file import Row, items_per_piece
 from memos_vllm.store.pipeline import Device, Landed, LoadPipeline, Method, SavePipeline
 
 
@@ -44,6 +45,10 @@ class Link(ABC):
             Exception: as ``load``.
         """
 
+    def memory(self, block_ids: Sequence[int]) -> list[Row] | None:
+        """The blocks' own bytes, to read a file into; None if that cannot be done."""
+        return None
+
     def close(self, timeout_s: float) -> bool:
         """Lets what is under way land. False if the device does not answer."""
         return True
@@ -54,8 +59,10 @@ class CpuLink(Link):
 
     in_place = True
 
-    def __init__(self, copier: BlockCopier) -> None:
+    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor]) -> None:
         self._copier = copier
+        fragments = fragment_views(planes) if copier.row_bytes == copier.block_bytes else None
+        self._fragments = None if fragments is None else [fragment.numpy() for fragment in fragments]
         self.row_bytes, self.device = copier.row_bytes, copier.device
 
     def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
@@ -73,6 +80,11 @@ class CpuLink(Link):
             self._copier.gather(block_ids[begin:end], group.matrix, group.rows)
             begin = end
         landed(None)
+
+    def memory(self, block_ids: Sequence[int]) -> list[Row] | None:
+        if self._fragments is None:
+            return None
+        return [[fragment[block] for fragment in self._fragments] for block in block_ids]
 
 
 class DeviceLink(Link):
@@ -116,7 +128,7 @@ class DeviceLink(Link):
 def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> Link:
     """The link to ``planes``, which ``copier`` copies."""
     if copier.device.type != "cuda":
-        return CpuLink(copier)
+        return CpuLink(copier, planes)
     copier.warm_up()
     device = CudaDevice(copier, planes, items_per_piece(copier.row_bytes))
     return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan)

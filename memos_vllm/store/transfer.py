@@ -2,6 +2,7 @@
 
     Load   host slots --link--> GPU
     Read   file --I/O threads, checksums--> host slots or staging --link--> GPU
+           (past the slots and with blocks in CPU memory: straight into the blocks)
     Save   GPU --link--> host slots
     Write  host slots --I/O thread--> file
 
@@ -21,7 +22,7 @@ from functools import partial
 from memos_vllm.store.host_memory import HostMemory, tensors
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.jobs import Copy, Job, Steps
-from memos_vllm.store.kv_file import ChunkReader, items_per_piece, pieces, write_chunk_in_pieces
+from memos_vllm.store.kv_file import ChunkReader, items_per_piece, pieces, rows_of, write_chunk_in_pieces
 from memos_vllm.store.link import Link
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write, path_for_rank
 from memos_vllm.store.pipeline import Event
@@ -182,10 +183,15 @@ class TransferWorker:
 
     def _read_piece(self, op: Read, job: Job, reader: ChunkReader, piece: Sequence, after: Event | None) -> None:
         positions, keys, block_ids, slots = zip(*piece, strict=True)
+        if op.slots is None and (memory := self._link.memory(block_ids)) is not None:
+            # One pass. Nobody finds a block before the Result, and what a failed one holds is computed again.
+            reader.read(positions, keys, memory)
+            job.moved(block_ids)
+            return
         staged = self._staging.take(len(piece)) if op.slots is None else None
         try:
             groups = self._host.groups(slots) if staged is None else staged.groups
-            reader.read(positions, keys, tensors(groups))
+            reader.read(positions, keys, rows_of(tensors(groups)))
         except BaseException:
             if staged is not None:
                 staged.free()

@@ -41,7 +41,7 @@ def make_stress(tmp_path):
 
 
 def in_cpu_memory(planes):
-    return CpuLink(BlockCopier(planes)), ThreadPass(planes)
+    return CpuLink(BlockCopier(planes), planes), ThreadPass(planes)
 
 
 def on_a_device(eager=(), removed=()):
@@ -102,5 +102,5 @@ def test_the_stress_sees_a_result_before_the_copy(make_stress):
             self.held = lambda: copy(first, second, after, lambda error: None)
             landed(None)
 
-    stress = make_stress(lambda planes: (LateLink(BlockCopier(planes)), ThreadPass(planes)), in_flight=1)
+    stress = make_stress(lambda planes: (LateLink(BlockCopier(planes), planes), ThreadPass(planes)), in_flight=1)
     assert stress.run(60, stop_at_mismatch=True) != []

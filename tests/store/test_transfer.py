@@ -40,7 +40,7 @@ class Rig:
 
     def __init__(self, layout="cpu bf16", io_threads=2, root=None):
         self.planes = planes_of(LAYOUTS[layout](), BLOCKS)
-        link = CpuLink(BlockCopier(self.planes))
+        link = CpuLink(BlockCopier(self.planes), self.planes)
         self.worker = TransferWorker(link, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
         self.root, self.ids = root, iter(range(10**9))
 
@@ -140,17 +140,25 @@ def test_empty_operations_succeed(make_rig):
     assert rig.save([], []).ok and rig.load([], []).ok and rig.read([], []).ok
 
 
+@pytest.fixture
+def staged_reads(monkeypatch):
+    """As on a GPU: a file cannot be read into blocks."""
+    monkeypatch.setattr(CpuLink, "memory", lambda self, block_ids: None)
+
+
+def damage(path, row_bytes, rows_from_end):
+    data = bytearray(path.read_bytes())
+    data[-rows_from_end * row_bytes + 5] ^= 4
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("slots", [None, range(8)], ids=["staged", "into slots"])
-def test_a_damaged_block_reaches_no_gpu_block(make_rig, tmp_path, slots):
+def test_a_damaged_block_reaches_no_gpu_block(make_rig, tmp_path, slots, staged_reads):
     rig = make_rig(io_threads=1)
     original = rig.fill(range(8))
     rig.save(range(8), range(8))
     rig.write(range(8), range(8))
-    with open(tmp_path / "c.r0", "r+b") as file:
-        file.seek(-3 * rig.worker.row_bytes + 5, os.SEEK_END)  # block 5, in the second piece of three
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 4]))
+    damage(tmp_path / "c.r0", rig.worker.row_bytes, 3)  # block 5, in the second piece of three
     before = rig.fill(range(10, 18))
     result = rig.read(range(8), range(10, 18), slots=slots)
     assert not result.ok and "KVFileCorrupt" in result.error and "position 5" in result.error
@@ -159,15 +167,33 @@ def test_a_damaged_block_reaches_no_gpu_block(make_rig, tmp_path, slots):
     assert torch.equal(rig.content(range(10, 13)), original[:3])
 
 
-def test_threads_share_a_read_and_name_every_block_that_did_not_arrive(make_rig, tmp_path):
+def test_a_damaged_block_that_was_read_in_place_is_named(make_rig, tmp_path):
+    """Its block holds anything now, and so may the rest of its piece; other blocks do not."""
+    rig = make_rig(io_threads=1)
+    original = rig.fill(range(8))
+    rig.save(range(8), range(8))
+    rig.write(range(8), range(8))
+    damage(tmp_path / "c.r0", rig.worker.row_bytes, 3)
+    before = rig.fill(range(10, BLOCKS))
+    result = rig.read(range(8), range(10, 18))
+    assert not result.ok and result.corrupt and "position 5" in result.error
+    assert result.failed_blocks == (13, 14, 15, 16, 17) and result.nbytes == 3 * rig.worker.row_bytes
+    assert torch.equal(rig.content(range(10, 13)), original[:3])
+    assert torch.equal(rig.content(range(16, BLOCKS)), before[6:])
+
+
+def test_blocks_that_are_not_contiguous_are_not_read_in_place(make_rig):
+    assert make_rig("transposed fp8").worker._link.memory([0]) is None
+    assert make_rig("kv apart fp16").worker._link.memory([0]) is not None
+
+
+def test_threads_share_a_read_and_name_every_block_that_did_not_arrive(make_rig, tmp_path, staged_reads):
     """Two threads: the one that finds the damage must not hide what the other one did, nor claim it."""
     rig = make_rig(io_threads=2)
     original = rig.fill(range(16))
     rig.save(range(16), range(16))
     rig.write(range(16), range(16))
-    data = bytearray((tmp_path / "c.r0").read_bytes())
-    data[-7 * rig.worker.row_bytes] ^= 1  # block 9
-    (tmp_path / "c.r0").write_bytes(data)
+    damage(tmp_path / "c.r0", rig.worker.row_bytes, 7)  # block 9
     before = rig.fill(range(8, 24))
     result = rig.read(range(16), range(8, 24))
     arrived = sorted(set(range(16)) - {block - 8 for block in result.failed_blocks})
@@ -212,7 +238,7 @@ def test_a_write_that_fails_is_a_result_and_leaves_no_file(make_rig, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", ["save", "load", "read"])
-def test_a_bug_in_a_copy_is_a_failed_result_with_a_traceback(make_rig, monkeypatch, caplog, kind):
+def test_a_bug_in_a_copy_is_a_failed_result_with_a_traceback(make_rig, monkeypatch, caplog, kind, staged_reads):
     rig = make_rig()
     rig.save(range(4), range(4))
     rig.write(range(4), range(4))
@@ -247,6 +273,7 @@ class GatedLink:
     """Copies like the real one in a thread of its own, but logs every piece and holds it at a gate."""
 
     in_place = False
+    memory = staticmethod(lambda block_ids: None)
 
     def __init__(self, link):
         self.real, self.close = link, link.close
