@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 FRAGMENT_BYTES = (64 * 2**10, 16 * 2**10, 256 * 2**10, 4 * 2**10, 2**20)
 FRAGMENTS = (512, 64, 8)
-CELL_BYTES = 64 * 2**20
+CELL_BYTES = 32 * 2**20
 """No cell copies more; it would take too long and say nothing new."""
 BUDGET_S = 1.0
 """Cells that do not fit are left out; the nearest measured one stands for them."""
@@ -142,6 +142,8 @@ def cached_plan(directory: Path, machine: str, measure: Callable[[], CopyPlan]) 
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the copy plan %s cannot be used (%s); it is measured again", path, error)
     plan = measure()
+    if not plan.measured:
+        return plan
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(plan.to_json(machine), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,10 @@ from torch import Tensor
 from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.store.copy_planner import CopyPlan, Direction, cached_plan, measure_plan
 from memos_vllm.store.fragments import fragment_views
-from memos_vllm.store.host_memory import RowGroup
+from memos_vllm.store.host_memory import HostMemory, RowGroup
 from memos_vllm.store.pipeline import Device, Event, Method
+
+logger = logging.getLogger(__name__)
 
 _LOWEST_PRIORITY = 0  # torch's range is -5 (first) to 0 (last); vLLM's own streams have 0 too, none is lower
 _REPEATS = 3
@@ -149,14 +152,25 @@ def machine_name(device: torch.device) -> str:
 
 def plan_of(device: torch.device, directory: Path) -> CopyPlan:
     """This machine's plan: from ``directory``, or measured now and kept there."""
-    return cached_plan(directory, machine_name(device), lambda: measure_plan(CopyMeasure(device)))
+
+    def measure() -> CopyPlan:
+        timer = CopyMeasure(device)
+        try:
+            return measure_plan(timer)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory on the GPU to measure copies (%s); all of them are staged", error)
+            return CopyPlan()
+        finally:
+            timer.close()
+
+    return cached_plan(directory, machine_name(device), measure)
 
 
 class CopyMeasure:
     """Times one method on planes of its own; ``copy_planner.Measure``.
 
     Args:
-        device: where it allocates, for as long as it lives, up to twice the bytes of a cell.
+        device: where it allocates, for as long as it lives, up to three times the bytes of a cell.
     """
 
     _PLANES = 8
@@ -164,10 +178,18 @@ class CopyMeasure:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._prepared: tuple[int, int] | None = None
+        self._host: HostMemory | None = None
+
+    def close(self) -> None:
+        """Unlocks the host memory."""
+        if self._host is not None:
+            self._host.close()
 
     def __call__(self, direction: Direction, method: Method, fragment_bytes: int, fragments: int) -> float:
         if self._prepared != (fragment_bytes, fragments):
             self._prepare(fragment_bytes, fragments)
+        if method is Method.DIRECT and not all(group.pinned for group in self._groups):
+            return 0.0
         run = {
             (Direction.LOAD, Method.STAGED): self._load_staged,
             (Direction.SAVE, Method.STAGED): self._save_staged,
@@ -194,8 +216,10 @@ class CopyMeasure:
         self._cuda = CudaDevice(copier, planes, num_blocks)
         self._stream = self._cuda.stream()
         self._blocks = list(range(0, 2 * num_blocks, 2))  # apart, as blocks of a busy cache are
-        host = torch.empty(num_blocks, copier.row_bytes, dtype=torch.uint8, pin_memory=True)
-        self._groups = [RowGroup(host, range(num_blocks), pinned=True)]
+        if self._host is not None:
+            self._host.close()
+        self._host = HostMemory(num_blocks, copier.row_bytes, pin=True, device=self._device)
+        self._groups = self._host.groups(range(num_blocks))
         self._buffer = self._cuda.buffer()
         torch.cuda.current_stream(self._device).synchronize()
         self._prepared = (fragment_bytes, fragments)
