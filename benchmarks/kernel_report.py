@@ -119,22 +119,22 @@ def _copies() -> Iterator[Variant]:
 
 
 def _encoders() -> Iterator[Variant]:
-    from memos_vllm.kernels import gpu_heads
+    from memos_vllm.kernels import gpu_heads, head_kernels
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_size, tokens in [(64, 16), (80, 16), (128, 16), (128, 64), (256, 16), (576, 64)]:
             if dtype == torch.bfloat16 or (head_size, tokens) == (128, 16):
                 yield Variant(
                     f"gather with fp8, {_name(dtype)} [{tokens}, {head_size}]",
-                    gpu_heads.encode_slabs,
-                    gpu_heads.ENCODE_SIGNATURE,
+                    head_kernels.encode_slabs,
+                    head_kernels.ENCODE_SIGNATURE,
                     gpu_heads.SlabShape(dtype, 1, tokens, head_size).encode_constants(16, 16),
                     gpu_heads.WARPS,
                 )
 
 
 def _scatters() -> Iterator[Variant]:
-    from memos_vllm.kernels import gpu_heads
+    from memos_vllm.kernels import gpu_heads, head_kernels
 
     shifts = {  # name -> head size, pairs, style, first element
         "": (128, 0, "neox", 0),
@@ -153,8 +153,8 @@ def _scatters() -> Iterator[Variant]:
                 options = " and ".join([*(["fp8"] if fp8 else []), *([f"shift ({name})"] if half else [])])
                 yield Variant(
                     f"scatter with {options}, {_name(dtype)}",
-                    gpu_heads.scatter_slabs,
-                    gpu_heads.SCATTER_SIGNATURE,
+                    head_kernels.scatter_slabs,
+                    head_kernels.SCATTER_SIGNATURE,
                     gpu_heads.SlabShape(dtype, 1, 16, head_size).scatter_constants(16, 16, fp8, shift),
                     gpu_heads.WARPS,
                 )

@@ -4,8 +4,7 @@ Compiled by Numba, which vLLM depends on: LLVM turns the loops into vector instr
 the GIL and on the calling thread alone. torch converts from e4m3 element by element: over pieces of 32 KiB
 it decoded 0.26 GiB/s of bfloat16 where such a loop decoded 5.9 (one core of a Xeon with AVX-512).
 
-Two things keep the loops fast: arrays are flat and contiguous, with strides beside them; and casts keep
-integers at 32 bits, which Numba would widen to 64.
+Arrays are flat and contiguous, with strides beside them: of a strided array Numba makes slow loops.
 """
 
 from __future__ import annotations
@@ -20,11 +19,24 @@ from numba import njit
 from torch import Tensor
 
 from .cpu_copy import CpuCopy
+from .cpu_floats import (
+    F32,
+    U8,
+    U16,
+    U32,
+    as_bits,
+    as_float,
+    clamp,
+    from_bfloat16,
+    from_e4m3,
+    from_float16,
+    to_bfloat16,
+    to_e4m3,
+    to_float16,
+)
 from .heads import HeadView
 from .rotary import RotaryShift
 from .rows import RowLayout
-
-F32, U8, U16, U32 = np.float32, np.uint8, np.uint16, np.uint32
 
 
 class Slabs(NamedTuple):
@@ -121,9 +133,9 @@ class _Loops(NamedTuple):
 def _loops(dtype: torch.dtype) -> _Loops:
     """The loops for KV caches of one dtype."""
     to_float, from_float = {
-        torch.bfloat16: (_from_bfloat16, _to_bfloat16),
-        torch.float16: (_from_float16, _to_float16),
-        torch.float32: (_as_float, _as_bits),
+        torch.bfloat16: (from_bfloat16, to_bfloat16),
+        torch.float16: (from_float16, to_float16),
+        torch.float32: (as_float, as_bits),
     }[dtype]
     largest = F32(torch.finfo(dtype).max)
 
@@ -138,13 +150,13 @@ def _loops(dtype: torch.dtype) -> _Loops:
                         at = _block_at(slabs, ids[i], part, head, token)
                         line = blocks[at : at + size]
                         for d in range(size):
-                            magnitude = U32(_as_bits(to_float(line[d])) & U32(0x7FFFFFFF))
+                            magnitude = U32(as_bits(to_float(line[d])) & U32(0x7FFFFFFF))
                             amax = max(amax, U32(0) if magnitude >= U32(0x7F800000) else magnitude)
                 # 448 = 1.75 * 2**8: the exponent is one more where the mantissa is above 1.75.
                 exponent = int(amax >> U32(23)) - 8 + int((amax & U32(0x7FFFFF)) > U32(0x600000))
                 exponent = max(exponent, 1)
                 rows[starts[i] + slabs.scale_start + head] = exponent
-                inverse = _as_float(U32(254 - exponent) << U32(23))
+                inverse = as_float(U32(254 - exponent) << U32(23))
                 for part in range(slabs.parts):
                     for token in range(slabs.tokens):
                         at = _block_at(slabs, ids[i], part, head, token)
@@ -152,14 +164,14 @@ def _loops(dtype: torch.dtype) -> _Loops:
                         at = _row_at(slabs, starts[i], part, head, token)
                         codes = rows[at : at + size]
                         for d in range(size):
-                            codes[d] = _to_e4m3(to_float(line[d]) * inverse)
+                            codes[d] = to_e4m3(to_float(line[d]) * inverse)
 
     @njit(nogil=True)
     def decode(rows, starts, blocks, ids, slabs):
         size = slabs.head_size
         for i in range(len(ids)):
             for head in range(slabs.heads):
-                scale = _as_float(U32(rows[starts[i] + slabs.scale_start + head]) << U32(23))
+                scale = as_float(U32(rows[starts[i] + slabs.scale_start + head]) << U32(23))
                 for part in range(slabs.parts):
                     for token in range(slabs.tokens):
                         at = _row_at(slabs, starts[i], part, head, token)
@@ -167,7 +179,7 @@ def _loops(dtype: torch.dtype) -> _Loops:
                         at = _block_at(slabs, ids[i], part, head, token)
                         line = blocks[at : at + size]
                         for d in range(size):
-                            line[d] = from_float(_clamp(_from_e4m3(codes[d]) * scale, largest))
+                            line[d] = from_float(clamp(from_e4m3(codes[d]) * scale, largest))
 
     @njit(nogil=True)
     def turn(blocks, ids, slabs, cos, sin, first, second, step):
@@ -206,77 +218,3 @@ def _block_at(slabs, block, part, head, token):
 def _row_at(slabs, start, part, head, token):
     strides = slabs.row_strides
     return start + slabs.row_start + part * strides[0] + head * strides[1] + token * strides[2]
-
-
-@_inlined
-def _clamp(x, largest):
-    """Comparisons with NaN are false, and it stays."""
-    return largest if x > largest else (-largest if x < -largest else x)
-
-
-@_inlined
-def _as_float(bits):
-    return U32(bits).view(F32)
-
-
-@_inlined
-def _as_bits(x):
-    return F32(x).view(U32)
-
-
-@_inlined
-def _to_e4m3(x):
-    """float32 of at most 448, or not finite; to nearest, ties to even. As in ``gpu_heads``."""
-    bits = _as_bits(x)
-    magnitude = U32(bits & U32(0x7FFFFFFF))
-    subnormal = U32(_as_bits(_as_float(magnitude) + F32(16384.0)) - U32(0x46800000))
-    odd = U32(U32(magnitude >> U32(20)) & U32(1))
-    normal = U32(U32(U32(magnitude - U32((120 << 23) - 0x7FFFF)) + odd) >> U32(20))
-    code = subnormal if magnitude < U32(121 << 23) else normal
-    code = U32(0x7F) if magnitude >= U32(0x7F800000) else code
-    return U8(U32(code | U32(U32(bits >> U32(24)) & U32(0x80))))
-
-
-@_inlined
-def _from_e4m3(code):
-    magnitude = U32(U32(code) & U32(0x7F))
-    normal = _as_float(U32(U32(magnitude << U32(20)) + U32(120 << 23)))
-    value = F32(magnitude) * F32(2.0**-9) if magnitude < U32(8) else normal
-    value = F32(np.nan) if magnitude == U32(0x7F) else value
-    return -value if U32(code) >= U32(0x80) else value
-
-
-@_inlined
-def _from_bfloat16(bits):
-    return _as_float(U32(bits) << U32(16))
-
-
-@_inlined
-def _to_bfloat16(x):
-    bits = _as_bits(x)
-    odd = U32(U32(bits >> U32(16)) & U32(1))
-    rounded = U32(U32(U32(bits + U32(0x7FFF)) + odd) >> U32(16))
-    return U16(U32(0x7FC0) if x != x else rounded)
-
-
-@_inlined
-def _from_float16(bits):
-    magnitude = U32(U32(bits) & U32(0x7FFF))
-    # float32 with the same fields has an exponent that is too small by 127 - 15; its subnormals become right too.
-    value = _as_float(U32(magnitude << U32(13))) * F32(2.0**112)
-    value = _as_float(U32(U32(magnitude << U32(13)) | U32(0x7F800000))) if magnitude >= U32(0x7C00) else value
-    return _as_float(U32(_as_bits(value) | U32(U32(U32(bits) & U32(0x8000)) << U32(16))))
-
-
-@_inlined
-def _to_float16(x):
-    bits = _as_bits(x)
-    magnitude = U32(bits & U32(0x7FFFFFFF))
-    # Adding 2**-1 leaves 2**-24, the distance of subnormal values, as the last bit of the mantissa.
-    subnormal = U32(_as_bits(_as_float(magnitude) + F32(0.5)) - U32(0x3F000000))
-    odd = U32(U32(magnitude >> U32(13)) & U32(1))
-    normal = U32(U32(U32(magnitude - U32((112 << 23) - 0xFFF)) + odd) >> U32(13))
-    half = subnormal if magnitude < U32(113 << 23) else normal
-    half = U32(0x7C00) if magnitude >= U32(0x477FF000) else half
-    half = U32(0x7E00) if magnitude > U32(0x7F800000) else half
-    return U16(U32(half | U32(U32(bits >> U32(16)) & U32(0x8000))))

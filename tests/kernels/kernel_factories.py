@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from memos_vllm.kernels.heads import HeadShape
@@ -15,16 +13,6 @@ from memos_vllm.kernels.heads import HeadShape
 BLOCKS = 11
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
 VALUE_DTYPES = DTYPES[:3]
-
-# Triton's interpreter is slow; generated shapes have every dtype there too.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FEW_DTYPES = DTYPES[:1] if INTERPRETED else DTYPES
-GENERATED = settings(
-    max_examples=15 if INTERPRETED else 30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    derandomize=INTERPRETED,
-)
 ID_LISTS = [[], [0], [10], [3, 4, 5, 6], [7, 6, 5], [9, 1, 2, 0, 8, 7, 3]]
 POISON = 0xA5
 

@@ -10,7 +10,8 @@ from memos_vllm.kernels.heads import HeadShape, heads_of
 from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.kernels.planes import planes_of
 from memos_vllm.kernels.reference import gather_fp8_reference, scatter_heads_reference
-from tests.kernels.kernel_factories import BLOCKS, GENERATED, LAYOUTS, MLA, POISON, VALUE_DTYPES, bits, filled, shape_of
+from tests.kernels.generated import GENERATED
+from tests.kernels.kernel_factories import BLOCKS, LAYOUTS, MLA, POISON, VALUE_DTYPES, bits, filled, shape_of
 
 
 class Store:

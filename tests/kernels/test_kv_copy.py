@@ -14,11 +14,10 @@ from memos_vllm.kernels.kv_copy import (
     scatter_blocks,
 )
 from memos_vllm.kernels.reference import gather_reference, scatter_reference
+from tests.kernels.generated import GENERATED, INTERPRETED
 from tests.kernels.kernel_factories import (
     BLOCKS,
     DTYPES,
-    FEW_DTYPES,
-    GENERATED,
     ID_LISTS,
     LAYOUTS,
     MLA,
@@ -28,6 +27,8 @@ from tests.kernels.kernel_factories import (
     filled,
     poisoned,
 )
+
+FEW_DTYPES = DTYPES[:1] if INTERPRETED else DTYPES
 
 
 def caches_of(name, dtype, device, tokens=8, heads=2, head_size=24):

@@ -11,7 +11,8 @@ from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.kernels.planes import planes_of
 from memos_vllm.kernels.reference import gather_reference, rotate, scatter_heads_reference
 from memos_vllm.kernels.rotary import RotaryShift
-from tests.kernels.kernel_factories import BLOCKS, GENERATED, LAYOUTS, MLA, VALUE_DTYPES, bits, poisoned, shape_of
+from tests.kernels.generated import GENERATED
+from tests.kernels.kernel_factories import BLOCKS, LAYOUTS, MLA, VALUE_DTYPES, bits, poisoned, shape_of
 
 
 def frequencies(rotary_dim):
@@ -116,6 +117,18 @@ def test_nan_in_v_does_not_spread(device):
     copier.gather([3], chunk)
     copier.scatter(chunk, [5], shift=RotaryShift.by(9, frequencies(64)))
     assert torch.equal(bits(cache[1, 5]), bits(cache[1, 3]))
+
+
+def test_v_may_have_smaller_heads_than_k(device):
+    """Too small for the shift, which does not concern them."""
+    cache = torch.randn(BLOCKS, 2, 16, 64 + 16).bfloat16().to(device)
+    heads = heads_of([cache], BLOCKS, HeadShape(2, 64, "HND", head_size_v=16))
+    copier = BlockCopier(planes_of([cache], BLOCKS), heads)
+    chunk = poisoned(1, copier.row_bytes).to(device)
+    copier.gather([3], chunk)
+    copier.scatter(chunk, [5], shift=RotaryShift.by(9, frequencies(64)))
+    check_keys(RotaryShift.by(9, frequencies(64)), cache[3, ..., :64].cpu(), cache[5, ..., :64].cpu(), torch.bfloat16)
+    assert torch.equal(bits(cache[5, ..., 64:]), bits(cache[3, ..., 64:]))
 
 
 def test_the_reference_of_a_shifted_fp8_load(device):
