@@ -24,6 +24,9 @@ class CpuCopy:
         self._views = [byte_view(plane) for plane in planes]
         self._arrays = [_array(view) for view in self._views]
 
+    def warm_up(self) -> None:
+        """There is nothing to compile."""
+
     def gather(self, block_ids: Sequence[int], out: Tensor, rows: Sequence[int], num_programs: int) -> None:
         runs = _runs(rows, block_ids)
         for array, matrix in self._pairs(out):

@@ -53,7 +53,7 @@ class Slabs(NamedTuple):
 
 
 class CpuHeads:
-    """The arrays of one set of head views, made once. The loops are compiled here too, not at the first copy."""
+    """The arrays of one set of head views, made once."""
 
     def __init__(self, heads: Sequence[HeadView], layout: RowLayout, copy: CpuCopy) -> None:
         self._layout, self._copy = layout, copy
@@ -62,6 +62,9 @@ class CpuHeads:
             _View(head, _flat(head.view), _slabs(number, head, layout), _loops(head.view.dtype))
             for number, head in enumerate(heads)
         ]
+
+    def warm_up(self) -> None:
+        """Compiles the loops, by calls for no block: the GIL is held meanwhile, which no copy should do."""
         none = np.empty(0, np.int64)
         for view in {view.loops: view for view in self._views}.values():
             view.loops.turn(view.blocks, none, view.slabs, *_turn_of(RotaryShift(torch.ones(1), torch.zeros(1))))

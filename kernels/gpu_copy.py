@@ -219,7 +219,7 @@ def moves_table(block_ids: Sequence[int], chunk: Tensor, rows: Sequence[int], de
     """Block ids beside the addresses of their rows, int64 ``[n, 2]`` on the device; nobody waits for the copy."""
     base, stride = chunk.data_ptr(), chunk.stride(0)
     moves = [(block, base + row * stride) for block, row in zip(block_ids, rows, strict=True)]
-    table = torch.tensor(moves, dtype=torch.int64).view(-1, 2)
+    table = torch.tensor(moves, dtype=torch.int64).view(len(moves), 2)
     if device.type == "cuda":
         # The caching host allocator keeps the pages until the stream has read them.
         table = table.pin_memory().to(device, non_blocking=True)

@@ -90,12 +90,12 @@ class BlockCopier:
         self._heads = _heads_for(heads, self.layout, self._copy) if heads else None
 
     def warm_up(self) -> None:
-        """Compiles the kernels of a GPU, about a second each unless they are in Triton's cache; no block is touched.
+        """Compiles what there is to compile, a second or two unless Triton has it in its cache; touches no block.
 
-        A shift's kernel is compiled when it is first used.
+        The kernel of a shift is compiled on a GPU when it is first used.
         """
         for part in (self._copy, self._heads):
-            if part is not None and self.device.type == "cuda":
+            if part is not None:
                 part.warm_up()
 
     def gather(
@@ -174,7 +174,7 @@ def _heads_for(
 ) -> CpuHeads | GpuHeads:
     device = heads[0].view.device.type
     if device == "cpu":
-        from .cpu_heads import CpuHeads  # imports Numba, and compiles
+        from .cpu_heads import CpuHeads  # imports Numba
 
         return CpuHeads(heads, layout, copy)
     if device == "cuda" and find_spec("triton"):

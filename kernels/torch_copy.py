@@ -16,6 +16,9 @@ class TorchCopy:
         self._views = [byte_view(plane) for plane in planes]
         self._device = planes[0].device
 
+    def warm_up(self) -> None:
+        """There is nothing to compile."""
+
     def gather(self, block_ids: Sequence[int], out: Tensor, rows: Sequence[int], num_programs: int) -> None:
         index, target = self._index(block_ids), self._index(rows)
         begin = 0

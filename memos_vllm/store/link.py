@@ -127,8 +127,8 @@ class DeviceLink(Link):
 
 def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> Link:
     """The link to ``planes``, which ``copier`` copies."""
+    copier.warm_up()
     if copier.device.type != "cuda":
         return CpuLink(copier, planes)
-    copier.warm_up()
     device = CudaDevice(copier, planes, items_per_piece(copier.row_bytes))
     return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan)

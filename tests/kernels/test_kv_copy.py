@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memos_vllm.kernels.heads import HeadShape, heads_of
 from memos_vllm.kernels.kv_copy import (
     BlockCopier,
     block_bytes,
@@ -100,6 +101,14 @@ def test_any_shape_any_rows_any_order(device, data):
         plane.view(torch.uint8 if plane.stride(-1) == 1 else plane.dtype)[list(different)] = 0
     copier.scatter(chunk[:, : copier.row_bytes], list(different), list(different.values()), num_programs=programs)
     assert all(torch.equal(bits(plane), old) for plane, old in zip(planes, before, strict=True))
+
+
+def test_warming_up_touches_nothing(device):
+    cache = filled(2, BLOCKS, 16, 2, 24).to(device)
+    before = cache.clone()
+    heads = heads_of([cache], BLOCKS, HeadShape(2, 24, "NHD"))
+    BlockCopier(planes_of([cache], BLOCKS), heads, fp8=True).warm_up()
+    assert torch.equal(bits(cache), bits(before))
 
 
 def test_a_chunk_moves_between_stride_orders(device):
