@@ -58,21 +58,8 @@ class OneBlock:
         return self.cache[0, 0].cpu(), fp8.scale_of(scales.cpu())[:, None, None]
 
 
-@GENERATED
-@given(data=st.data())
-def test_any_shape_equals_the_reference(device, data):
-    """Random bits, NaNs and infinities among them; odd sizes, repeated ids, rows in any order."""
-    mla = data.draw(st.booleans())
-    layout = MLA if mla else LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
-    dtype = data.draw(st.sampled_from(VALUE_DTYPES))
-    tokens, num_heads = data.draw(st.integers(1, 17)), 1 if mla else data.draw(st.integers(1, 3))
-    head_size = data.draw(st.sampled_from([1, 5, 64, 80, 96, 128, 192, 256]))
-    store = Store(device, layout, dtype, tokens, num_heads, head_size)
-    programs = data.draw(st.sampled_from([1, 2, 1000]))
-
-    ids = data.draw(st.lists(st.integers(0, BLOCKS - 1), max_size=6))
-    rows = data.draw(st.permutations(range(BLOCKS)))[: len(ids)]
-    gap = data.draw(st.integers(0, 17))
+def check(store, ids, rows, gap, programs):
+    """Gathers blocks ``ids`` to ``rows`` and scatters them back, beside the reference."""
     chunk, expected = store.rows(BLOCKS, gap), store.rows(BLOCKS, gap)
     store.copier.gather(ids, chunk, rows, num_programs=programs)
     for row, block in zip(rows, ids, strict=True):
@@ -90,9 +77,30 @@ def test_any_shape_equals_the_reference(device, data):
     for cache, result in zip(store.caches, found, strict=True):
         assert torch.equal(cache.isnan(), result.isnan())
         assert torch.equal(bits(cache.nan_to_num(0)), bits(result.nan_to_num(0)))
+    untouched = [block for block in range(BLOCKS) if block not in different]
     for now, then in zip(planes_of(found, BLOCKS), planes_of(before, BLOCKS), strict=True):
-        untouched = [block for block in range(BLOCKS) if block not in different]
         assert torch.equal(bits(now[untouched]), bits(then[untouched]))
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "mla"])
+def test_every_layout_equals_the_reference(name, device):
+    layout, num_heads = (MLA, 1) if name == "mla" else (LAYOUTS[name], 3)
+    check(Store(device, layout, torch.bfloat16, 8, num_heads, 24), [7, 2, 10, 2], [1, 4, 3, 0], 0, 8)
+
+
+@GENERATED
+@given(data=st.data())
+def test_any_shape_equals_the_reference(device, data):
+    """Random bits, NaNs and infinities among them; odd sizes, repeated ids, rows in any order."""
+    mla = data.draw(st.booleans())
+    layout = MLA if mla else LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))]
+    dtype = data.draw(st.sampled_from(VALUE_DTYPES))
+    tokens, num_heads = data.draw(st.integers(1, 17)), 1 if mla else data.draw(st.integers(1, 3))
+    head_size = data.draw(st.sampled_from([1, 5, 64, 80, 96, 128, 192, 256]))
+    ids = data.draw(st.lists(st.integers(0, BLOCKS - 1), max_size=6))
+    rows = data.draw(st.permutations(range(BLOCKS)))[: len(ids)]
+    store = Store(device, layout, dtype, tokens, num_heads, head_size)
+    check(store, ids, rows, data.draw(st.integers(0, 17)), data.draw(st.sampled_from([1, 2, 1000])))
 
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
