@@ -31,6 +31,7 @@ from memos_vllm.kernels.reference import (
     scatter_reference,
 )
 from memos_vllm.kernels.rotary import RotaryShift
+from memos_vllm.store.host_memory import HostMemory
 from tests.kernels.kernel_factories import BLOCKS, DTYPES, LAYOUTS, MLA, ODD_LAYOUTS, POISON, VALUE_DTYPES, bits
 
 TOKENS, HEADS = 16, 4
@@ -101,6 +102,7 @@ def cases(device: str) -> Iterator[Case]:
                             f"{style} shift of {rotary_dim}, {name}, heads of {size}, {dtype}{', fp8' * fp8}",
                             lambda n=name, d=dtype, s=size, x=shift, f=fp8: _shift(device, n, d, s, x, f),
                         )
+    yield Case("copy to and from the host pool", lambda: _host_pool(device))
     yield Case("copy of a block behind 4 GiB", lambda: _far(device))
 
 
@@ -174,6 +176,27 @@ def _shift(device: str, name: str, dtype: torch.dtype, head_size: int, shift: Ro
         off = (head.view.double() - exact).abs()
         share = max(share, float(torch.where(off == 0, 0.0, off / limit).max()))
     return share
+
+
+def _host_pool(device: str) -> float:
+    """Slots in any order, where the transfer engine keeps KV; on a GPU the kernel reaches them over the link."""
+    cache = _anything(2, BLOCKS, TOKENS, HEADS, 64, dtype=torch.bfloat16, device=device)
+    planes = planes_of([cache], BLOCKS)
+    copier = BlockCopier(planes)
+    host = HostMemory(64, copier.row_bytes, True, torch.device(device))
+    slots = [40, 3, 4, 63, 0, 17, 18]
+    [group] = host.groups(slots)
+    copier.gather(IDS, group.matrix, group.rows)
+    _wait(device)
+    expected = _rows(len(IDS), copier.row_bytes, device, "device")
+    gather_reference(planes, IDS, expected)
+    share = _differs(group.matrix[slots], expected)
+    before = cache.clone()
+    cache[:, IDS] = 0
+    copier.scatter(group.matrix, IDS, group.rows)
+    _wait(device)
+    host.close()
+    return max(share, _differs(cache, before))
 
 
 def _far(device: str) -> float:
