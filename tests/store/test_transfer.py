@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
+from memos_vllm.kernels.heads import HeadShape, heads_of
 from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, planes_of
-from memos_vllm.kernels.reference import gather_reference, scatter_reference
+from memos_vllm.kernels.reference import gather_fp8_reference, gather_reference, scatter_reference
 from memos_vllm.store import host_memory, kv_file
 from memos_vllm.store.kv_file import read_blocks
 from memos_vllm.store.link import CpuLink
@@ -38,9 +39,9 @@ def small_pieces_and_segments(monkeypatch):
 class Rig:
     """A worker, its planes, and calls that wait for their result."""
 
-    def __init__(self, layout="cpu bf16", io_threads=2, root=None):
-        self.planes = planes_of(LAYOUTS[layout](), BLOCKS)
-        link = CpuLink(BlockCopier(self.planes), self.planes)
+    def __init__(self, layout="cpu bf16", io_threads=2, root=None, planes=None, copier=None):
+        self.planes = planes or planes_of(LAYOUTS[layout](), BLOCKS)
+        link = CpuLink(copier or BlockCopier(self.planes), self.planes)
         self.worker = TransferWorker(link, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
         self.root, self.ids = root, iter(range(10**9))
 
@@ -396,3 +397,23 @@ def test_operations_are_plain_data():
     for op in (Save(1, (2,), (3,)), Read(1, "c", "p", (0,), make_keys(0), (1,), None)):
         assert pickle.loads(pickle.dumps(op)) == op and dataclasses.asdict(op)
     assert pickle.loads(pickle.dumps(IDENTITY)).digest() == IDENTITY.digest()
+
+
+def test_an_fp8_store_takes_half_the_bytes_in_every_tier_and_comes_back_encoded_once(make_rig, tmp_path):
+    caches = [torch.randn(BLOCKS, 2, 16, 96).to(torch.bfloat16) for _ in range(2)]
+    planes = planes_of(caches, BLOCKS)
+    heads = heads_of(caches, BLOCKS, HeadShape(2, 48))
+    copier = BlockCopier(planes, heads, fp8=True)
+    rig = make_rig(copier=copier, planes=planes)
+    blocks, encoded = [3, 4, 9, 0], torch.zeros(4, copier.row_bytes, dtype=torch.uint8)
+    gather_fp8_reference(heads, copier.layout, blocks, encoded)
+    assert rig.save(blocks, range(4)).ok and rig.write(range(4), range(4)).ok
+    assert 0.5 < rig.worker.row_bytes / copier.block_bytes < 0.51
+    assert (tmp_path / "c.r0").stat().st_size < 4 * copier.row_bytes + 8192
+    assert rig.load(range(4), range(12, 16)).ok and rig.read(range(4), range(16, 20)).ok
+    again = torch.zeros_like(encoded)
+    for arrived in (range(12, 16), range(16, 20)):
+        copier.gather(list(arrived), again)
+        assert torch.equal(again, encoded), "what was decoded has the same code"
+        error = (caches[0][list(arrived)].float() - caches[0][blocks].float()).abs()
+        assert error.max() > 0 and (error <= caches[0][blocks].float().abs() * 2**-4 + 2**-9).all()
