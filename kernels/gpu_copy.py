@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .planes import block_bytes, plane_bytes
+from .uploads import Uploads
 
 WARPS = 16
 UNITS = tl.constexpr(128)
@@ -127,6 +128,7 @@ class GpuCopy:
         self._planes = list(planes)  # the tables hold their addresses
         self._device = planes[0].device
         self._row_bytes = block_bytes(planes)
+        self._uploads = Uploads(self._device)
         self._shapes = [runs_of(plane) for plane in planes]
         self.dims = max(len(outer) for _, outer in self._shapes)
         self.dims += self.dims % 2
@@ -161,7 +163,7 @@ class GpuCopy:
         copy_blocks[grid](
             self._table_on_device,
             tiles=tiles,
-            moves=moves_table(block_ids, chunk, rows, self._device),
+            moves=self._uploads.moves(block_ids, chunk, rows),
             num_tiles=num_tiles,
             tiles_per_row=len(tiles),
             num_warps=WARPS,
@@ -213,17 +215,6 @@ def runs_of(plane: Tensor) -> tuple[int, list[tuple[int, int]]]:
         else:
             outer.append((size, stride_bytes))
     return run_bytes, outer
-
-
-def moves_table(block_ids: Sequence[int], chunk: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
-    """Block ids beside the addresses of their rows, int64 ``[n, 2]`` on the device; nobody waits for the copy."""
-    base, stride = chunk.data_ptr(), chunk.stride(0)
-    moves = [(block, base + row * stride) for block, row in zip(block_ids, rows, strict=True)]
-    table = torch.tensor(moves, dtype=torch.int64).view(len(moves), 2)
-    if device.type == "cuda":
-        # The caching host allocator keeps the pages until the stream has read them.
-        table = table.pin_memory().to(device, non_blocking=True)
-    return table
 
 
 def lowest_bit(number: int) -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_copy import lowest_bit, moves_table
+from .gpu_copy import lowest_bit
 from .head_kernels import (
     BASE,
     BLOCK_STRIDE,
@@ -31,6 +31,7 @@ from .head_kernels import (
 from .heads import HeadView
 from .rotary import RotaryShift
 from .rows import RowLayout
+from .uploads import Uploads
 
 WARPS = 16
 ELEMENTS_PER_PROGRAM = 16384  # 32 per thread
@@ -84,6 +85,7 @@ class GpuHeads:
     def __init__(self, heads: Sequence[HeadView], layout: RowLayout) -> None:
         self._heads = list(heads)  # the tables hold their addresses
         self._device = heads[0].view.device
+        self._uploads = Uploads(self._device)
         self._layout, self._fp8 = layout, layout.scale_starts is not None
         lines: dict[SlabShape, list[list[int]]] = {}
         for number, head in enumerate(heads):
@@ -123,9 +125,7 @@ class GpuHeads:
         shift: RotaryShift | None,
         num_programs: int,
     ) -> None:
-        angles = torch.stack([shift.cos, shift.sin]) if shift else torch.zeros(2, 1)
-        if self._device.type == "cuda":
-            angles = angles.pin_memory().to(self._device, non_blocking=True)
+        angles = self._uploads.send(torch.stack([shift.cos, shift.sin]) if shift else torch.zeros(2, 1))
         for shape, arguments, grid, aligned in self._launches(block_ids, chunk, rows, num_programs):
             turned = shift if shape in self._with_keys else None  # heads of V may be smaller
             constants = shape.scatter_constants(*aligned, self._fp8, turned)
@@ -135,7 +135,7 @@ class GpuHeads:
         self, block_ids: Sequence[int], chunk: Tensor, rows: Sequence[int], num_programs: int
     ) -> Iterator[tuple[SlabShape, dict[str, Any], tuple[int], tuple[int, int]]]:
         """One per shape of slabs, and most models have one: arguments, grid, and alignment of blocks and rows."""
-        moves = moves_table(block_ids, chunk, rows, self._device)
+        moves = self._uploads.moves(block_ids, chunk, rows)
         for shape, table in self._tables.items():
             num_slabs = len(block_ids) * len(table)
             arguments = {
