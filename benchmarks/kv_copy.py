@@ -125,7 +125,10 @@ def _copies(rig: Rig, shape: Shape, options: Options, plan: CopyPlan) -> Iterato
         yield from kv_copy_gpu.copies(rig, shape, options.repeats, plan)
         return
     limit = HostCopy(shape.size_bytes)
-    for direction, run in {"load": rig.load, "save": rig.save, "both": rig.both}.items():
+    runs = {"load": rig.load, "save": rig.save}
+    if shape.num_blocks > 1:
+        runs["both"] = rig.both
+    for direction, run in runs.items():
         yield row("engine", direction, shape, paired(run, limit.run, options.repeats, lambda: None))
 
 

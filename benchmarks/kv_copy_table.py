@@ -166,8 +166,12 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     total = max(_size(one) for one in copies)
     copies = [one for one in copies if _size(one) == total]
     panels = sorted({(one["direction"], one.get("cache", "")) for one in copies}, key=lambda p: _order((*p, "engine")))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8), squeeze=False)
-    for axis, (direction, cache) in zip(axes[0], panels, strict=True):
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.4 * columns, 0.8 + 3.0 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (direction, cache) in zip(axes.flat, panels, strict=False):
         cells = [one for one in copies if (one["direction"], one.get("cache", "")) == (direction, cache)]
         for arm, color in COLORS.items():
             line = sorted((one["fragment_bytes"], one["gb_per_s"]) for one in cells if one["arm"] == arm)
@@ -183,7 +187,8 @@ def plot(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e5e5e5", linewidth=0.6)
         axis.set_axisbelow(True)
-    axes[0, 0].set_ylabel("GB/s")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("GB/s")
     figure.suptitle(f"{size_name(total)} at a time, by contiguous bytes on the device", x=0.01, ha="left", fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

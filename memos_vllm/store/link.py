@@ -6,6 +6,7 @@ publish, free or reuse both sides, and nobody before.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from memos_vllm.store.fragments import fragment_views
 from memos_vllm.store.host_memory import RowGroup
 from memos_vllm.store.kv_file import Row, items_per_piece
 from memos_vllm.store.pipeline import Device, Landed, LoadPipeline, Method, SavePipeline
+
+logger = logging.getLogger(__name__)
 
 
 class Link(ABC):
@@ -130,5 +133,9 @@ def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> L
     copier.warm_up()
     if copier.device.type != "cuda":
         return CpuLink(copier, planes)
-    device = CudaDevice(copier, planes, items_per_piece(copier.row_bytes))
+    piece_blocks = items_per_piece(copier.row_bytes)
+    fragment = (copier.row_bytes // len(planes), piece_blocks * len(planes))
+    device = CudaDevice(copier, planes, piece_blocks)
+    methods = {each.value: plan.choose(each, *fragment, device.methods).value for each in Direction}
+    logger.info("KV copies in pieces of %d x %d bytes: %s", fragment[1], fragment[0], methods)
     return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan)
