@@ -125,11 +125,11 @@ def _copies(rig: Rig, shape: Shape, options: Options, plan: CopyPlan) -> Iterato
         yield from kv_copy_gpu.copies(rig, shape, options.repeats, plan)
         return
     limit = HostCopy(shape.size_bytes)
-    runs = {"load": rig.load, "save": rig.save}
+    runs = {"load": (rig.load, limit.load), "save": (rig.save, limit.save)}
     if shape.num_blocks > 1:
-        runs["both"] = rig.both
-    for direction, run in runs.items():
-        yield row("engine", direction, shape, paired(run, limit.run, options.repeats, lambda: None))
+        runs["both"] = (rig.both, limit.load)
+    for direction, (run, copy) in runs.items():
+        yield row("engine", direction, shape, paired(run, copy, options.repeats, lambda: None))
 
 
 def _files(rig: Rig, shape: Shape, options: Options) -> Iterator[Row]:

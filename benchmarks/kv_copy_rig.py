@@ -14,6 +14,7 @@ import torch
 
 from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.store.copy_planner import CopyPlan
+from memos_vllm.store.host_memory import HostMemory
 from memos_vllm.store.identity import FORMAT_VERSION, KVIdentity
 from memos_vllm.store.kv_file import PIECE_BYTES
 from memos_vllm.store.link import link_for
@@ -179,13 +180,22 @@ class Rig:
 
 
 class HostCopy:
-    """The limit in CPU memory: numpy's memcpy of as many bytes, one thread, into memory that was touched before."""
+    """The limit in CPU memory: one memcpy of as many bytes, one thread, between memory of the same two kinds.
+
+    Blocks lie in torch's memory, in pages of 4 KiB; host slots in huge pages. Both were touched before.
+    """
 
     def __init__(self, size_bytes: int) -> None:
-        self._source, self._target = np.ones(size_bytes, np.uint8), np.ones(size_bytes, np.uint8)
+        self._blocks = torch.ones(size_bytes, dtype=torch.uint8).numpy()
+        (group,) = HostMemory(1, size_bytes, False, torch.device("cpu")).groups([0])
+        self._slots = group.matrix[0].numpy()
+        self._slots.fill(1)
 
-    def run(self) -> None:
-        np.copyto(self._target, self._source)
+    def load(self) -> None:
+        np.copyto(self._blocks, self._slots)
+
+    def save(self) -> None:
+        np.copyto(self._slots, self._blocks)
 
 
 class FileRead:
