@@ -9,7 +9,8 @@ counted in its disassembly (nvdisasm). ``spills`` counts instructions that read 
     load_bits, store_bits    the widest global access that moves KV
     loads, stores            all global accesses of one turn of the loop, by width; the narrow ones read tables
 
-Aligned bfloat16 has 128 bits both ways. Where rows hold fp8, that side has half as many bytes to move.
+Aligned bfloat16 has 128 bits both ways. Where rows hold fp8, that side has half as many bytes to move. The
+exit code is 1 if a kernel spills.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Variant:
     function: Any  # of triton.jit
     signature: dict[str, str]
     constants: dict[str, Any]
-    num_warps: int
+    options: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print(rows)
     if arguments.json:
         report.write_json(arguments.json, "kernel_report", {"target": targets, "kernel": arguments.kernel}, rows)
-    return 0
+    return 1 if any(map(_spills, rows)) else 0
 
 
 def variants() -> list[Variant]:
@@ -81,7 +82,7 @@ def examine(variant: Variant, target: str) -> dict[str, Any]:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", TARGETS[target], 32),
-        options={"num_warps": variant.num_warps, "enable_fp_fusion": True},
+        options={**variant.options, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -114,12 +115,12 @@ def _copies() -> Iterator[Variant]:
                 gpu_copy.copy_blocks,
                 gpu_copy.SIGNATURE,
                 gpu_copy.Variant(vec, dims, to_rows).constants,
-                gpu_copy.WARPS,
+                gpu_copy.LAUNCH,
             )
 
 
 def _encoders() -> Iterator[Variant]:
-    from memos_vllm.kernels import gpu_heads, head_kernels
+    from memos_vllm.kernels import gpu_copy, gpu_heads, head_kernels
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_size, tokens in [(64, 16), (80, 16), (128, 16), (128, 64), (256, 16), (576, 64)]:
@@ -129,12 +130,12 @@ def _encoders() -> Iterator[Variant]:
                     head_kernels.encode_slabs,
                     head_kernels.ENCODE_SIGNATURE,
                     gpu_heads.SlabShape(dtype, 1, tokens, head_size).encode_constants(16, 16),
-                    gpu_heads.WARPS,
+                    gpu_copy.LAUNCH,
                 )
 
 
 def _scatters() -> Iterator[Variant]:
-    from memos_vllm.kernels import gpu_heads, head_kernels
+    from memos_vllm.kernels import gpu_copy, gpu_heads, head_kernels
 
     shifts = {  # name -> head size, pairs, style, first element
         "": (128, 0, "neox", 0),
@@ -156,7 +157,7 @@ def _scatters() -> Iterator[Variant]:
                     head_kernels.scatter_slabs,
                     head_kernels.SCATTER_SIGNATURE,
                     gpu_heads.SlabShape(dtype, 1, 16, head_size).scatter_constants(16, 16, fp8, shift),
-                    gpu_heads.WARPS,
+                    gpu_copy.LAUNCH,
                 )
 
 
@@ -195,8 +196,11 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(*map(str, row.values()))
     console = report.console()
     console.print(table)
-    spilled = [row for row in rows if row["spills"] or row["stack_bytes"]]
-    console.print(f"{len(rows)} compilations, {len(spilled)} with spills", highlight=False)
+    console.print(f"{len(rows)} compilations, {sum(map(_spills, rows))} with spills", highlight=False)
+
+
+def _spills(row: dict[str, Any]) -> bool:
+    return row["spills"] > 0 or row["stack_bytes"] > 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

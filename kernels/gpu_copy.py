@@ -22,13 +22,14 @@ from torch import Tensor
 from .planes import block_bytes, plane_bytes
 from .uploads import Uploads
 
-WARPS = 16
+LAUNCH = {"num_warps": 16, "maxnreg": 128}
+"""All the registers that 512 threads can have. Left to itself, ptxas saves some for a second program on the SM, which
+is not there, and spills (``benchmarks.kernel_report``)."""
 UNITS = tl.constexpr(128)
 TILES = tl.constexpr(16)
 """16 warps with four units of 16 bytes per thread: 32 KiB are on their way per program, so that eight programs
 cover 8 * 32 KiB / 0.7 us = 370 GB/s at a latency of 0.7 us, several times a PCIe 5 link's 55 GB/s. Arithmetic, not
 a measurement."""
-DEFAULT_PROGRAMS = 8
 
 # Columns of the table of planes, int64; sizes and strides are in bytes.
 BASE = tl.constexpr(0)
@@ -166,7 +167,7 @@ class GpuCopy:
             moves=self._uploads.moves(block_ids, chunk, rows),
             num_tiles=num_tiles,
             tiles_per_row=len(tiles),
-            num_warps=WARPS,
+            **LAUNCH,
             **variant.constants,
         )
 

@@ -1,7 +1,7 @@
 """Gather with fp8 encoding, and scatter with fp8 decoding and rotary shifts, on a GPU: one pass over the data.
 
 The piece of work is a *slab*: one head of K or V of one block, ``[tokens, head_size]``. All slabs of all
-layers stand in a table on the device; a program takes as many at a time as make 16,384 elements.
+layers stand in a table on the device; a program takes several at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_copy import lowest_bit
+from .gpu_copy import LAUNCH, lowest_bit
 from .head_kernels import (
     BASE,
     BLOCK_STRIDE,
@@ -33,8 +33,10 @@ from .rotary import RotaryShift
 from .rows import RowLayout
 from .uploads import Uploads
 
-WARPS = 16
-ELEMENTS_PER_PROGRAM = 16384  # 32 per thread
+ENCODED_ELEMENTS = 8192
+SCATTERED_BYTES = 32768
+"""What a program takes at a time: 16 elements per thread, or 64 bytes. With twice as many, registers are spilled
+(``benchmarks.kernel_report``)."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,25 @@ class SlabShape:
     tokens_per_part: int
     head_size: int
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """TOKENS and SLABS: how many of both fit a program."""
+    def _tile(self, elements: int) -> dict[str, Any]:
+        """TOKENS and SLABS: how many of both make so many elements."""
         dims = triton.next_power_of_2(self.head_size)
-        tokens = min(triton.next_power_of_2(self.parts * self.tokens_per_part), max(1, ELEMENTS_PER_PROGRAM // dims))
+        tokens = min(triton.next_power_of_2(self.parts * self.tokens_per_part), max(1, elements // dims))
         return {
             "DTYPE": getattr(tl, str(self.dtype).removeprefix("torch.")),
             "TOKENS": tokens,
-            "SLABS": max(1, ELEMENTS_PER_PROGRAM // (dims * tokens)),
+            "SLABS": max(1, elements // (dims * tokens)),
         }
 
     def encode_constants(self, align: int, row_align: int) -> dict[str, Any]:
         dims = triton.next_power_of_2(self.head_size)
         sizes = {"ALIGN": align, "ROW_ALIGN": row_align, "HEAD_SIZE": self.head_size, "DIMS": dims}
-        return self.constants | sizes
+        return self._tile(ENCODED_ELEMENTS) | sizes
 
     def scatter_constants(self, align: int, row_align: int, fp8: bool, shift: RotaryShift | None) -> dict[str, Any]:
         half = len(shift.cos) if shift else 0
         rest = self.head_size - 2 * half
-        return self.constants | {
+        return self._tile(SCATTERED_BYTES // self.dtype.itemsize) | {
             "LARGEST": torch.finfo(self.dtype).max,
             "ALIGN": align,
             "ROW_ALIGN": row_align,
@@ -108,13 +109,14 @@ class GpuHeads:
     def gather(self, block_ids: Sequence[int], out: Tensor, rows: Sequence[int], num_programs: int) -> None:
         """Encodes; only with an fp8 layout."""
         assert self._fp8
-        for shape, arguments, grid, aligned in self._launches(block_ids, out, rows, num_programs):
-            encode_slabs[grid](
+        for shape, arguments, aligned in self._launches(block_ids, out, rows):
+            constants = shape.encode_constants(*aligned)
+            encode_slabs[_grid(arguments, constants, num_programs)](
                 **arguments,
                 padding_start=self._layout.padding_start,
                 padding_bytes=self._layout.row_bytes - self._layout.padding_start,
-                num_warps=WARPS,
-                **shape.encode_constants(*aligned),
+                **LAUNCH,
+                **constants,
             )
 
     def scatter(
@@ -126,33 +128,36 @@ class GpuHeads:
         num_programs: int,
     ) -> None:
         angles = self._uploads.send(torch.stack([shift.cos, shift.sin]) if shift else torch.zeros(2, 1))
-        for shape, arguments, grid, aligned in self._launches(block_ids, chunk, rows, num_programs):
+        for shape, arguments, aligned in self._launches(block_ids, chunk, rows):
             turned = shift if shape in self._with_keys else None  # heads of V may be smaller
             constants = shape.scatter_constants(*aligned, self._fp8, turned)
-            scatter_slabs[grid](**arguments, angles=angles, num_warps=WARPS, **constants)
+            grid = _grid(arguments, constants, num_programs)
+            scatter_slabs[grid](**arguments, angles=angles, **LAUNCH, **constants)
 
     def _launches(
-        self, block_ids: Sequence[int], chunk: Tensor, rows: Sequence[int], num_programs: int
-    ) -> Iterator[tuple[SlabShape, dict[str, Any], tuple[int], tuple[int, int]]]:
-        """One per shape of slabs, and most models have one: arguments, grid, and alignment of blocks and rows."""
+        self, block_ids: Sequence[int], chunk: Tensor, rows: Sequence[int]
+    ) -> Iterator[tuple[SlabShape, dict[str, Any], tuple[int, int]]]:
+        """One per shape of slabs, and most models have one: arguments, and alignment of blocks and of rows."""
         moves = self._uploads.moves(block_ids, chunk, rows)
         for shape, table in self._tables.items():
-            num_slabs = len(block_ids) * len(table)
             arguments = {
                 "slabs": table,
                 "moves": moves,
-                "num_slabs": num_slabs,
+                "num_slabs": len(block_ids) * len(table),
                 "slabs_per_row": len(table),
                 "tokens": shape.parts * shape.tokens_per_part,
                 "tokens_per_part": shape.tokens_per_part,
             }
-            grid = (max(1, min(num_programs, triton.cdiv(num_slabs, shape.constants["SLABS"]))),)
             align, row_align = self._alignments[shape]
             row_align = lowest_bit(row_align | chunk.data_ptr() | chunk.stride(0))
             needed = 1 if self._fp8 else shape.dtype.itemsize
             if row_align < needed:
                 raise ValueError(f"the rows of the chunk must be aligned to {needed} bytes, not {row_align}")
-            yield shape, arguments, grid, (align, row_align)
+            yield shape, arguments, (align, row_align)
+
+
+def _grid(arguments: dict[str, Any], constants: dict[str, Any], num_programs: int) -> tuple[int]:
+    return (max(1, min(num_programs, triton.cdiv(arguments["num_slabs"], constants["SLABS"]))),)
 
 
 def _slab_lines(number: int, head: HeadView, layout: RowLayout) -> list[list[int]]:

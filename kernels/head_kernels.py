@@ -77,7 +77,7 @@ def encode_slabs(
             token = begin + tl.arange(0, TOKENS)[None, :]
             mask = (inside[:, None] & (token < tokens))[:, :, None] & (dim < HEAD_SIZE)
             source = _pointers(slab, block, inside, token, tokens_per_part, PART_STRIDE, TOKEN_STRIDE, DTYPE, ALIGN)
-            # Read a second time, but from the cache: the slabs of one program take 32 or 64 KiB.
+            # Read a second time, but from the cache: the slabs of one program take 16 or 32 KiB.
             values = tl.load(source + dim, mask, 0.0)
             target = _pointers(
                 slab, start, inside, token, tokens_per_part, ROW_PART_STRIDE, ROW_TOKEN_STRIDE, tl.uint8, ROW_ALIGN
