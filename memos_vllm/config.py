@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from memos_vllm.errors import ConfigError
 
@@ -104,6 +104,18 @@ class KVConfig(Section):
 
     io_threads: int = Field(default=2, ge=1, le=64)
     """Threads for disk reads and writes, per rank."""
+
+    store_dtype: Literal["auto", "fp8"] = "auto"
+    """How KV is kept off the GPU: as it is (exact), or as fp8 in half the bytes (approximate)."""
+
+    @model_validator(mode="after")
+    def _approximate_only_with_memory(self) -> Self:
+        if self.store_dtype == "fp8" and self.save == "all":
+            raise ValueError(
+                "'save: all' would give requests without memory approximate KV; "
+                "with 'store_dtype: fp8' use 'save: memory'"
+            )
+        return self
 
 
 class BuildConfig(Section):

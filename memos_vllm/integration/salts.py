@@ -23,6 +23,14 @@ def salt_of(secret: bytes, who: Principal, kv_epoch: int) -> str:
     return _PREFIX + digest.hex()
 
 
+def of_store(salt: str, store_dtype: str) -> str:
+    """Sets apart what goes through an approximate store, in the GPU's prefix cache too.
+
+    The tag of what is stored stays the user's, so that a deletion finds KV of either kind.
+    """
+    return salt if store_dtype == "auto" else f"{salt}:{store_dtype}"
+
+
 def combine(salt: str, client_salt: str | None) -> str:
     """A client's own salt narrows further; it cannot leave the user's."""
     if not client_salt:

@@ -36,7 +36,8 @@ class MemosState:
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:
-        return salts.salt_of(self.secret, who, self.service.kv_epoch(who))
+        salt = salts.salt_of(self.secret, who, self.service.kv_epoch(who))
+        return salts.of_store(salt, self.config.kv.store_dtype)
 
     async def forget_kv(self, who: Principal, first: int, end: int) -> dict[str, int]:
         """Removes the KV of past epochs, ``first`` to before ``end``; blocks and scenes, over all engines.
