@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
@@ -17,12 +17,21 @@ from memos_vllm.types import Principal
 router = APIRouter(prefix="/v1/memories", tags=["Memos"])
 
 
-class AddBody(Body):
+class NewMemory(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
     text: str
     type: str = "fact"
     pinned: bool = False
     tags: list[str] = []
     session: str | None = None
+
+
+class AddBody(NewMemory, Body):
+    """One memory, or ``memories``."""
+
+    text: str | None = None  # type: ignore[assignment]
+    memories: list[NewMemory] | None = None
 
 
 class UpdateBody(Body):
@@ -42,20 +51,22 @@ class SearchBody(Body):
 @router.post("")
 @answers_errors
 async def add(raw_request: Request) -> Any:
+    """One memory, or with ``memories`` a list of them, which is stored as a whole or not at all."""
     state = state_of(raw_request)
     body: AddBody = await parse_body(raw_request, AddBody)
     who = principal(raw_request, state, body.user)
-    record = await asyncio.to_thread(
-        state.service.add,
-        who,
-        body.text,
-        type=body.type,
-        pinned=body.pinned,
-        tags=tuple(body.tags),
-        session=body.session,
-        origin={"source": "api"},
-    )
-    return record.as_json()
+    if body.memories is None:
+        if body.text is None:
+            raise RequestError("'text' is missing; give a text, or 'memories' with a list of memories")
+        return (await asyncio.to_thread(state.service.add, who, **_values(body))).as_json()
+    if beside := body.model_fields_set - {"memories", "user"}:
+        raise RequestError(f"'{min(beside)}' stands beside 'memories'; put it into each of them")
+    records = await asyncio.to_thread(state.service.add_many, who, [_values(memory) for memory in body.memories])
+    return {"object": "list", "data": [record.as_json() for record in records]}
+
+
+def _values(memory: NewMemory) -> dict[str, Any]:
+    return {**memory.model_dump(include=set(NewMemory.model_fields)), "origin": {"source": "api"}}
 
 
 @router.get("")

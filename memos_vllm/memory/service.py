@@ -65,15 +65,24 @@ class MemoryService:
         origin: Mapping[str, Any] | None = None,
     ) -> MemoryRecord:
         """Stores a text as it is: no deduplication, nothing is superseded."""
-        values = {
-            "text": inputs.check_text(text),
-            "type": inputs.check_type(type),
-            "pinned": inputs.check_pinned(pinned),
-            "tags": inputs.check_tags(tags),
-            "session": inputs.check_session(session),
-            "origin": dict(origin or {}),
-        }
+        values = inputs.check_memory(
+            {"text": text, "type": type, "pinned": pinned, "tags": tags, "session": session, "origin": origin}
+        )
         return self._store.write(who, lambda user: user.insert(self._now(), **values))
+
+    def add_many(self, who: Principal, memories: Iterable[Mapping[str, Any]]) -> Sequence[MemoryRecord]:
+        """Like ``add`` for each, in one transaction: all are stored, or none.
+
+        Args:
+            memories: the arguments of ``add`` by name, at most ``inputs.MAX_BATCH``.
+        """
+        checked = inputs.check_batch(memories)
+
+        def insert(user: UserWriter) -> Sequence[MemoryRecord]:
+            now = self._now()
+            return [user.insert(now, **values) for values in checked]
+
+        return self._store.write(who, insert)
 
     def get(self, who: Principal, memory_id: str) -> MemoryRecord:
         """

@@ -1,7 +1,8 @@
 """Plaintext memory on disk: one LMDB environment, the single source of truth.
 
-Any number of threads and processes may read and write. A write is one LMDB transaction and returns
-once it is synced. The map starts small and doubles when it is full, up to a maximum.
+Any number of threads and processes may read and write. A write returns once its LMDB transaction is
+synced; writes of several threads at the same time share a transaction (``group_commit``). The map
+starts small and doubles when it is full, up to a maximum.
 
 LMDB cannot resize its map while this process has transactions open, so transactions hold the
 ``Gate`` shared and a resize holds it alone.
@@ -13,7 +14,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ import lmdb
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
 from memos_vllm.memory import tables
 from memos_vllm.memory.gate import Gate
+from memos_vllm.memory.group_commit import GroupCommit, Write
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import Principal
 
@@ -54,6 +56,7 @@ class MemoryStore:
         self._path = path
         self._max_map_bytes = max(max_map_bytes, MIN_MAP_BYTES)
         self._gate = Gate()
+        self._writes = GroupCommit(self._commit)
         self._pid = os.getpid()
         self._env = _open(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
         try:
@@ -88,10 +91,13 @@ class MemoryStore:
             raise StoreError(f"the memory store {self._path} cannot be read: {error}") from error
 
     def write(self, who: Principal, work: Callable[[UserWriter], T], *, frees: bool = False) -> T:
-        """Runs ``work`` in one transaction; on return it is on disk, on any error none of it is.
+        """Runs ``work`` in a transaction; on return it is on disk, on any error none of it is.
+
+        What ``work`` raises reaches this caller alone: other writes of the same commit stand.
 
         Args:
-            work: may be called again where the map has to grow, so it must have no other effect.
+            work: may run in another writer's thread, and again where the map has to grow, so it must
+                have no other effect.
             frees: it deletes, and may use ``DELETE_RESERVE_BYTES``.
 
         Raises:
@@ -100,13 +106,8 @@ class MemoryStore:
         """
         limit_bytes = self._max_map_bytes + (DELETE_RESERVE_BYTES if frees else 0)
         try:
-            while True:
-                try:
-                    return self._try_write(who, work)
-                except lmdb.MapFullError as error:
-                    self._grow(limit_bytes, error)
-        except lmdb.Error as error:
-            raise self._failed(error) from error
+            result: T = self._writes.submit(Write(who, work, limit_bytes))
+            return result
         finally:
             if frees:
                 self._shrink_to_maximum()
@@ -127,11 +128,60 @@ class MemoryStore:
             "max_map_bytes": self._max_map_bytes,
         }
 
-    def _try_write(self, who: Principal, work: Callable[[UserWriter], T]) -> T:
+    def _commit(self, group: Sequence[Write]) -> None:
+        """One transaction for all; where that fails, one for each, so that a failure has one owner."""
+        if len(group) > 1:
+            try:
+                self._commit_together(group)
+                return
+            except (StoreError, lmdb.Error):
+                pass  # said again below, to whom it belongs
+        for write in group:
+            try:
+                write.finish(self._grown(write.limit_bytes, lambda write=write: self._try_write(write)))
+            except lmdb.Error as error:
+                failure = self._failed(error)
+                failure.__cause__ = error
+                write.finish(error=failure)
+            except Exception as error:
+                write.finish(error=error)
+
+    def _commit_together(self, group: Sequence[Write]) -> None:
+        """Each write in a child transaction, which its error takes back without the others."""
+
+        def attempt() -> list[tuple[Any, Exception | None]]:
+            outcomes: list[tuple[Any, Exception | None]] = []
+            with self._begin(write=True) as txn:
+                for write in group:
+                    try:
+                        with self._env.begin(write=True, parent=txn) as child:
+                            outcomes.append((self._run(child, write), None))
+                    except lmdb.Error:
+                        raise
+                    except Exception as error:
+                        outcomes.append((None, error))
+            return outcomes
+
+        outcomes = self._grown(min(write.limit_bytes for write in group), attempt)
+        for write, (result, error) in zip(group, outcomes, strict=True):
+            write.finish(result, error)
+
+    def _grown(self, limit_bytes: int, attempt: Callable[[], T]) -> T:
+        """Attempts again with a larger map, as long as it may grow."""
+        while True:
+            try:
+                return attempt()
+            except lmdb.MapFullError as error:
+                self._grow(limit_bytes, error)
+
+    def _try_write(self, write: Write) -> Any:
         with self._begin(write=True) as txn:
-            user = UserWriter(txn, self._dbs, who)
-            result = work(user)
-            user.finish()
+            return self._run(txn, write)
+
+    def _run(self, txn: lmdb.Transaction, write: Write) -> Any:
+        user = UserWriter(txn, self._dbs, write.who)
+        result = write.work(user)
+        user.finish()
         return result
 
     @contextmanager

@@ -36,6 +36,16 @@ def test_add_read_change_list_search_delete(memos: Memos, key: str) -> None:
     assert "pilot" not in memos.answer(key, "What is my job?")
 
 
+def test_a_batch_is_stored_whole(memos: Memos, key: str) -> None:
+    batch = {"memories": [{"text": f"Ferry {i} leaves at seven.", "tags": ["ferry"]} for i in range(50)]}
+    added = memos.call("POST", "/v1/memories", key, json=batch).json()["data"]
+    assert memos.call("GET", "/v1/memories?tag=ferry", key).json()["data"] == added and len(added) == 50
+    batch["memories"][1]["text"] = " "
+    refused = memos.call("POST", "/v1/memories", key, json=batch)
+    assert refused.status_code == 400 and "memories[1]" in refused.json()["error"]["message"]
+    assert len(memos.call("GET", "/v1/memories?tag=ferry", key).json()["data"]) == 50
+
+
 def test_nobody_else_sees_or_touches_it(memos: Memos, key: str) -> None:
     added = memos.call("POST", "/v1/memories", key, json={"text": "My job is baker."}).json()
     path = f"/v1/memories/{added['id']}"
@@ -66,6 +76,8 @@ def test_deleting_makes_the_kv_unreachable_and_says_so(memos: Memos, key: str) -
         ("POST", "/v1/memories", {"json": {"text": "x", "colour": 1}}, 400, "'colour'"),
         ("POST", "/v1/memories", {"json": {"text": " "}}, 400, "text"),
         ("POST", "/v1/memories", {"json": {"text": "x", "type": "poem"}}, 400, "poem"),
+        ("POST", "/v1/memories", {"json": {"memories": [], "text": "x"}}, 400, "'text' stands beside 'memories'"),
+        ("POST", "/v1/memories", {"json": {"memories": [{"txt": "x"}]}}, 400, "memories.0.text"),
         ("POST", "/v1/memories", {"content": b"{"}, 400, "JSON"),
         ("POST", "/v1/memories/search", {"json": {"query": "x", "top_k": 0}}, 400, "'top_k'"),
         ("PATCH", "/v1/memories/unknown", {"json": {"text": "x"}}, 404, "unknown"),
