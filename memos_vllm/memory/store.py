@@ -10,8 +10,6 @@ LMDB cannot resize its map while this process has transactions open, so transact
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +20,10 @@ from typing import Any, TypeVar
 import lmdb
 
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
-from memos_vllm.memory import tables
+from memos_vllm.memory import environment, tables
 from memos_vllm.memory.gate import Gate
 from memos_vllm.memory.group_commit import GroupCommit, Write
-from memos_vllm.memory.transactions import UserReader, UserWriter
+from memos_vllm.memory.transactions import Tables, UserReader, UserWriter
 from memos_vllm.types import Principal
 
 FIRST_MAP_BYTES = 64 * 2**20
@@ -36,7 +34,6 @@ DELETE_RESERVE_BYTES = 2**20
 and a full store that cannot delete could never be anything else."""
 
 LOW_DISK_BYTES = 2**20
-_MAX_READERS = 1024
 T = TypeVar("T")
 
 
@@ -58,7 +55,7 @@ class MemoryStore:
         self._gate = Gate()
         self._writes = GroupCommit(self._commit)
         self._pid = os.getpid()
-        self._env = _open(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
+        self._env = environment.open_for_writing(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
         try:
             self._env.reader_check()  # slots of processes that were killed
             self._dbs = self._open_tables()
@@ -67,7 +64,7 @@ class MemoryStore:
             raise DataDirError(f"the memory map of {path} is full; raise memory.max_map_bytes") from error
         except (lmdb.Error, OSError) as error:
             self._env.close()
-            raise _unusable(path, error) from error
+            raise environment.unusable(path, error) from error
         except DataDirError:
             self._env.close()
             raise
@@ -111,6 +108,18 @@ class MemoryStore:
         finally:
             if frees:
                 self._shrink_to_maximum()
+
+    def maintain(self, work: Callable[[lmdb.Transaction, Tables], T]) -> T:
+        """Runs ``work`` on all users' tables in one transaction; errors as ``write``."""
+
+        def attempt() -> T:
+            with self._begin(write=True) as txn:
+                return work(txn, self._dbs)
+
+        try:
+            return self._grown(self._max_map_bytes + DELETE_RESERVE_BYTES, attempt)
+        except lmdb.Error as error:
+            raise self._failed(error) from error
 
     def stats(self) -> dict[str, int]:
         """Entries, and bytes of the map and of the pages in use or freed for reuse."""
@@ -209,13 +218,13 @@ class MemoryStore:
                     f"the memory store {self._path} is full at {self._max_map_bytes} bytes and nothing of this write "
                     "was stored; delete memories or raise memory.max_map_bytes"
                 ) from error
-            self._env.set_mapsize(_whole_pages(min(2 * map_bytes, limit_bytes)))
+            self._env.set_mapsize(environment.whole_pages(min(2 * map_bytes, limit_bytes)))
 
     def _shrink_to_maximum(self) -> None:
         """Takes the reserve back; LMDB keeps what is in use."""
         if self._env.info()["map_size"] > self._max_map_bytes:
             with self._gate.alone():
-                self._env.set_mapsize(_whole_pages(self._max_map_bytes))
+                self._env.set_mapsize(environment.whole_pages(self._max_map_bytes))
 
     def _failed(self, error: lmdb.Error) -> StoreError:
         # LMDB reports a disk that fills up within a write as an input/output error.
@@ -240,62 +249,3 @@ class MemoryStore:
             txn.put(b"schema_version", str(schema).encode(), db=meta)
             txn.put(b"next_owner", b"1", db=meta, overwrite=False)
         return dbs
-
-
-def _open(path: Path, map_bytes: int) -> lmdb.Environment:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        env = lmdb.open(
-            str(path),
-            map_size=_whole_pages(map_bytes),
-            max_dbs=len(tables.NAMES),
-            max_readers=_MAX_READERS,
-            mode=0o600,
-        )
-    except (lmdb.Error, OSError) as error:
-        raise _unusable(path, error) from error
-    try:
-        _check_length(env, path / "data.mdb")
-    except DataDirError:
-        env.close()
-        raise
-    return env
-
-
-def _check_length(env: lmdb.Environment, file: Path) -> None:
-    """Reading a page beyond the end of a truncated file would kill the process (SIGBUS).
-
-    A sound file may be short too, by pages that its last transaction took and gave back. So the end
-    is filled with zeros, and every table must still be readable.
-    """
-    have_bytes, want_bytes = file.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    if have_bytes >= want_bytes:
-        return
-    os.truncate(file, want_bytes)
-    try:
-        with env.begin() as txn:
-            for name in [key for key, _ in txn.cursor()]:
-                for _, value in txn.cursor(db=env.open_db(name, txn, create=False)):
-                    if name in (b"records", b"versions", b"sessions"):
-                        json.loads(value)
-    except (lmdb.Error, ValueError) as error:
-        os.truncate(file, have_bytes)
-        raise DataDirError(
-            f"{file} is damaged: {want_bytes - have_bytes} bytes are missing; restore it from a backup"
-        ) from error
-
-
-def _unusable(path: Path, error: Exception) -> DataDirError:
-    if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
-        return DataDirError(f"{path / 'data.mdb'} is damaged or no LMDB file ({error}); restore it from a backup")
-    if "already open" in str(error):
-        return DataDirError(f"this process has the memory store {path} open already; use the one MemoryStore it has")
-    if isinstance(error, lmdb.DiskError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    ):
-        return DataDirError(f"no space left for the memory store {path}; free some or set data_dir elsewhere")
-    return DataDirError(f"cannot use {path} as the memory store: {error}; check data_dir and its permissions")
-
-
-def _whole_pages(size_bytes: int) -> int:
-    return -(-size_bytes // 4096) * 4096

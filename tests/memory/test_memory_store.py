@@ -208,6 +208,9 @@ def test_remember_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     service._store.close()
 
 
+RLIM_INFINITY = resource.RLIM_INFINITY
+
+
 def limit_file_size(size_bytes: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -224,7 +227,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(StoreFull, match=r"disk .* is full"):
             service.add(ALICE, "x" * MIB)
     finally:
-        limit_file_size(resource.RLIM_INFINITY)
+        limit_file_size(RLIM_INFINITY)
     assert texts(service.list(ALICE).records) == ["before"]
     service.add(ALICE, "x" * MIB)
     assert len(service.list(ALICE).records) == 2

@@ -13,6 +13,8 @@ BASE = {"types", "errors", "config", "activation", "data_dir"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "__init__": {"activation", "integration"},  # lazily, inside register()
+    "cli": {"doctor"},
+    "doctor": BASE | {"memory", "store"},
     "core": BASE | {"core"},
     "memory": BASE | {"memory"},
     "store": BASE | {"store", "kernels"},
