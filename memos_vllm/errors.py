@@ -7,7 +7,8 @@
     +-- RequestError           a request is wrong; carries the HTTP status
     |   +-- Unauthorized       401, no identity
     |   +-- Forbidden          403, an identity without the right
-    |   `-- NotFound           404, no such memory for this user
+    |   +-- NotFound           404, no such memory for this user
+    |   `-- Conflict           409, the memory's state does not allow it
     +-- StoreError             plaintext store: a write that was not acknowledged
     |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
@@ -52,6 +53,10 @@ class Forbidden(RequestError):
 
 class NotFound(RequestError):
     status = 404
+
+
+class Conflict(RequestError):
+    status = 409
 
 
 class StoreError(MemosError):

@@ -45,8 +45,13 @@ class DeletionReceipt:
     sessions: int
     """Sessions whose frozen long-lived memory held it."""
 
+    links: int
+    snapshot_entries: int
+    derived: tuple[MemoryId, ...]
+    """Memories, such as adapters, that say they were made from it. They are still there."""
+
     kv_epoch: int
     """The user's new one: KV of earlier epochs cannot be reached any more, in any tier."""
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "records": list(self.records)}
+        return {**asdict(self), "records": list(self.records), "derived": list(self.derived)}

@@ -14,17 +14,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lmdb
 
+from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
-from memos_vllm.memory import environment, tables
+from memos_vllm.memory import environment, migrations, records, tables
 from memos_vllm.memory.gate import Gate
 from memos_vllm.memory.group_commit import GroupCommit, Write
 from memos_vllm.memory.transactions import Tables, UserReader, UserWriter
-from memos_vllm.types import Principal
+from memos_vllm.types import MemoryId, Principal
 
 FIRST_MAP_BYTES = 64 * 2**20
 MIN_MAP_BYTES = 2**20
@@ -43,15 +46,17 @@ class MemoryStore:
     Args:
         path: the directory, created if it is missing.
         max_map_bytes: how large the map may grow, at least ``MIN_MAP_BYTES``.
+        aging: when time moves memories; what is stored already follows at its next use.
 
     Raises:
         DataDirError: no such directory can be made or written, this process has it open already,
             it is damaged, or a newer Memos wrote it.
     """
 
-    def __init__(self, path: Path, max_map_bytes: int):
+    def __init__(self, path: Path, max_map_bytes: int, aging: Aging | None = None):
         self._path = path
         self._max_map_bytes = max(max_map_bytes, MIN_MAP_BYTES)
+        self.aging = aging or Aging()
         self._gate = Gate()
         self._writes = GroupCommit(self._commit)
         self._pid = os.getpid()
@@ -59,7 +64,7 @@ class MemoryStore:
         try:
             self._env.reader_check()  # slots of processes that were killed
             self._dbs = self._open_tables()
-        except lmdb.MapFullError as error:
+        except StoreFull as error:
             self._env.close()
             raise DataDirError(f"the memory map of {path} is full; raise memory.max_map_bytes") from error
         except (lmdb.Error, OSError) as error:
@@ -109,6 +114,27 @@ class MemoryStore:
             if frees:
                 self._shrink_to_maximum()
 
+    def due(self, now: datetime, limit: int) -> dict[Principal, list[MemoryId]]:
+        """The memories, of all users, that time moves by now; at most ``limit``, the longest overdue first."""
+        found: dict[Principal, list[MemoryId]] = {}
+        end = tables.moment_key(now)
+        with self._begin() as txn, txn.cursor(db=self._dbs["due"]) as cursor:
+            for key in islice(cursor.iternext(values=False), limit):
+                if key[:8] > end:
+                    break
+                raw = txn.get(key[8:], db=self._dbs["records"])
+                record = records.decode(raw)
+                found.setdefault(Principal(record.tenant, record.user), []).append(record.id)
+        return found
+
+    def kv_removals(self) -> list[tuple[Principal, int]]:
+        """Users and their past KV epochs whose KV may still be somewhere."""
+        with self._begin() as txn:
+            return [
+                (tables.decode_principal(raw), int.from_bytes(key[8:], "big"))
+                for key, raw in txn.cursor(db=self._dbs["kv_removals"])
+            ]
+
     def maintain(self, work: Callable[[lmdb.Transaction, Tables], T]) -> T:
         """Runs ``work`` on all users' tables in one transaction; errors as ``write``."""
 
@@ -132,6 +158,9 @@ class MemoryStore:
             "memories": entries["records"],
             "versions": entries["versions"],
             "sessions": entries["sessions"],
+            "links": entries["links"],
+            "snapshots": entries["snapshots"],
+            "kv_removals": entries["kv_removals"],
             "file_bytes": (info["last_pgno"] + 1) * page_bytes,
             "map_bytes": info["map_size"],
             "max_map_bytes": self._max_map_bytes,
@@ -188,7 +217,7 @@ class MemoryStore:
             return self._run(txn, write)
 
     def _run(self, txn: lmdb.Transaction, write: Write) -> Any:
-        user = UserWriter(txn, self._dbs, write.who)
+        user = UserWriter(txn, self._dbs, write.who, self.aging)
         result = write.work(user)
         user.finish()
         return result
@@ -233,19 +262,14 @@ class MemoryStore:
         return StoreError(f"the memory store {self._path} failed and nothing of this write was stored: {error}")
 
     def _open_tables(self) -> dict[str, Any]:
-        """Creates them on the first start, and refuses a schema that this version does not know."""
+        """Creates them on the first start, and brings those of an earlier version up to this one's schema."""
+        return self._grown(self._max_map_bytes, self._try_open_tables)
+
+    def _try_open_tables(self) -> dict[str, Any]:
         with self._begin(write=True) as txn:
             dbs = {
                 name: self._env.open_db(name.encode(), txn, dupsort=name in tables.SEVERAL_VALUES)
                 for name in tables.NAMES
             }
-            meta = dbs["meta"]
-            schema = int(txn.get(b"schema_version", str(tables.SCHEMA_VERSION).encode(), db=meta))
-            if schema > tables.SCHEMA_VERSION:
-                raise DataDirError(
-                    f"a newer Memos wrote {self._path} (schema {schema}, this one knows {tables.SCHEMA_VERSION}); "
-                    "upgrade Memos or choose another data_dir"
-                )
-            txn.put(b"schema_version", str(schema).encode(), db=meta)
-            txn.put(b"next_owner", b"1", db=meta, overwrite=False)
+            migrations.migrate(txn, dbs, self._path, self.aging)
         return dbs

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from memos_vllm.errors import NotFound, RequestError, StoreError, StoreFull
+from memos_vllm.memory import removal
 from memos_vllm.memory import store as store_module
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -67,7 +68,7 @@ def test_an_error_takes_back_its_own_write_alone(service: MemoryService) -> None
 
     def half(user: Any) -> None:
         user.insert(service._now(), text="half", type="fact", pinned=False, tags=(), session=None)
-        user.remove(known.id)
+        removal.remove(user, known.id)
         raise KeyError("in the middle")
 
     before, failed, unknown, after = together(

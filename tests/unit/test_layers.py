@@ -16,7 +16,7 @@ ALLOWED = {
     "cli": {"doctor"},
     "doctor": BASE | {"memory", "store"},
     "core": BASE | {"core"},
-    "memory": BASE | {"memory"},
+    "memory": BASE | {"core", "memory"},
     "store": BASE | {"store", "kernels"},
     "adapters": BASE | {"adapters"},
     "kernels": {"kernels"},
