@@ -1,0 +1,133 @@
+"""Retrieval: from a question to the memories that may answer it.
+
+The index ranks by words, times and vectors (``search``); links between memories bring in what they lead to,
+and a hit may come with what was said around it. The question is embedded before any transaction begins: an
+embedder may be slow, or away, and then the words decide alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable
+from datetime import datetime
+
+from memos_vllm.errors import EmbedderError, StoreError
+from memos_vllm.memory import links
+from memos_vllm.memory.embedders import Embedder
+from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.neighbours import WEIGHT_PER_STEP
+from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.results import Hit
+from memos_vllm.memory.search import Indexes, Match, Query, UserIndex
+from memos_vllm.memory.store import MemoryStore
+from memos_vllm.memory.transactions import UserReader, UserWriter
+from memos_vllm.memory.vectors import Vector
+from memos_vllm.types import MemoryId, Principal
+
+logger = logging.getLogger(__name__)
+
+_EMBED_BATCH = 1024
+
+
+class Retrieval:
+    """
+    Args:
+        embedder: None for words, times and links alone.
+    """
+
+    def __init__(self, store: MemoryStore, indexes: Indexes, embedder: Embedder | None = None):
+        self._store = store
+        self._indexes = indexes
+        self._embedder = embedder
+
+    def query(self, who: Principal, text: str, asked_at: datetime) -> Query:
+        """A question with its embedding; not within a transaction. Embeds what is new of the user's before."""
+        return Query(text, asked_at, self._embed_query(who, text) if self._embedder and text.strip() else None)
+
+    def hits(
+        self, user: UserReader, index: UserIndex, query: Query, top_k: int, wanted: Filter, context: int = 0
+    ) -> list[Hit]:
+        """The best memories that the filter lets through, best first.
+
+        Args:
+            context: how many memories before and after each hit, in its conversation, come with it.
+        """
+        matches = index.rank(query, top_k, wanted)
+        matches = self._with_linked(user, index, matches, query, wanted)[:top_k]
+        found = []
+        for match in matches:
+            if record := user.get(match.id):  # None: deleted between this transaction and the index
+                before, after = index.around(match.id, context) if context else ((), ())
+                found.append(Hit(record, match.score, match.why, _records(user, before), _records(user, after)))
+        return found
+
+    def embed_new(self, who: Principal) -> int:
+        """Embeds the user's memories that have no vector, and stores the vectors; how many.
+
+        Raises:
+            EmbedderError: the embedder failed; what was embedded before is kept.
+        """
+        count = 0
+        while self._embedder is not None:
+            with self._store.read(who) as user, self._indexes.current(user) as index:
+                missing = list(index.without_vector().items())[:_EMBED_BATCH]
+            if not missing:
+                break
+            rows = self._embedder.embed([text for _, text in missing])
+            vectors = {memory_id: row for (memory_id, _), row in zip(missing, rows, strict=True)}
+            texts = dict(missing)
+            with self._store.read(who) as user, self._indexes.current(user) as index:
+                now_missing = index.without_vector()
+                vectors = {id: row for id, row in vectors.items() if now_missing.get(id) == texts[id]}
+                index.put_vectors(vectors)
+            if self._embedder.is_stored:
+                self._keep(who, vectors)
+            count += len(vectors)
+        return count
+
+    def _embed_query(self, who: Principal, text: str) -> Vector | None:
+        assert self._embedder is not None
+        try:
+            self.embed_new(who)
+            return self._embedder.embed_query(text)
+        except EmbedderError as error:
+            logger.warning("searched by words alone: %s", error)
+            return None
+
+    def _keep(self, who: Principal, vectors: dict[MemoryId, Vector]) -> None:
+        embedder = self._embedder
+        assert embedder is not None
+
+        def put(user: UserWriter) -> None:
+            for memory_id, vector in vectors.items():
+                if user.get(memory_id) is not None:
+                    user.put_row("vectors", uuid.UUID(memory_id).bytes, embedder.encode(vector))
+
+        try:
+            self._store.write(who, put)
+        except StoreError as error:  # they are made again after a restart
+            logger.warning("vectors could not be kept: %s", error)
+
+    def _with_linked(
+        self, user: UserReader, index: UserIndex, matches: list[Match], query: Query, wanted: Filter
+    ) -> list[Match]:
+        """Adds what the matches are linked with, one step away, at the weight of a neighbour one step away."""
+        known = {match.id for match in matches}
+        linked: dict[MemoryId, Match] = {}
+        for match in matches:
+            for link in links.of(user, match.id):
+                other = link.target if link.source == match.id else link.source
+                if other in known or other in linked or not link.is_valid(query.asked_at):
+                    continue
+                if index.allows(other, wanted, query.asked_at):
+                    why = {**match.why, "retrievers": {"link": {"from": match.id, "type": link.type}}, "terms": {}}
+                    linked[other] = Match(other, match.score * WEIGHT_PER_STEP, why)
+        if not linked:
+            return matches
+        return sorted([*matches, *linked.values()], key=lambda match: -match.score)
+
+
+def _records(user: UserReader, ids: Iterable[MemoryId]) -> tuple[MemoryRecord, ...]:
+    found = (user.get(memory_id) for memory_id in ids)
+    return tuple(record for record in found if record is not None)
