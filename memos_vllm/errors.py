@@ -11,6 +11,7 @@
     |   `-- Conflict           409, the memory's state does not allow it
     +-- StoreError             plaintext store: a write that was not acknowledged
     |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
+    +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
         +-- KVFileMismatch     written by another model, dtype, layout, ...
         `-- KVFileCorrupt      truncated, or a checksum that does not match
@@ -67,6 +68,10 @@ class StoreError(MemosError):
 
 class StoreFull(StoreError):
     status = 507
+
+
+class EmbedderError(MemosError):
+    """A text could not be embedded."""
 
 
 class KVFileError(MemosError):

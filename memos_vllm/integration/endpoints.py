@@ -11,6 +11,7 @@ import xxhash
 
 from memos_vllm import activation, data_dir
 from memos_vllm.config import load
+from memos_vllm.integration import embedding
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -47,10 +48,12 @@ class MemosEndpoints:
         if not activation.is_active() or engine_client is None:
             return
         config = load(activation.config_path())
+        load_format = str(engine_client.vllm_config.load_config.load_format)
+        embedder = embedding.build(config.memory.embedder, engine_client.model_config, load_format)
         store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
         state.memos = MemosState(
             config=config,
-            service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client)),
+            service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client), embedder=embedder),
             engine=engine_client,
             secret=data_dir.secret(config.data_dir),
             planner=ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
+from memos_vllm.memory.inputs import MAX_CONTEXT
+from memos_vllm.memory.results import Hit
 from memos_vllm.types import Principal
 
 router = APIRouter(prefix="/v1/memories", tags=["Memos"])
@@ -46,6 +49,17 @@ class SearchBody(Body):
     top_k: int | None = Field(default=None, ge=1, le=1000)
     type: str | None = None
     tag: str | None = None
+    tags: list[str] = []
+    session: str | None = None
+    cube: str | None = None
+    said_from: AwareDatetime | None = Field(default=None, strict=False)
+    said_before: AwareDatetime | None = Field(default=None, strict=False)
+    include_archived: bool = False
+    context: int = Field(default=0, ge=0, le=MAX_CONTEXT)
+    """How many memories before and after each hit, in its conversation, come with it."""
+
+    max_tokens: int | None = Field(default=None, ge=0)
+    """The hits that fit into it."""
 
 
 @router.post("")
@@ -96,12 +110,18 @@ async def search(raw_request: Request) -> Any:
     body: SearchBody = await parse_body(raw_request, SearchBody)
     who = principal(raw_request, state, body.user)
     await state.wait_for_writes(who)
-    hits = await asyncio.to_thread(
-        state.service.search, who, body.query, top_k=body.top_k, type=body.type, tag=body.tag
-    )
+    wanted = body.model_dump(exclude={"user", "query"})
+    hits = await asyncio.to_thread(partial(state.service.search, who, body.query, **wanted))
+    return {"object": "list", "data": [_hit_as_json(hit) for hit in hits]}
+
+
+def _hit_as_json(hit: Hit) -> dict[str, Any]:
+    context = {"before": hit.before, "after": hit.after} if hit.before or hit.after else {}
     return {
-        "object": "list",
-        "data": [{"score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in hits],
+        "score": hit.score,
+        "why": hit.why,
+        **hit.record.as_json(),
+        **{side: [record.as_json() for record in records] for side, records in context.items()},
     }
 
 

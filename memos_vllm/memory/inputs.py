@@ -17,6 +17,8 @@ MAX_NAME_CHARS = 256
 """Of a tag or a session."""
 
 MAX_LIMIT = 1000
+MAX_CONTEXT = 10
+"""Memories before and after a hit."""
 MAX_TTL_S = 100 * 365 * 86400.0
 SETTABLE = (State.ACTIVATED, State.ARCHIVED, State.FROZEN)
 _LINK_TYPE = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -158,6 +160,12 @@ def check_origin(origin: Any) -> dict[str, Any]:
     if not isinstance(origin or {}, Mapping):
         raise RequestError(f"'origin' must be an object, not {type(origin).__name__}")
     return dict(origin or {})
+
+
+def check_context(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_CONTEXT:
+        raise RequestError(f"'context' must be a whole number from 0 to {MAX_CONTEXT}, not {value!r}")
+    return value
 
 
 def check_limit(value: Any, name: str = "limit") -> int:

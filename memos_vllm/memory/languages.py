@@ -45,7 +45,7 @@ _FUNCTION_WORDS: dict[str, frozenset[str]] = {
             ton ta ses son dans sur avec pour par que qui quoi où quand au aux ce cette ces j'ai c'est suis ai avez plus
             en se leur""",
         "spanish": """el la los las un una unos de del y o pero no es son era yo tú él ella nosotros mi mis tu su sus en
-            con por para que qué quién dónde cuándo al lo le se me te este esta está estoy soy muy más como cómo he ha""",
+            con por para que qué quién dónde cuándo al lo le se me te este esta está estoy soy muy más como cómo""",
         "italian": """il lo la gli le un una di del della dei e o ma non è sono era io tu lui lei noi mio mia miei tuo
             suo in con per che chi dove quando al alla si mi ti ci questo questa più come ho ha sei nel nella da""",
         "portuguese": """o a os as um uma de do da dos das e ou mas não é são era eu tu ele ela nós meu minha seu sua em

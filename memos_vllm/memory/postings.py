@@ -52,14 +52,17 @@ class Postings:
     def renumbered(self, new_slots: npt.NDArray[np.int64]) -> Postings:
         """A copy in which ``new_slots[slot]`` takes the place of a slot; where it is 0, nothing does."""
         renewed = Postings()
+        one_by_one = new_slots.tolist()
         for term, known in self._packed.items():
-            old = self._raw(term)
+            if isinstance(known, int):
+                if slot := one_by_one[known >> 8]:
+                    renewed._packed[term] = slot << 8 | known & 255
+                continue
+            old = np.array(known, np.uint32)
             slots = new_slots[old >> 8].astype(np.uint32)
             kept = (slots << 8 | old & 255)[slots > 0]
-            if len(kept) == 1:
-                renewed._packed[term] = int(kept[0])
-            elif len(kept):
-                renewed._packed[term] = array("I", kept.tobytes()) if not isinstance(known, int) else int(kept[0])
+            if len(kept):
+                renewed._packed[term] = array("I", kept.tobytes()) if len(kept) > 1 else int(kept[0])
         return renewed
 
     def _raw(self, term: str) -> npt.NDArray[np.uint32]:

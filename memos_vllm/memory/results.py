@@ -14,7 +14,12 @@ class Hit:
     record: MemoryRecord
     score: float
     why: dict[str, Any]
-    """As JSON: the method, and each matched term's part of the score."""
+    """As JSON: the method; each retriever's score and rank; each matched term's part of the lexical score."""
+
+    before: tuple[MemoryRecord, ...] = ()
+    """What was said before it in its conversation, where that was asked for."""
+
+    after: tuple[MemoryRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

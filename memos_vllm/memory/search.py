@@ -108,7 +108,7 @@ class UserIndex:
                     removed += self._remove(memory_id)
         self._seq = user.seq
         num_dead = self._lexical.num_slots - 1 - len(self._entries)
-        if removed and num_dead or num_dead > max(_MIN_DEAD_SLOTS, len(self._entries)):
+        if (removed and num_dead) or num_dead > max(_MIN_DEAD_SLOTS, len(self._entries)):
             self._close_gaps()
         return removed
 

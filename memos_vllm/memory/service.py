@@ -11,7 +11,9 @@ from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
+from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
+from memos_vllm.memory.filters import Filter
 from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.recall import Budget, fitting, long_lived
@@ -19,6 +21,7 @@ from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.remembering import keep
 from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Recall
+from memos_vllm.memory.retrieval import Retrieval
 from memos_vllm.memory.search import Indexes, UserIndex
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
@@ -38,6 +41,7 @@ class MemoryService:
     Args:
         count_tokens: with the served model's tokenizer, for the budgets.
         now: the time in UTC; tests set it.
+        embedder: for the dense part of search; without one it goes by words, times and links.
 
     All calls that write raise ``StoreFull`` where there is no room and ``StoreError`` where LMDB
     fails; nothing of the write is then stored. All raise ``RequestError`` for bad input.
@@ -49,12 +53,14 @@ class MemoryService:
         config: MemoryConfig,
         count_tokens: Callable[[str], int] = estimate_tokens,
         now: Callable[[], datetime] = records.utc_now,
+        embedder: Embedder | None = None,
     ):
         self._store = store
         self._config = config
         self._count_tokens = count_tokens
         self._now = now
-        self._indexes = Indexes()
+        self._indexes = Indexes(embedder)
+        self._retrieval = Retrieval(store, self._indexes, embedder)
         self.life = MemoryLife(store, now)
 
     def add(
@@ -196,21 +202,40 @@ class MemoryService:
         top_k: int | None = None,
         type: str | None = None,
         tag: str | None = None,
+        tags: Iterable[str] = (),
+        session: str | None = None,
+        cube: str | None = None,
+        said_from: datetime | None = None,
+        said_before: datetime | None = None,
         include_archived: bool = False,
+        context: int = 0,
+        max_tokens: int | None = None,
     ) -> Sequence[Hit]:
-        """The current memories that share terms with the query, best first."""
+        """The user's current memories that answer the query best, best first; see ``memory.retrieval``.
+
+        Args:
+            tag, tags: a memory must have all of them.
+            said_from, said_before: when it was said, or since when it is true.
+            context: how many memories before and after each hit, in its conversation, come with it.
+            max_tokens: the hits that fit into a budget, their context not counted.
+        """
         if not isinstance(query, str):
             raise RequestError(f"'query' must be a string, not {query.__class__.__name__}")
-        wanted = _filter(type, tag)
+        wanted = Filter(
+            type=None if type is None else inputs.check_type(type),
+            tags=inputs.check_tags([*([] if tag is None else [tag]), *tags]),
+            session=inputs.check_session(session),
+            cube=cube,
+            said_from=said_from,
+            said_before=said_before,
+            archived=include_archived,
+        )
         top_k = self._config.top_k if top_k is None else inputs.check_limit(top_k, "top_k")
-        now = self._now()
-
-        def accept(memory_id: MemoryId, entry: Any) -> bool:
-            record = user.get(memory_id) if wanted(entry.type, entry.tags) else None
-            return record is not None and record.is_findable(now, include_archived)
-
+        context = inputs.check_context(context)
+        asked = self._retrieval.query(who, query, self._now())
         with self._store.read(who) as user, self._indexes.current(user) as index:
-            return _hits(user, index, query, top_k, accept)
+            hits = self._retrieval.hits(user, index, asked, top_k, wanted, context)
+        return hits if max_tokens is None else fitting(hits, Budget(max_tokens, self._count_tokens))
 
     def recall(
         self, who: Principal, messages: Sequence[Message], *, session: str | None = None, top_k: int | None = None
@@ -224,20 +249,15 @@ class MemoryService:
         top_k = self._config.top_k if top_k is None else inputs.check_limit(top_k, "top_k")
         ids = self._frozen_ids(who, session) if session else None
         now = self._now()
-
-        def accept(memory_id: MemoryId, _: Any) -> bool:
-            record = user.get(memory_id) if memory_id not in shown else None
-            return record is not None and record.is_recallable(now)
-
+        asked = self._retrieval.query(who, last_user_text(messages), now)
         with self._store.read(who) as user, self._indexes.current(user) as index:
             if ids is None:
                 standing = self._long_lived(user, index)
             else:
                 found = (user.get(memory_id) for memory_id in ids)
                 standing = [record for record in found if record and record.is_recallable(now)]
-            shown = {record.id for record in standing}
-            query = last_user_text(messages)
-            hits = _hits(user, index, query, top_k, accept)
+            wanted = Filter(for_prompt=True, without={record.id for record in standing})
+            hits = self._retrieval.hits(user, index, asked, top_k, wanted)
         budget = Budget(self._config.late_tokens, self._count_tokens)
         return Recall(tuple(standing), tuple(fitting(hits, budget)))
 
@@ -342,11 +362,3 @@ def _filter(type: str | None, tag: str | None) -> Callable[[str, Iterable[str]],
     if type is not None:
         inputs.check_type(type)
     return lambda has_type, has_tags: type in (None, has_type) and (tag is None or tag in has_tags)
-
-
-def _hits(user: UserReader, index: UserIndex, query: str, top_k: int, accept: Callable[..., bool]) -> list[Hit]:
-    hits = []
-    for match in index.rank(query, top_k, accept):
-        if record := user.get(match.id):  # None: deleted between this transaction and the index
-            hits.append(Hit(record, match.score, {"method": "bm25", "terms": match.terms}))
-    return hits
