@@ -136,6 +136,9 @@ class ModelRows(Embedder):
 _ROW_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
 
 
+_MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
+
+
 def _tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
@@ -177,6 +180,8 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         with open(file, "rb") as stream:
             size_bytes = int.from_bytes(stream.read(8), "little")
+            if size_bytes > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {size_bytes} bytes")
             header: dict[str, Any] = json.loads(stream.read(size_bytes))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is no safetensors file that can be read: {error}") from error

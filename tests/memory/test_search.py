@@ -1,4 +1,4 @@
-"""Search: analysis, BM25, and an index that follows the change log."""
+"""Search: BM25 end to end, and an index that follows the change log."""
 
 from __future__ import annotations
 
@@ -6,41 +6,12 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memos_vllm.errors import RequestError
 from memos_vllm.memory import search as search_module
 from memos_vllm.memory import tables
-from memos_vllm.memory.analysis import query_terms, terms
 from memos_vllm.memory.service import MemoryService
 from tests.memory.memory_factories import ALICE, BOB, texts
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Drinking drinks", ["drink", "drink"]),
-        ("The ＤＲＩＮＫ of Alice's cat", ["drink", "alic", "cat"]),
-        ("Straße naïve naive", ["strass", "naiv", "naiv"]),
-        ("किताबें", ["किताब"]),
-        ("乌龙茶 x", ["乌龙", "乌龙茶", "龙茶", "x", "乌", "龙", "茶"]),
-        ("version 2 of snake_case", ["version", "2", "snake_cas"]),
-        ("... !?", []),
-    ],
-)
-def test_terms(text: str, expected: list[str]) -> None:
-    assert list(terms(text)) == expected
-
-
-def test_query_terms_are_pairs_unless_single() -> None:
-    assert query_terms("乌龙茶 乌龙茶") == ["乌龙", "乌龙茶", "龙茶"]
-    assert query_terms("茶") == ["茶"]
-
-
-@given(st.text())
-def test_a_text_has_the_terms_that_ask_for_it(text: str) -> None:
-    assert set(query_terms(text)) <= set(terms(text))
 
 
 def test_scores_are_bm25(service: MemoryService) -> None:
