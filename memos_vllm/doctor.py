@@ -19,7 +19,7 @@ from memos_vllm import data_dir
 from memos_vllm.config import MemoryConfig
 from memos_vllm.errors import DataDirError, DataDirInUse, MemosError
 from memos_vllm.memory import maintenance
-from memos_vllm.memory.integrity import Problem, Report
+from memos_vllm.memory.checks import Problem, Report
 from memos_vllm.store.examination import KVReport, examine_kv
 
 CLEAN, PROBLEMS, FAILED = 0, 1, 2

@@ -6,77 +6,37 @@ and handed to the caller, who keeps it; and a gap in a history, which nothing ca
 
 from __future__ import annotations
 
+import struct
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import lmdb
 
-from memos_vllm.memory import claims, records, sessions, tables
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory import claims, sessions, tables
+from memos_vllm.memory.checks import UNREADABLE, Checks, Problem, Repair, Report, entries_under, name_of
+from memos_vllm.memory.life_integrity import LifeChecks
+from memos_vllm.memory.records import NO_ID
 from memos_vllm.memory.tables import Owner
 from memos_vllm.types import Principal
 
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
-_RESTART = tables.PUT + records.NO_ID.bytes
+_RESTART = tables.PUT + NO_ID.bytes
 """The first entry of a log that was begun anew; it tells of nothing."""
 
 _OPERATIONS = (tables.PUT, tables.REMOVE, tables.CLEAR)
 
 
-KeepAside = Callable[[str, bytes, bytes], None]
-"""Is given table, key and value of what a repair takes out and nothing else tells."""
+class RecordChecks(Checks):
+    """Owners, records, and what belongs to them one by one."""
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    table: str
-    where: str
-    """The key: owner and memory id where it has them."""
-
-    text: str
-    repair: Callable[[lmdb.Transaction], None] | None = None
-    """None where nothing can be done."""
-
-
-@dataclass(slots=True)
-class Report:
-    problems: list[Problem] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    """Entries looked at, by table."""
-
-
-class Examination:
-    """One look at a whole store, as of one transaction.
-
-    Args:
-        dbs: the tables' handles.
-    """
-
-    def __init__(self, txn: lmdb.Transaction, dbs: Mapping[str, Any], keep_aside: KeepAside) -> None:
-        self._txn = txn
-        self._dbs = dbs
-        self._keep_aside = keep_aside
-        self._owners: dict[bytes, tuple[bytes, Owner]] = {}
-        """By prefix of all their keys: the key in ``owners``, and the row."""
-
-        self._report = Report()
-
-    def run(self) -> Report:
-        for check in (self._owners_table, self._records, self._versions, self._current, self._changes, self._sessions):
-            self._report.problems += check()
-        return self._report
-
-    def _owners_table(self) -> Iterator[Problem]:
+    def owners(self) -> Iterator[Problem]:
         """Rows that decode, numbers that are given once and below the next one."""
         next_owner = int(self._txn.get(b"next_owner", b"0", db=self._dbs["meta"]))
         highest = 0
         for key, raw in self._rows("owners"):
             try:
                 owner = Owner.decode(raw)
-            except tables.struct.error:
+            except struct.error:
                 yield self._unreadable("owners", key, raw)
                 continue
             if owner.prefix in self._owners:
@@ -88,7 +48,7 @@ class Examination:
             mend = self._put("meta", b"next_owner", str(highest + 1).encode())
             yield Problem("meta", "next_owner", f"{next_owner} was given already", mend)
 
-    def _records(self) -> Iterator[Problem]:
+    def records(self) -> Iterator[Problem]:
         """Each decodes, is its owner's, and refers to memories that are there."""
         for key, raw in self._rows("records"):
             record = self._decode(raw)
@@ -105,7 +65,7 @@ class Examination:
             if uuid.UUID(record.id) > known[1].last_id:
                 owner = known[1]
                 owner.last_id = uuid.UUID(record.id)
-                yield Problem("owners", _name(key), "a later memory exists", self._put("owners", known[0], owner))
+                yield Problem("owners", name_of(key), "a later memory exists", self._put("owners", known[0], owner))
             for name in ("supersedes", "superseded_by"):
                 other = getattr(record, name)
                 if (
@@ -114,10 +74,13 @@ class Examination:
                 ):
                     mended = replace(record, **{name: None})
                     yield Problem(
-                        "records", _name(key), f"{name} {other}, which is not there", self._put("records", key, mended)
+                        "records",
+                        name_of(key),
+                        f"{name} {other}, which is not there",
+                        self._put("records", key, mended),
                     )
 
-    def _versions(self) -> Iterator[Problem]:
+    def versions(self) -> Iterator[Problem]:
         """Of each memory the versions 1, 2, ... up to the one before its record's."""
         expected: tuple[bytes, int] = (b"", 1)
         for key, raw in self._rows("versions"):
@@ -133,20 +96,22 @@ class Examination:
                 yield from self._end_of_history(*expected)
                 expected = (memory, 1)
             if version != expected[1]:
-                yield Problem("versions", _name(memory), f"version {expected[1]} is missing")
+                yield Problem("versions", name_of(memory), f"version {expected[1]} is missing")
             expected = (memory, version + 1)
         yield from self._end_of_history(*expected)
         for key, raw in self._rows("records", counted=False):
             record = self._decode(raw)
             if record and record.version > 1 and not self._has("versions", key):
-                yield Problem("versions", _name(key), f"all {record.version - 1} earlier versions are missing")
+                yield Problem("versions", name_of(key), f"all {record.version - 1} earlier versions are missing")
 
     def _end_of_history(self, memory: bytes, version: int) -> Iterator[Problem]:
         now = self._record(memory) if memory else None
         if now is not None and now.version != version:
-            yield Problem("versions", _name(memory), f"ends before version {version}, but the memory has {now.version}")
+            yield Problem(
+                "versions", name_of(memory), f"ends before version {version}, but the memory has {now.version}"
+            )
 
-    def _current(self) -> Iterator[Problem]:
+    def current(self) -> Iterator[Problem]:
         """Under what each current memory says its id, and nothing else."""
         with self._txn.cursor(db=self._dbs["current"]) as cursor:
             for key, raw in self._rows("records", counted=False):
@@ -156,14 +121,14 @@ class Examination:
                 for claim in claims.keys_of(record.text):
                     if not cursor.set_key_dup(key[:8] + claim, key[8:]):
                         mend = self._put("current", key[:8] + claim, key[8:])
-                        yield Problem("current", _name(key), "is not found by what it says", mend)
+                        yield Problem("current", name_of(key), "is not found by what it says", mend)
         for key, memory in self._rows("current"):
             record = self._record(key[:8] + memory)
             if record is None or not record.is_current or key[8:] not in claims.keys_of(record.text):
                 mend = self._delete("current", key, memory)
-                yield Problem("current", _name(key[:8] + memory), "is found by what it does not say", mend)
+                yield Problem("current", name_of(key[:8] + memory), "is found by what it does not say", mend)
 
-    def _changes(self) -> Iterator[Problem]:
+    def changes(self) -> Iterator[Problem]:
         """Of each user the last changes up to the owner's number, without a gap."""
         seen: dict[bytes, list[int]] = {}
         broken: set[bytes] = set()
@@ -177,78 +142,39 @@ class Examination:
             first_last[1] = seq
         for prefix in seen:
             if prefix not in self._owners:
-                yield Problem("changes", _name(prefix), "belongs to no user", self._restart_changes(prefix))
+                yield Problem("changes", name_of(prefix), "belongs to no user", self._restart_changes(prefix))
         for prefix, (_, owner) in self._owners.items():
             first, last = seen.get(prefix, (1, 0))
             if prefix in broken or last != owner.seq or first > max(owner.seq - tables.CHANGES_KEPT + 1, 1):
                 # Every index sees that it fell behind further than the log reaches, and is built again.
                 owner.seq += tables.CHANGES_KEPT + 1
-                yield Problem("changes", _name(prefix), "the log has a gap", self._restart_changes(prefix))
+                yield Problem("changes", name_of(prefix), "the log has a gap", self._restart_changes(prefix))
 
-    def _sessions(self) -> Iterator[Problem]:
+    def sessions(self) -> Iterator[Problem]:
         """Each decodes and holds memories that are there."""
         for key, raw in self._rows("sessions"):
             try:
                 session = sessions.decode(raw)
                 gone = [each for each in session.ids if self._record(key[:8] + uuid.UUID(each).bytes) is None]
-            except _UNREADABLE:
+            except UNREADABLE:
                 yield self._unreadable("sessions", key, raw)
                 continue
             for memory_id in gone:
                 session = session.without(memory_id)
             if gone:
                 yield Problem(
-                    "sessions", _name(key), f"holds {gone[0]}, which is not there", self._put("sessions", key, session)
+                    "sessions",
+                    name_of(key),
+                    f"holds {gone[0]}, which is not there",
+                    self._put("sessions", key, session),
                 )
 
-    def _rows(self, table: str, *, counted: bool = True) -> Iterator[tuple[bytes, bytes]]:
-        with self._txn.cursor(db=self._dbs[table]) as cursor:
-            for item in cursor:
-                self._report.counts[table] += counted
-                yield item
-
-    def _record(self, key: bytes) -> MemoryRecord | None:
-        raw = self._txn.get(key, db=self._dbs["records"])
-        return None if raw is None else self._decode(raw)
-
-    def _has(self, table: str, prefix: bytes) -> bool:
-        with self._txn.cursor(db=self._dbs[table]) as cursor:
-            return bool(cursor.set_range(prefix)) and cursor.key().startswith(prefix)
-
-    @staticmethod
-    def _decode(raw: bytes) -> MemoryRecord | None:
-        try:
-            return records.decode(raw)
-        except _UNREADABLE:
-            return None
-
-    def _put(self, table: str, key: bytes, value: Any) -> Callable[[lmdb.Transaction], None]:
-        encode = {"owners": Owner.encode, "records": records.encode, "sessions": sessions.encode}.get(table, bytes)
-
-        def put(txn: lmdb.Transaction) -> None:
-            txn.put(key, encode(value), db=self._dbs[table])
-
-        return put
-
-    def _delete(self, table: str, key: bytes, value: bytes = b"") -> Callable[[lmdb.Transaction], None]:
-        def delete(txn: lmdb.Transaction) -> None:
-            txn.delete(key, value, db=self._dbs[table])
-
-        return delete
-
-    def _unreadable(self, table: str, key: bytes, raw: bytes, text: str = "cannot be read") -> Problem:
-        def take_out(txn: lmdb.Transaction) -> None:
-            self._keep_aside(table, key, raw)
-            txn.delete(key, db=self._dbs[table])
-
-        return Problem(table, _name(key), text, take_out)
-
-    def _restart_changes(self, prefix: bytes) -> Callable[[lmdb.Transaction], None]:
+    def _restart_changes(self, prefix: bytes) -> Repair:
         """Empties a log; where it has an owner, down to an entry about nothing, with the owner's number."""
 
         def restart(txn: lmdb.Transaction) -> None:
             db = self._dbs["changes"]
-            for key in [key for key, _ in _from(txn, db, prefix)]:
+            for key in [key for key, _ in entries_under(txn, db, prefix)]:
                 txn.delete(key, db=db)
             if prefix in self._owners:
                 key, owner = self._owners[prefix]
@@ -258,17 +184,14 @@ class Examination:
         return restart
 
 
-def _from(txn: lmdb.Transaction, db: Any, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-    with txn.cursor(db=db) as cursor:
-        found = cursor.set_range(prefix)
-        while found and cursor.key().startswith(prefix):
-            yield cursor.item()
-            found = cursor.next()
+class Examination(RecordChecks, LifeChecks):
+    """All tables; the owners first, for the others look at them."""
 
-
-def _name(key: bytes) -> str:
-    """A key as people can look it up."""
-    owner = str(int.from_bytes(key[:8], "big"))
-    if len(key) >= 24:
-        return f"{owner}/{uuid.UUID(bytes=key[8:24])}"
-    return owner if len(key) == 8 else key.hex()
+    def run(self) -> Report:
+        for check in (
+            *(self.owners, self.records, self.versions, self.current, self.changes, self.sessions),
+            *(self.usage, self.due, self.events, self.vectors, self.links, self.successors, self.snapshots),
+            self.kv_removals,
+        ):
+            self._report.problems += check()
+        return self._report

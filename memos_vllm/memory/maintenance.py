@@ -11,15 +11,17 @@ from pathlib import Path
 
 import lmdb
 
+from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError
 from memos_vllm.memory import environment
-from memos_vllm.memory.integrity import Examination, Problem, Report
+from memos_vllm.memory.checks import Problem, Report
+from memos_vllm.memory.integrity import Examination
 from memos_vllm.memory.records import utc_now
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import Tables
 
-_REPAIR_ROUNDS = 3
-"""A repair may show the next problem: a record that is taken out leaves a session that holds it."""
+_REPAIR_ROUNDS = 40
+"""One table at a time, and then a new look: a record that is taken out leaves a session that holds it."""
 
 
 def examine(path: Path) -> Report:
@@ -32,7 +34,7 @@ def examine(path: Path) -> Report:
         try:
             with env.begin() as txn:
                 dbs = environment.tables_of(env, txn, path)
-                return Examination(txn, dbs, _nothing_is_taken_out).run()
+                return Examination(txn, dbs, _nothing_is_taken_out, Aging()).run()
         except lmdb.Error as error:
             raise environment.unusable(path, error) from error
 
@@ -48,20 +50,22 @@ def repair(path: Path, max_map_bytes: int) -> tuple[list[Problem], Report]:
     with closing(MemoryStore(path, max_map_bytes)) as store:
         mended: list[Problem] = []
         for _ in range(_REPAIR_ROUNDS):
-            repaired = store.maintain(partial(_mend, path))
+            repaired = store.maintain(partial(_mend, path, store.aging))
             mended += repaired
             if not repaired:
                 break
-        return mended, store.maintain(lambda txn, dbs: Examination(txn, dbs, _nothing_is_taken_out).run())
+        return mended, store.maintain(lambda txn, dbs: Examination(txn, dbs, _nothing_is_taken_out, store.aging).run())
 
 
-def _mend(path: Path, txn: lmdb.Transaction, dbs: Tables) -> list[Problem]:
+def _mend(path: Path, aging: Aging, txn: lmdb.Transaction, dbs: Tables) -> list[Problem]:
     taken_out: list[str] = []
 
     def keep_aside(table: str, key: bytes, raw: bytes) -> None:
         taken_out.append(json.dumps({"table": table, "key": key.hex(), "value": raw.decode("latin-1")}))
 
-    repairable = [problem for problem in Examination(txn, dbs, keep_aside).run().problems if problem.repair]
+    problems = Examination(txn, dbs, keep_aside, aging).run().problems
+    first = next((problem.table for problem in problems if problem.repair), None)
+    repairable = [problem for problem in problems if problem.repair and problem.table == first]
     for problem in repairable:
         assert problem.repair
         problem.repair(txn)

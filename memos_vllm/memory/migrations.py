@@ -19,7 +19,7 @@ import lmdb
 
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError
-from memos_vllm.memory import links, records, tables
+from memos_vllm.memory import claims, links, records, tables
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import Principal
 
@@ -62,6 +62,8 @@ def _to_2(txn: lmdb.Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
             users[key[:8]] = UserWriter(txn, dbs, Principal(record.tenant, record.user), aging)
         user = users[key[:8]]
         user.schedule(record, user.usage(record.id))
+        for claim in claims.keys_of(record.text) if record.is_current else ():  # near-duplicates have keys now
+            user.put_row("current", claim, key[8:])
         if record.superseded_by is not None and record.valid_to is not None:
             if user.get(record.superseded_by) is None:  # version 1 left this behind when the newer one was deleted
                 user.put(replace(record, superseded_by=None), record)

@@ -86,13 +86,13 @@ def take(user: UserWriter, name: str, now: datetime) -> Snapshot:
 def every(user: UserReader) -> Iterator[Snapshot]:
     """Oldest first."""
     for _, raw in user.rows("snapshots"):
-        yield _decode(raw)
+        yield decode(raw)
 
 
 def get(user: UserReader, snapshot_id: str) -> Snapshot | None:
     parsed = records.parse_id(snapshot_id)
     raw = user.row("snapshots", parsed.bytes) if parsed else None
-    return _decode(raw) if raw else None
+    return decode(raw) if raw else None
 
 
 def remove(user: UserWriter, snapshot: Snapshot) -> None:
@@ -177,7 +177,7 @@ def _encode(snapshot: Snapshot) -> bytes:
     return json.dumps(snapshot.as_json(), ensure_ascii=False).encode()
 
 
-def _decode(raw: bytes) -> Snapshot:
+def decode(raw: bytes) -> Snapshot:
     values = json.loads(raw)
     values["created_at"] = datetime.fromisoformat(values["created_at"])
     return Snapshot(**values)

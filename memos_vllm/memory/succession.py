@@ -82,11 +82,24 @@ def match_links(user: UserWriter, now: datetime, of: MemoryId | None = None) -> 
                 links.close(user, link, now if link.valid_to is None else None)
 
 
+def join(user: UserWriter, record: MemoryRecord) -> None:
+    """Makes the link that a superseded or merged record implies."""
+    assert record.superseded_by is not None
+    since = record.valid_to or record.updated_at
+    if record.state is State.MERGED:
+        links.renew(user, record.id, record.superseded_by, links.MERGED_INTO, since)
+    else:
+        links.renew(user, record.superseded_by, record.id, links.SUPERSEDES, since)
+
+
 def predecessors(user: UserReader, memory_id: MemoryId) -> list[MemoryId]:
     """What a memory superseded, and what was merged into it."""
-    superseded = (link.target for link in links.of(user, memory_id, end=tables.FROM, type=links.SUPERSEDES))
-    copies = (link.source for link in links.of(user, memory_id, end=tables.TO, type=links.MERGED_INTO))
-    return [*superseded, *copies]
+    superseded = links.of(user, memory_id, end=tables.FROM, type=links.SUPERSEDES)
+    copies = links.of(user, memory_id, end=tables.TO, type=links.MERGED_INTO)
+    return [
+        *(link.target for link in superseded if link.valid_to is None),
+        *(link.source for link in copies if link.valid_to is None),
+    ]
 
 
 def history(user: UserReader, record: MemoryRecord) -> list[MemoryRecord]:
