@@ -109,6 +109,12 @@ class MemoryConfig(Section):
 
     embedder: EmbedderConfig = EmbedderConfig()
 
+    archive_after_s: float = Field(default=90 * 86400.0, ge=0)
+    """An unused memory leaves recall after this time, a used one later (``core.lifecycle``); 0: never."""
+
+    remove_expired_after_s: float = Field(default=30 * 86400.0, ge=0)
+    """How long an expired memory is kept before it is deleted; 0: for ever."""
+
     max_map_bytes: Bytes = 64 * 2**30
     """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""
 

@@ -11,7 +11,9 @@ import xxhash
 
 from memos_vllm import activation, data_dir
 from memos_vllm.config import load
+from memos_vllm.core.lifecycle import Aging
 from memos_vllm.integration import embedding
+from memos_vllm.integration.caretaker import Caretaker
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -36,10 +38,10 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import chat, memories, operations, scenes
+        from memos_vllm.integration import chat, life, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        for router in (chat.router, memories.router, scenes.router, operations.router):
+        for router in (chat.router, life.router, memories.router, scenes.router, operations.router):
             app.include_router(router)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)
@@ -50,7 +52,8 @@ class MemosEndpoints:
         config = load(activation.config_path())
         load_format = str(engine_client.vllm_config.load_config.load_format)
         embedder = embedding.build(config.memory.embedder, engine_client.model_config, load_format)
-        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
+        aging = Aging(config.memory.archive_after_s, config.memory.remove_expired_after_s)
+        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes, aging)
         state.memos = MemosState(
             config=config,
             service=MemoryService(store, config.memory, count_tokens=token_counter(engine_client), embedder=embedder),
@@ -58,6 +61,8 @@ class MemosEndpoints:
             secret=data_dir.secret(config.data_dir),
             planner=ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json"),
         )
+        state.memos.caretaker = Caretaker(state.memos)
+        state.memos.caretaker.start()
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
-from memos_vllm.memory.inputs import MAX_CONTEXT
+from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT
 from memos_vllm.memory.results import Hit
 from memos_vllm.types import Principal
 
@@ -28,6 +28,10 @@ class NewMemory(BaseModel):
     pinned: bool = False
     tags: list[str] = []
     session: str | None = None
+    priority: int = 0
+    sensitivity: str = "normal"
+    valid_from: str | None = None
+    ttl_s: float | None = None
 
 
 class AddBody(NewMemory, Body):
@@ -42,6 +46,14 @@ class UpdateBody(Body):
     type: str | None = None
     pinned: bool | None = None
     tags: list[str] | None = None
+    priority: int | None = None
+    sensitivity: str | None = None
+    valid_from: str | None = None
+    ttl_s: float | None = None
+    """From now; 0 for ever."""
+
+    state: str | None = None
+    """``activated``, ``archived`` or ``frozen``; stands alone."""
 
 
 class SearchBody(Body):
@@ -93,13 +105,13 @@ async def list_memories(
     type: str | None = None,
     tag: str | None = None,
     session: str | None = None,
+    state: str | None = None,
 ) -> Any:
-    state = state_of(raw_request)
-    who = principal(raw_request, state, user)
-    await state.wait_for_writes(who)
-    page = await asyncio.to_thread(
-        state.service.list, who, limit=limit, after=after, type=type, tag=tag, session=session
-    )
+    memos = state_of(raw_request)
+    who = principal(raw_request, memos, user)
+    await memos.wait_for_writes(who)
+    filters = {"type": type, "tag": tag, "session": session, "state": state}
+    page = await asyncio.to_thread(partial(memos.service.list, who, limit=limit, after=after, **filters))
     return {"object": "list", "data": [record.as_json() for record in page.records], "next": page.next}
 
 
@@ -139,14 +151,16 @@ async def update(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)
     body: UpdateBody = await parse_body(raw_request, UpdateBody)
     who = principal(raw_request, state, body.user)
-    changes = {
-        name: getattr(body, name) for name in ("text", "type", "pinned", "tags") if name in body.model_fields_set
-    }
+    changes = {name: getattr(body, name) for name in body.model_fields_set - {"user"}}
     if not changes:
-        raise RequestError("nothing to change: give text, type, pinned or tags")
-    epoch = state.service.kv_epoch(who)
-    record = await asyncio.to_thread(state.service.update, who, memory_id, **changes)
-    await state.forget_kv(who, epoch, state.service.kv_epoch(who))
+        raise RequestError(f"nothing to change: give {', '.join(CHANGEABLE)} or state")
+    if "state" in changes and len(changes) > 1:
+        raise RequestError("'state' stands alone; change the rest in another request")
+    if body.state is not None:
+        record = await asyncio.to_thread(state.service.life.set_state, who, memory_id, body.state)
+    else:
+        record = await asyncio.to_thread(partial(state.service.update, who, memory_id, **changes))
+        await state.forget_kv(who)
     return record.as_json()
 
 
@@ -170,7 +184,6 @@ async def delete_all(raw_request: Request, user: str | None = None) -> Any:
 async def _forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:
     """Deletes, then removes the KV that may hold the deleted text; the receipt lists both."""
     await state.wait_for_writes(who)
-    epoch = state.service.kv_epoch(who)
     receipt = await asyncio.to_thread(remove, *args)
-    kv = await state.forget_kv(who, epoch, receipt.kv_epoch)
+    kv = await state.forget_kv(who)
     return {"deleted": True, **receipt.as_json(), "kv": kv}

@@ -290,9 +290,14 @@ class MemoryService:
         with self._store.read(who) as user:
             return user.kv_epoch
 
-    def kv_removals(self) -> Sequence[tuple[Principal, int]]:
-        """Users and past KV epochs whose KV was not reported as removed yet; a crash may have come between."""
-        return self._store.kv_removals()
+    def users_with_past_kv(self) -> Sequence[Principal]:
+        """Of whom KV of a past epoch may still be somewhere; a crash came between, or a removal is under way."""
+        return list(dict.fromkeys(who for who, _ in self._store.kv_removals()))
+
+    def past_kv_epochs(self, who: Principal) -> Sequence[int]:
+        """Epochs whose KV was not reported as removed yet, oldest first."""
+        with self._store.read(who) as user:
+            return [int.from_bytes(key, "big") for key, _ in user.rows("kv_removals")]
 
     def kv_removed(self, who: Principal, epochs: Iterable[int]) -> None:
         """The KV of these epochs is gone from every tier."""
