@@ -29,11 +29,11 @@ def standardised(scores: Scores, among: npt.NDArray[np.bool_]) -> Scores:
     return ((scores - float(counted.mean())) / deviation).astype(np.float32)
 
 
-def fuse(retrieved: Mapping[str, Scores], among: npt.NDArray[np.bool_]) -> Scores:
-    """The sum of the standardised scores; of one retriever alone its scores as they are. [n]"""
+def fuse(retrieved: Mapping[str, Scores], among: Mapping[str, npt.NDArray[np.bool_]]) -> Scores:
+    """The sum of the scores, each standardised among its own; of one retriever alone its scores as they are. [n]"""
     if len(retrieved) == 1:
         return next(iter(retrieved.values()))
-    return np.sum([standardised(scores, among) for scores in retrieved.values()], axis=0, dtype=np.float32)
+    return np.sum([standardised(scores, among[name]) for name, scores in retrieved.items()], axis=0, dtype=np.float32)
 
 
 def best_first(scores: Scores, allowed: npt.NDArray[np.bool_], limit: int) -> npt.NDArray[np.int64]:

@@ -88,6 +88,17 @@ class Neighbours:
                 all_weights.append(weight)
         return np.concatenate(all_slots), np.concatenate(all_weights)
 
+    def reach(self, slots: Slots) -> Slots:
+        """The slots and all that lend to them, sorted."""
+        found = [slots]
+        for links in self._links:
+            at = slots
+            for _ in range(STEPS):
+                at = links[at]
+                found.append(at)
+        reached = np.unique(np.concatenate(found))
+        return reached[reached > 0]
+
     def renumbered(self, new_slots: npt.NDArray[np.int64], num_slots: int) -> Neighbours:
         renewed = Neighbours()
         renewed._links = np.zeros((2, max(16, 2 * num_slots)), np.int64)

@@ -26,7 +26,7 @@ from memos_vllm.memory.filters import Filter
 from memos_vllm.memory.lexical import Lexical, Scores
 from memos_vllm.memory.records import STANDING_TYPES, MemoryRecord
 from memos_vllm.memory.transactions import UserReader
-from memos_vllm.memory.vectors import Vector, Vectors
+from memos_vllm.memory.vectors import NUM_CANDIDATES, Similarities, Vector, Vectors
 from memos_vllm.types import MemoryId, Principal
 
 MAX_QUERY_CHARS = 10_000
@@ -120,13 +120,15 @@ class UserIndex:
         """
         matched = self._lexical.match(query.terms())
         retrieved = {"lexical": self._lexical.total(matched)}
+        among = {"lexical": self._lexical.alive}
         found = retrieved["lexical"] > 0
         if query.vector is not None and len(self._vectors):
-            retrieved["dense"] = self._dense(query.vector)
-            found |= fusion.standardised(retrieved["dense"], self._lexical.alive) > _STANDS_OUT
+            dense = self._dense(query.vector, retrieved["lexical"])
+            retrieved["dense"], among["dense"] = dense.scores, dense.sample
+            found |= fusion.standardised(dense.scores, dense.sample) > _STANDS_OUT
         if times.asks_for_recent(query.text):
-            retrieved["recency"] = self._recency(found)
-        scores = fusion.fuse(retrieved, self._lexical.alive)
+            retrieved["recency"], among["recency"] = self._recency(found), found
+        scores = fusion.fuse(retrieved, among)
         best = fusion.best_first(scores, found & self._allowed(wanted, query.asked_at), top_k)
         method = "bm25" if len(retrieved) == 1 else "hybrid"
         return [
@@ -172,13 +174,15 @@ class UserIndex:
             if memory_id in self._entries and self._without_vector.pop(memory_id, None) is not None:
                 self._vectors.put(self._entries[memory_id].slot, vector)
 
-    def _dense(self, vector: Vector) -> Scores:
-        scores = self._vectors.score(vector, self._lexical.num_slots)
-        if self._embedder is not None and self._embedder.is_linear:
-            # The mean of words of a window is the mean of the windows' means.
-            scores = self._lexical.neighbours.spread(scores).astype(np.float32)
-        scores[~self._lexical.alive] = 0
-        return scores
+    def _dense(self, vector: Vector, lexical: Scores) -> Similarities:
+        neighbours = self._lexical.neighbours
+        spreads = self._embedder is not None and self._embedder.is_linear
+        best = None if self._vectors.are_few else fusion.best_first(lexical, lexical > 0, NUM_CANDIDATES)
+        dense = self._vectors.score(vector, self._lexical.num_slots, best, neighbours.reach if spreads else None)
+        if not spreads:
+            return dense
+        # The sum of a window's words is the sum of its memories'.
+        return Similarities(neighbours.spread(dense.scores).astype(np.float32), dense.sample)
 
     def _recency(self, found: npt.NDArray[np.bool_]) -> Scores:
         """The rank of what is found by the time at which it was said, the latest being 1."""

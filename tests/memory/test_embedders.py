@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from memos_vllm.errors import ConfigError, EmbedderError
+from memos_vllm.memory import vectors as vectors_module
 from memos_vllm.memory.embedders import ModelRows
 from memos_vllm.memory.encoders import EndpointEncoder, SentenceEncoder, StaticEncoder
 from memos_vllm.memory.vectors import Vectors
@@ -107,7 +108,7 @@ class TestVectors:
         unit = {slot: row / np.linalg.norm(row) for slot, row in kept.items()}
         mean = np.mean(list(unit.values()), axis=0)
         query = rows[0] + rows[1]
-        found = vectors.score(query, 41)
+        found = vectors.score(query, 41).scores
         for slot, row in unit.items():
             assert found[slot] == pytest.approx(cosine(row - mean, query / np.linalg.norm(query) - mean), abs=1e-4)
         assert (found[0], found[7], len(vectors)) == (0, 0, 39)
@@ -119,15 +120,80 @@ class TestVectors:
             vectors.put(slot, row)
         vectors.remove(2)
         renewed = vectors.renumbered(np.array([0, 1, 0, 2, 3, 4, 5]), 6)
-        before = vectors.score(rows[0], 7)
-        assert renewed.score(rows[0], 6) == pytest.approx(before[[0, 1, 3, 4, 5, 6]], abs=1e-5)
+        before = vectors.score(rows[0], 7).scores
+        assert renewed.score(rows[0], 6).scores == pytest.approx(before[[0, 1, 3, 4, 5, 6]], abs=1e-5)
 
     @pytest.mark.parametrize("vector", [[0, 0], [np.nan, 1], [np.inf, 1]])
     def test_a_vector_that_says_nothing_is_left_out(self, vector: list[float]) -> None:
         vectors = Vectors(2)
         vectors.put(1, np.array(vector, np.float32))
         assert (len(vectors), vectors.has(1)) == (0, False)
-        assert vectors.score(np.ones(2, np.float32), 2).tolist() == [0, 0]
+        assert vectors.score(np.ones(2, np.float32), 2).scores.tolist() == [0, 0]
+
+
+class TestManyVectors:
+    """Beyond ``EXACT_UP_TO``, here a low one."""
+
+    SIZE = 3000
+
+    @pytest.fixture
+    def rows(self, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+        monkeypatch.setattr(vectors_module, "EXACT_UP_TO", 1000)
+        monkeypatch.setattr(vectors_module, "NUM_CANDIDATES", 100)
+        generator = np.random.default_rng(0)
+        topics = generator.standard_normal((30, 16))
+        return (topics[generator.integers(0, 30, self.SIZE)] + generator.standard_normal((self.SIZE, 16))).astype(
+            np.float32
+        )
+
+    def scored(self, vectors: Vectors, query: np.ndarray, **also: object) -> np.ndarray:
+        return vectors.score(query, self.SIZE + 1, **also).scores  # type: ignore[arg-type]
+
+    def filled(self, rows: np.ndarray) -> Vectors:
+        vectors = Vectors(16)
+        for slot, row in enumerate(rows, 1):
+            vectors.put(slot, row)
+        return vectors
+
+    def exact(self, vectors: Vectors, query: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            patch.setattr(vectors_module, "EXACT_UP_TO", 10**9)
+            return self.scored(vectors, query)
+
+    def test_the_nearest_are_found_with_their_exact_scores(
+        self, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        vectors = self.filled(rows)
+        for query in rows[:5]:
+            exact, found = self.exact(vectors, query, monkeypatch), self.scored(vectors, query)
+            compared = found != 0
+            assert found[compared] == pytest.approx(exact[compared], abs=1e-5)
+            assert np.mean(compared[np.argsort(-exact)[:20]]) >= 0.9
+            assert compared.sum() < self.SIZE / 2
+
+    def test_what_the_caller_names_is_compared(self, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        vectors = self.filled(rows)
+        far = np.argsort(self.exact(vectors, rows[0], monkeypatch))[:50]
+        assert (self.scored(vectors, rows[0], also=far)[far] != 0).all()
+
+    def test_changes_are_followed(self, rows: np.ndarray) -> None:
+        vectors = self.filled(rows)
+        self.scored(vectors, rows[0])
+        vectors.remove(1)
+        vectors.put(2, rows[0])
+        new_slots = np.arange(-1, self.SIZE)
+        new_slots[:2] = 0  # slot 1 is out, all others are one lower
+        vectors = vectors.renumbered(new_slots, self.SIZE)
+        found = vectors.score(rows[0], self.SIZE).scores
+        assert int(np.argmax(found)) == 1
+        assert found[1] == pytest.approx(1, abs=1e-5)
+        assert np.sum(found > 0.9999) == 1
+
+    def test_the_sample_tells_the_spread_of_all(self, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+        vectors = self.filled(rows)
+        exact = self.exact(vectors, rows[0], monkeypatch)[1:]
+        result = vectors.score(rows[0], self.SIZE + 1)
+        assert result.scores[result.sample].std() == pytest.approx(exact.std(), rel=0.1)
 
 
 class TestEndpoint:
