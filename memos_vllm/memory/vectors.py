@@ -109,7 +109,7 @@ class Vectors:
         wanted /= max(float(np.linalg.norm(wanted)), 1e-9)
         size = min(num_slots, len(self._rows))
         if self.are_few:
-            products = self._rows[:size] @ wanted - float(mean @ wanted)
+            products = _products(self._rows[:size], wanted) - float(mean @ wanted)
             scores[:size] = np.where(self._has[:size], products * self._centred(mean)[:size], 0)
             sample[:size] = self._has[:size]
             return Similarities(scores, sample)
@@ -120,7 +120,7 @@ class Vectors:
             compared = reach(compared)
         compared = compared[compared < size]
         compared = compared[self._has[compared]]
-        products = self._rows[compared] @ wanted - float(mean @ wanted)
+        products = _products(self._rows[compared], wanted) - float(mean @ wanted)
         scores[compared] = products * self._centred(mean)[compared]
         sample[drawn] = self._has[drawn]
         return Similarities(scores, sample)
@@ -149,6 +149,13 @@ class Vectors:
     def _centred(self, mean: Vector) -> Vector:
         """One over the length of each row less the mean. [capacity]"""
         if self._inverse_norms is None:
-            squares = 1 - 2 * (self._rows @ mean) + float(mean @ mean)
+            squares = 1 - 2 * _products(self._rows, mean) + float(mean @ mean)
             self._inverse_norms = 1 / np.sqrt(np.maximum(squares, 1e-9))
         return self._inverse_norms
+
+
+def _products(rows: npt.NDArray[np.float32], vector: Vector) -> Vector:
+    """Not ``@``: BLAS wakes its threads for this, and where cores are busy waits for them up to 100 times as
+    long as one thread takes (22 against 1.6 ms in the 99th percentile of 10,000 rows on two busy cores)."""
+    products: Vector = np.einsum("ij,j->i", rows, vector)
+    return products
