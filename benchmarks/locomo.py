@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         conversations, repairs = read(data, arguments.captions)
-        embedders = {name: _EMBEDDERS[name.partition(":")[0]](name.partition(":")[2]) for name in arguments.embedder}
+        embedders = {name: _embedder_of(name) for name in arguments.embedder}
     except (DataError, MemosError) as error:
         print(f"locomo: {error}", file=sys.stderr)
         return 2
@@ -111,11 +111,17 @@ def arms(
     yield "lexical_context", locomo_arms.searching(service, context=1)
     for name, embedder in embedders.items():
         label = f"{name.partition(':')[0]}:{Path(name).name}"
+        embedder.embed([question.text for question in conversation.questions])  # in one batch
         dense = locomo_arms.exact_dense(documents, embedder)
         yield f"dense {label}", dense
         fused = locomo_arms.reciprocal_rank_fusion([lexical, dense], len(conversation.turns))
         yield f"rrf {label}", fused
         yield f"hybrid {label}", locomo_arms.searching(locomo_arms.memos(conversation, resources, embedder))
+
+
+def _embedder_of(name: str) -> Embedder:
+    kind, _, path = name.partition(":")
+    return locomo_arms.Remembering(_EMBEDDERS[kind](path))
 
 
 def measure(conversation: Conversation, arm: str, ranker: Ranker, recalls: Recalls) -> None:

@@ -18,6 +18,7 @@ from memos_vllm.config import MemoryConfig
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
+from memos_vllm.memory.vectors import Vector
 from memos_vllm.types import Principal
 
 Ranking = list[int]
@@ -28,6 +29,8 @@ Ranker = Callable[[str, int], Ranking]
 
 RRF_K = 60
 """Of Cormack, Clarke and Büttcher, SIGIR 2009."""
+
+RRF_DEPTH = 100
 
 _WHO = Principal("benchmark", "user")
 _MAP_BYTES = 2**30
@@ -132,16 +135,32 @@ def exact_dense(documents: Sequence[str], embedder: Embedder) -> Ranker:
 
 
 def reciprocal_rank_fusion(rankers: Sequence[Ranker], num_turns: int) -> Ranker:
-    """Of whole rankings."""
+    """Of the first ``RRF_DEPTH`` of each ranking."""
 
     def rank(question: str, limit: int) -> Ranking:
         scores = np.zeros(num_turns)
         for ranker in rankers:
-            for place, turn in enumerate(ranker(question, num_turns), 1):
+            for place, turn in enumerate(ranker(question, RRF_DEPTH), 1):
                 scores[turn] += 1 / (RRF_K + place)
         return [int(turn) for turn in np.argsort(-scores, kind="stable")[:limit] if scores[turn] > 0]
 
     return rank
+
+
+class Remembering(Embedder):
+    """Another embedder that embeds no text twice; the arms ask for the same ones."""
+
+    def __init__(self, embedder: Embedder):
+        self._embedder = embedder
+        self._known: dict[str, Vector] = {}
+        self.name, self.num_dims = embedder.name, embedder.num_dims
+        self.is_linear, self.is_stored = embedder.is_linear, False
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self._embedder.embed(new), strict=True))
+        return np.array([self._known[text] for text in texts])
 
 
 def _normalised(rows: Any) -> Any:

@@ -86,11 +86,19 @@ class Retrieval:
             count += len(vectors)
         return count
 
+    def prepare(self, who: Principal) -> bool:
+        """Brings the user's index up to date, so that the next query need not; False if the embedder failed."""
+        try:
+            self.embed_new(who)
+        except EmbedderError as error:
+            logger.warning("memories of %s are found by words alone for now: %s", who, error)
+            return False
+        return True
+
     def _embed_query(self, who: Principal, text: str) -> Vector | None:
         assert self._embedder is not None
         try:
-            self.embed_new(who)
-            return self._embedder.embed_query(text)
+            return self._embedder.embed_query(text) if self.prepare(who) else None
         except EmbedderError as error:
             logger.warning("searched by words alone: %s", error)
             return None

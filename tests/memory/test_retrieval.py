@@ -172,6 +172,14 @@ class TestHybrid:
         monkeypatch.setattr(hybrid._store, "write", full)
         assert texts(hybrid.search(ALICE, "tea")) == ["oolong"]
 
+    def test_what_is_remembered_is_embedded_before_the_next_question(
+        self, hybrid: MemoryService, embedder: TopicEmbedder
+    ) -> None:
+        hybrid.remember(ALICE, says("I brew oolong every morning."))
+        assert embedder.embedded == ["I brew oolong every morning."]
+        embedder.fails = True
+        assert len(hybrid.remember(ALICE, says("My kitten sleeps a lot."))) == 1
+
     def test_users_are_apart(self, hybrid: MemoryService) -> None:
         hybrid.add(ALICE, "oolong")
         hybrid.add(BOB, "brew")
