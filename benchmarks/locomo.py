@@ -1,6 +1,6 @@
 """LoCoMo: how many of the turns that answer a question are among the first k recalled.
 
-    python -m benchmarks.locomo [--data FILE] [--embedder KIND:PATH ...] [--json FILE]
+    python -m benchmarks.locomo [--data FILE] [--embedder KIND:PATH ...] [--ablations] [--json FILE]
 
     bm25s            BM25S, one turn a document
     bm25s_previous   the same, each turn with the one before it
@@ -16,6 +16,8 @@ and for each --embedder (``rows:DIR`` input embeddings of a language model, ``se
     rrf              lexical and dense by reciprocal rank fusion
     hybrid           what Memos does
 
+and with --ablations, what ``lexical`` would find with other constants than the ones it has.
+
 Each conversation is a user with an index of his own; a turn is a memory with its speaker, conversation and
 date. Recall is the share of a question's evidence that is found, averaged over questions.
 """
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -64,12 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"locomo: {error}", file=sys.stderr)
         return 2
     recalls: Recalls = {}
-    num_arms = len(_BASE_ARMS) + len(embedders) * len(_DENSE_ARMS)
+    num_arms = len(_BASE_ARMS) + len(embedders) * len(_DENSE_ARMS) + len(_ABLATIONS) * arguments.ablations
     with report.progress("locomo", num_arms * len(conversations)) as advance:
         for conversation in conversations:
             with ExitStack() as resources:
                 for arm, ranker in arms(conversation, embedders, resources):
                     if ranker is not None:
+                        measure(conversation, arm, ranker, recalls)
+                    advance(f"{arm} on {conversation.name}")
+                for arm, constants in _ABLATIONS.items() if arguments.ablations else ():
+                    with locomo_arms.other_constants(constants):
+                        ranker = locomo_arms.searching(locomo_arms.memos(conversation, resources))
                         measure(conversation, arm, ranker, recalls)
                     advance(f"{arm} on {conversation.name}")
     rows = summarise(recalls)
@@ -91,6 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _BASE_ARMS = ("bm25s", "bm25s_previous", "fts5", "lexical_alone", "lexical", "lexical_context")
 _DENSE_ARMS = ("dense", "rrf", "hybrid")
+_ABLATIONS: dict[str, Mapping[str, float]] = {
+    "1 step": {"neighbours.STEPS": 1},
+    "3 steps": {"neighbours.STEPS": 3},
+    "weight 1/4": {"neighbours.WEIGHT_PER_STEP": 0.25},
+    "weight 1/3": {"neighbours.WEIGHT_PER_STEP": 1 / 3},
+    "weight 2/3": {"neighbours.WEIGHT_PER_STEP": 2 / 3},
+    "weight 1": {"neighbours.WEIGHT_PER_STEP": 1.0},
+    "k1 0.9, b 0.4": {"lexical.K1": 0.9, "lexical.B": 0.4},
+    "k1 1.5, b 0.75": {"lexical.K1": 1.5},
+}
 
 
 def arms(
@@ -164,6 +181,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", metavar="FILE", help=f"LoCoMo's JSON; default: {DATA.name} in shared/data, if it is there"
     )
     parser.add_argument("--embedder", nargs="+", type=_embedder, default=[], metavar="KIND:PATH")
+    parser.add_argument("--ablations", action="store_true", help="also with other constants")
     parser.add_argument("--captions", action="store_true", help="a turn's text has the caption of its picture")
     parser.add_argument("--json", type=output_file, metavar="FILE")
     return parser.parse_args(argv)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sqlite3
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -58,6 +59,15 @@ def memos(
         ],
     )
     return service
+
+
+@contextmanager
+def other_constants(constants: Mapping[str, float]) -> Iterator[None]:
+    """Of modules of ``memos_vllm.memory``, as ``module.NAME``."""
+    with ExitStack() as patches:
+        for name, value in constants.items():
+            patches.enter_context(mock.patch(f"memos_vllm.memory.{name}", value))
+        yield
 
 
 def searching(service: MemoryService, context: int = 0) -> Ranker:

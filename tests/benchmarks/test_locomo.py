@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import locomo
 from benchmarks.locomo_data import DataError, read
+from memos_vllm.memory import lexical, neighbours
 
 
 def turn(session: int, number: int, speaker: str, text: str, **more: str) -> dict[str, str]:
@@ -77,6 +78,12 @@ def test_writes_recall_per_arm_category_and_cut(data: Path, tmp_path: Path, caps
     assert cells["lexical", "1-4", 10]["n"] == 3
     shown = capsys.readouterr().out
     assert "2 repaired, 2 dropped, 1 questions without any" in shown and "lexical" in shown
+
+
+def test_other_constants_are_tried_and_put_back(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert locomo.main(["--data", str(data), "--ablations"]) == 0
+    assert "weight 1/4" in capsys.readouterr().out
+    assert (neighbours.STEPS, neighbours.WEIGHT_PER_STEP, lexical.K1, lexical.B) == (2, 0.5, 1.2, 0.75)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '[{"qa": []}]', '{"a": 1}'])
