@@ -283,7 +283,9 @@ class MemoryService:
         if not kept:
             return []
         origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
-        return self._store.write(who, lambda user: [keep(user, extracted, origin, self._now()) for extracted in kept])
+        known = self._store.write(who, lambda user: [keep(user, extracted, origin, self._now()) for extracted in kept])
+        self._retrieval.prepare(who)
+        return known
 
     def kv_epoch(self, who: Principal) -> int:
         """Grows when text was deleted or changed; part of the user's KV salt."""
