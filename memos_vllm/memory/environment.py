@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,9 @@ from memos_vllm.memory import tables
 
 DATA_FILE = "data.mdb"
 _MAX_READERS = 1024
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_MAGIC_AT = slice(16, 20)
+_MAGIC = (0xBEEFC0DE).to_bytes(4, sys.byteorder)
 
 
 def open_for_writing(path: Path, map_bytes: int) -> lmdb.Environment:
@@ -24,13 +31,14 @@ def open_for_writing(path: Path, map_bytes: int) -> lmdb.Environment:
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        env = lmdb.open(
-            str(path),
-            map_size=whole_pages(map_bytes),
-            max_dbs=len(tables.NAMES),
-            max_readers=_MAX_READERS,
-            mode=0o600,
-        )
+        try:
+            env = _open(path, map_bytes)
+        except lmdb.InvalidError:
+            with _alone(path):
+                if not _was_never_begun(path / DATA_FILE):
+                    raise
+                os.truncate(path / DATA_FILE, 0)
+                env = _open(path, map_bytes)
     except (lmdb.Error, OSError) as error:
         raise unusable(path, error) from error
     try:
@@ -39,6 +47,36 @@ def open_for_writing(path: Path, map_bytes: int) -> lmdb.Environment:
         env.close()
         raise
     return env
+
+
+def _open(path: Path, map_bytes: int) -> lmdb.Environment:
+    return lmdb.open(
+        str(path),
+        map_size=whole_pages(map_bytes),
+        max_dbs=len(tables.NAMES),
+        max_readers=_MAX_READERS,
+        mode=0o600,
+    )
+
+
+def _was_never_begun(file: Path) -> bool:
+    """Whether this is what a full disk or a crash leaves of a new file: a part of LMDB's first two pages.
+
+    They are written at once, before anything else, so nothing was ever stored.
+    """
+    head = file.read_bytes()[: _MAGIC_AT.stop] if file.stat().st_size < 2 * _PAGE_BYTES else b""
+    return head[_MAGIC_AT] == _MAGIC and len(head) == _MAGIC_AT.stop
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one process at a time begins a file anew."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def open_for_reading(path: Path) -> lmdb.Environment:
