@@ -13,6 +13,8 @@ from memos_vllm.errors import ConfigError, EmbedderError
 from memos_vllm.memory.embedders import Embedder
 
 _BATCH = 64
+_MAX_ENDPOINT_CHARS = 8000
+"""Servers refuse texts beyond their context, commonly 8,192 tokens; a character is seldom more than one."""
 
 
 class SentenceEncoder(Embedder):
@@ -102,7 +104,8 @@ class EndpointEncoder(Embedder):
 
     def _request(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         try:
-            response = self._client.post(self._url, json={"model": self._model, "input": list(texts)})
+            body = {"model": self._model, "input": [text[:_MAX_ENDPOINT_CHARS] for text in texts]}
+            response = self._client.post(self._url, json=body)
             response.raise_for_status()
             rows = sorted(response.json()["data"], key=lambda row: row["index"])
             vectors = np.array([row["embedding"] for row in rows], np.float32)

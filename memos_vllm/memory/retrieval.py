@@ -8,8 +8,10 @@ embedder may be slow, or away, and then the words decide alone.
 from __future__ import annotations
 
 import logging
+import math
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 
 from memos_vllm.errors import EmbedderError, StoreError
@@ -29,17 +31,30 @@ logger = logging.getLogger(__name__)
 
 _EMBED_BATCH = 1024
 
+RETRY_AFTER_S = 30.0
+"""An embedder that failed is left alone for so long: a server that is away would cost every question its
+time-out."""
+
 
 class Retrieval:
     """
     Args:
         embedder: None for words, times and links alone.
+        monotonic_s: a clock that never goes back; tests set it.
     """
 
-    def __init__(self, store: MemoryStore, indexes: Indexes, embedder: Embedder | None = None):
+    def __init__(
+        self,
+        store: MemoryStore,
+        indexes: Indexes,
+        embedder: Embedder | None = None,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ):
         self._store = store
         self._indexes = indexes
         self._embedder = embedder
+        self._monotonic_s = monotonic_s
+        self._left_alone_until_s = -math.inf
 
     def query(self, who: Principal, text: str, asked_at: datetime) -> Query:
         """A question with its embedding; not within a transaction. Embeds what is new of the user's before."""
@@ -88,10 +103,12 @@ class Retrieval:
 
     def prepare(self, who: Principal) -> bool:
         """Brings the user's index up to date, so that the next query need not; False if the embedder failed."""
+        if self._monotonic_s() < self._left_alone_until_s:
+            return False
         try:
             self.embed_new(who)
         except EmbedderError as error:
-            logger.warning("memories of %s are found by words alone for now: %s", who, error)
+            self._leave_alone(error)
             return False
         return True
 
@@ -100,8 +117,12 @@ class Retrieval:
         try:
             return self._embedder.embed_query(text) if self.prepare(who) else None
         except EmbedderError as error:
-            logger.warning("searched by words alone: %s", error)
+            self._leave_alone(error)
             return None
+
+    def _leave_alone(self, error: EmbedderError) -> None:
+        logger.warning("memory is searched by words alone for %g s: %s", RETRY_AFTER_S, error)
+        self._left_alone_until_s = self._monotonic_s() + RETRY_AFTER_S
 
     def _keep(self, who: Principal, vectors: dict[MemoryId, Vector]) -> None:
         embedder = self._embedder

@@ -31,6 +31,10 @@ from memos_vllm.types import MemoryId, Principal
 
 MAX_QUERY_CHARS = 10_000
 MAX_INDEXED_USERS = 1024
+MAX_INDEXED_MEMORIES = 1_000_000
+"""Of all users together; about 2 KB each, 1 KB of it the vector of the default embedder. One user may have
+more."""
+
 _MIN_DEAD_SLOTS = 64
 _NEVER = float("inf")
 
@@ -335,11 +339,17 @@ class Indexes:
         with self._lock:
             index = self._indexes.setdefault(user.who, UserIndex(self._embedder))
             self._indexes.move_to_end(user.who)
-            if len(self._indexes) > self._max_users:
-                self._indexes.popitem(last=False)
+            self._make_room()
         with index.lock:
             index.catch_up(user)
             yield index
+
+    def _make_room(self) -> None:
+        """Drops the indexes that were used longest ago; the last one stays."""
+        num_memories = sum(map(len, self._indexes.values()))
+        while len(self._indexes) > self._max_users or (num_memories > MAX_INDEXED_MEMORIES and len(self._indexes) > 1):
+            _, dropped = self._indexes.popitem(last=False)
+            num_memories -= len(dropped)
 
     def drop_removed(self, user: UserReader) -> int:
         """After a deletion: how many postings it took out of the index, if the user has one."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from memos_vllm.errors import RequestError, StoreFull
+from memos_vllm.memory.retrieval import RETRY_AFTER_S, Retrieval
 from memos_vllm.memory.search import Indexes, UserIndex
 from memos_vllm.memory.service import MemoryService
 from tests.memory.embedder_factories import TopicEmbedder
@@ -156,9 +157,21 @@ class TestHybrid:
         embedder.fails = True
         assert texts(hybrid.search(ALICE, "oolong")) == ["oolong"]
         assert hybrid.search(ALICE, "tea") == []
+
+    def test_an_embedder_that_failed_is_left_alone_for_a_while(
+        self, hybrid: MemoryService, embedder: TopicEmbedder
+    ) -> None:
+        now_s = [0.0]
+        hybrid._retrieval = Retrieval(hybrid._store, hybrid._indexes, embedder, lambda: now_s[0])
+        for text in ("oolong", "kitten", "drive"):
+            hybrid.add(ALICE, text)
+        embedder.fails = True
+        assert hybrid.search(ALICE, "tea") == []
         embedder.fails = False
-        hybrid.add(ALICE, "other")
-        assert texts(hybrid.search(ALICE, "oolong"))[0] == "oolong"
+        now_s[0] = RETRY_AFTER_S - 1
+        assert hybrid.search(ALICE, "tea") == []
+        now_s[0] = RETRY_AFTER_S
+        assert texts(hybrid.search(ALICE, "tea")) == ["oolong"]
 
     def test_a_full_store_still_searches_by_vectors(
         self, hybrid: MemoryService, monkeypatch: pytest.MonkeyPatch
@@ -238,6 +251,17 @@ def test_what_a_hit_is_linked_with_is_found_behind_it(service: MemoryService, cl
     assert found[1].why["retrievers"]["link"] == {"from": tea.id, "type": "bought_at"}
     assert texts(service.search(ALICE, "tea", top_k=1)) == ["I buy tea"]
     assert texts(service.search(ALICE, "tea", said_before=clock.now - timedelta(1))) == NOT_FOUND
+
+
+def test_a_link_leads_nowhere_once_it_is_over_or_to_what_the_filter_keeps_out(
+    service: MemoryService, clock: Clock
+) -> None:
+    tea, shop = service.add(ALICE, "I buy tea", tags=["mine"]), service.add(ALICE, "The shop is in Kew Road")
+    service.life.link(ALICE, tea.id, shop.id, type="bought_at", valid_to=clock.now + timedelta(1))
+    assert len(service.search(ALICE, "tea")) == 2
+    assert texts(service.search(ALICE, "tea", tag="mine")) == ["I buy tea"]
+    clock.forward(90_000)
+    assert texts(service.search(ALICE, "tea")) == ["I buy tea"]
 
 
 def test_gaps_are_closed_and_nothing_moves(make: Callable[..., MemoryService]) -> None:

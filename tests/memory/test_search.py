@@ -117,6 +117,16 @@ def test_only_the_last_users_indexes_are_held(service: MemoryService) -> None:
         assert service.stats()["indexed_users"] == 1
 
 
+def test_the_indexes_held_have_a_limit_in_memories(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_module, "MAX_INDEXED_MEMORIES", 3)
+    for who in (ALICE, BOB):
+        service.add_many(who, [{"text": "tea"}] * 4)
+    for who in (ALICE, BOB):
+        assert len(service.search(who, "tea")) == 4
+    service.search(BOB, "tea")
+    assert service.stats()["indexed_users"] == 1
+
+
 def test_of_a_huge_query_beginning_and_end_count(service: MemoryService) -> None:
     for text in ("tea", "milk", "water"):
         service.add(ALICE, text)
