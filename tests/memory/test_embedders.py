@@ -189,6 +189,14 @@ class TestManyVectors:
         assert found[1] == pytest.approx(1, abs=1e-5)
         assert np.sum(found > 0.9999) == 1
 
+    def test_nothing_of_a_removed_vector_is_left(self, rows: np.ndarray) -> None:
+        vectors = self.filled(rows)
+        self.scored(vectors, rows[0])
+        for slot in (5, 6):
+            vectors.remove(slot)
+        assert not vectors._rows[5:7].any()
+        assert vectors._cells._file.ntotal == len(vectors) == self.SIZE - 2
+
     def test_the_sample_tells_the_spread_of_all(self, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
         vectors = self.filled(rows)
         exact = self.exact(vectors, rows[0], monkeypatch)[1:]
