@@ -19,6 +19,12 @@ STANDING_TYPES = frozenset({"fact", "preference", "profile"})
 """Statements about the user, which may stand in the prompt of every conversation."""
 
 SENSITIVITIES = ("normal", "sensitive")
+_MOSTLY: dict[str, Any] = {
+    "type": "fact", "pinned": False, "tags": [], "session": None, "version": 1, "state": "generated", "priority": 0,
+    "sensitivity": "normal", "expires_at": None, "valid_from": None, "uses": 1, "supersedes": None,
+    "superseded_by": None, "valid_to": None, "origin": {},
+}  # fmt: skip
+_NOTHING = object()
 _MOMENTS = ("created_at", "updated_at", "expires_at", "valid_from", "valid_to")
 
 NO_ID = uuid.UUID(int=0)
@@ -125,16 +131,19 @@ class MemoryRecord:
 
 
 def encode(record: MemoryRecord) -> bytes:
-    return json.dumps(record.as_json(), ensure_ascii=False, separators=(",", ":")).encode()
+    """What is as it mostly is goes without saying; that is half of a short memory's bytes."""
+    values = {name: value for name, value in record.as_json().items() if value != _MOSTLY.get(name, _NOTHING)}
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def decode(raw: bytes) -> MemoryRecord:
-    values = json.loads(raw)
+    values = {**_MOSTLY, **json.loads(raw)}
     for name in _MOMENTS:
         if values[name] is not None:
             values[name] = datetime.fromisoformat(values[name])
     values["state"] = State(values["state"])
     values["tags"] = tuple(values["tags"])
+    values["origin"] = dict(values["origin"])
     return MemoryRecord(**values)
 
 
