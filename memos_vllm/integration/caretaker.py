@@ -6,6 +6,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from memos_vllm.memory.life import TEND_BATCH
+
 if TYPE_CHECKING:
     from memos_vllm.integration.state import MemosState
 
@@ -37,7 +39,8 @@ class Caretaker:
             await asyncio.sleep(INTERVAL_S)
 
     async def look_after(self) -> None:
-        await asyncio.to_thread(self._state.service.life.tend)
+        while (await asyncio.to_thread(self._state.service.life.tend)).seen >= TEND_BATCH:
+            pass
         for who in await asyncio.to_thread(self._state.service.users_with_past_kv):
             removed = await self._state.forget_kv(who)
             if any(removed.values()):

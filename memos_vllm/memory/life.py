@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -22,13 +22,16 @@ from memos_vllm.types import Principal
 logger = logging.getLogger(__name__)
 
 MAX_SNAPSHOTS = 100
-_TEND_BATCH = 1000
+TEND_BATCH = 1000
 _INTO = {State.FROZEN: Move.FREEZE, State.ARCHIVED: Move.ARCHIVE}
 
 
 @dataclass(slots=True)
 class Tended:
     """What time moved, in memories of all users."""
+
+    seen: int = 0
+    """As many as were asked for: there may be more."""
 
     archived: int = 0
     expired: int = 0
@@ -206,16 +209,17 @@ class MemoryLife:
 
         return self._store.write(who, roll_back)
 
-    def tend(self, limit: int = _TEND_BATCH) -> Tended:
+    def tend(self, limit: int = TEND_BATCH) -> Tended:
         """Does what time has made due: archives, expires, removes. Of all users, the longest overdue first."""
         done = Tended()
         now = self._now()
         for who, ids in self._store.due(now, limit).items():
             moved = self._store.write(who, lambda user, ids=ids: _age(user, ids, now), frees=True)
+            done.seen += len(ids)
             done.archived += moved.archived
             done.expired += moved.expired
             done.removed += moved.removed
-        if any(asdict(done).values()):
+        if done.archived or done.expired or done.removed:
             logger.info("memories aged: %s", done)
         return done
 

@@ -123,6 +123,8 @@ class MemoryStore:
                 if key[:8] > end:
                     break
                 raw = txn.get(key[8:], db=self._dbs["records"])
+                if raw is None:  # a damaged store, which ``memos doctor`` mends; the others must not wait for that
+                    continue
                 record = records.decode(raw)
                 found.setdefault(Principal(record.tenant, record.user), []).append(record.id)
         return found
