@@ -36,12 +36,15 @@ def fuse(retrieved: Mapping[str, Scores], among: Mapping[str, npt.NDArray[np.boo
     return np.sum([standardised(scores, among[name]) for name, scores in retrieved.items()], axis=0, dtype=np.float32)
 
 
-def best_first(scores: Scores, allowed: npt.NDArray[np.bool_], limit: int) -> npt.NDArray[np.int64]:
-    """The best of those allowed, of equals the later ones first; at most ``limit``."""
+def best_first(
+    scores: Scores, allowed: npt.NDArray[np.bool_], limit: int, order: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
+    """The best of those allowed, of equals the later ones first (by ``order``, else by place); at most ``limit``."""
     places = np.flatnonzero(allowed)
     if len(places) > limit:
         found = scores[places]
         # All that equal the last one, so that the order among them is ours and not the partition's.
         threshold = np.partition(found, len(found) - limit)[len(found) - limit]
         places = places[found >= threshold]
-    return places[np.lexsort((-places, -scores[places]))][:limit]
+    later = places if order is None else order[places]
+    return places[np.lexsort((-later, -scores[places]))][:limit]

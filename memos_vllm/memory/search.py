@@ -133,7 +133,7 @@ class UserIndex:
         if times.asks_for_recent(query.text):
             retrieved["recency"], among["recency"] = self._recency(found), found
         scores = fusion.fuse(retrieved, among)
-        best = fusion.best_first(scores, found & self._allowed(wanted, query.asked_at), top_k)
+        best = fusion.best_first(scores, found & self._allowed(wanted, query.asked_at), top_k, self._ordered())
         method = "bm25" if len(retrieved) == 1 else "hybrid"
         return [
             Match(
@@ -216,6 +216,8 @@ class UserIndex:
 
     def _put(self, record: MemoryRecord, user: UserReader) -> None:
         """Adds a memory or takes over its change; one that is not current goes out."""
+        old = self._entries.get(record.id)
+        order = self._order[old.slot] if old else -1
         self._remove(record.id)
         if not record.is_current:
             return
@@ -228,13 +230,17 @@ class UserIndex:
             counts[label] = 1
         slot = self._lexical.add(counts, length)
         self._entries[record.id] = Entry(slot, record.type, record.pinned, record.session, num_terms)
-        if record.id < self._last_id:
-            self._is_in_order = False
-        self._last_id = max(self._last_id, record.id)
-        self._ids.append(record.id)
         if slot >= len(self._said_s):
             self._said_s = np.resize(self._said_s, 2 * slot)
             self._expires_s = np.resize(self._expires_s, 2 * slot)
+            self._order = np.resize(self._order, 2 * slot)
+        if record.id > self._last_id:
+            self._last_id, order, self._next_order = record.id, self._next_order, self._next_order + 1
+        else:
+            self._is_in_order = False
+            self._is_order_known &= old is not None
+        self._order[slot] = order
+        self._ids.append(record.id)
         self._said_s[slot] = said_at.timestamp()
         frozen = record.state == "frozen"
         self._expires_s[slot] = record.expires_at.timestamp() if record.expires_at and not frozen else _NEVER
@@ -284,7 +290,7 @@ class UserIndex:
         self._vectors = self._vectors.renumbered(new_slots, len(old_slots) + 1)
         self._ids = [self._ids[0], *(self._ids[slot] for slot in old_slots)]
         kept = np.concatenate([[0], old_slots])
-        self._said_s, self._expires_s = self._said_s[kept], self._expires_s[kept]
+        self._said_s, self._expires_s, self._order = self._said_s[kept], self._expires_s[kept], self._order[kept]
         self._last_of = {session: int(new_slots[slot]) for session, slot in self._last_of.items()}
         for entry in self._entries.values():
             entry.slot = int(new_slots[entry.slot])
@@ -298,10 +304,22 @@ class UserIndex:
         self._ids = [MemoryId("")]  # of slot 0
         self._said_s = np.zeros(16)
         self._expires_s = np.zeros(16)
+        self._order = np.zeros(16, np.int64)  # of creation
+        self._next_order = 0
         self._last_of: dict[str, int] = {}  # conversation -> its last slot
         self._last_id = MemoryId("")
-        self._is_in_order = True
+        self._is_in_order = True  # the entries
+        self._is_order_known = True  # of every slot
         return removed
+
+    def _ordered(self) -> npt.NDArray[np.int64]:
+        """The order of creation. [num slots]"""
+        if not self._is_order_known:  # an old memory came back
+            for place, (_, entry) in enumerate(self._in_order()):
+                self._order[entry.slot] = place
+            self._next_order = len(self._entries)
+            self._is_order_known = True
+        return self._order[: self._lexical.num_slots]
 
     def _in_order(self) -> Iterator[tuple[MemoryId, Entry]]:
         """In the order of creation, which is that of the ids."""
