@@ -7,7 +7,8 @@
     many      the same with many users in one store; a restart; bytes on disk and in the process
 
 beside SQLite FTS5 (as durable), BM25S (in memory) and exact dense search (numpy, 384 dimensions, random
-vectors). Memos answers by words and time; no text is embedded anywhere, so nothing here includes an embedding.
+vectors). ``memos`` answers by words and time, ``memos_vectors`` by such vectors too; nothing here includes the
+time of an embedder.
 Texts are generated: Zipf vocabulary of 50,000 words, 8 to 24 words each. ``--store`` keeps the large store of
 ``many``, and takes it again if it is there: building it takes far longer than measuring.
 """
@@ -120,6 +121,13 @@ def search(preset: Preset, work: Path, _: Path | None, advance: Callable[[str], 
         yield from _latencies("memos", size, size, ask, questions)
         store.close()
         advance(f"Memos, {size:,}")
+        embedder = memory_arms.DrawnVectors(DIMENSIONS)
+        store, service = memory_arms.open_memos(work / f"search-{size}", embedder)
+        ask = partial(service.search, who, top_k=memory_arms.TOP_K)
+        yield _row("memos_vectors", size, size, "first_search_s", _seconds(partial(ask, questions[0])))
+        yield from _latencies("memos_vectors", size, size, ask, questions)
+        store.close()
+        advance(f"Memos with vectors, {size:,}")
         fts5 = memory_arms.FTS5(work / f"search-{size}.sqlite")
         fts5.add(sentences)
         yield from _latencies("fts5", size, size, fts5.search, questions)
@@ -228,7 +236,7 @@ def _readable(metric: str, value: float) -> tuple[str, str]:
 
 _STEPS: dict[str, Callable[[Preset], int]] = {
     "ingest": lambda preset: 4,
-    "search": lambda preset: 4 * len(preset.sizes),
+    "search": lambda preset: 5 * len(preset.sizes),
     "many": lambda preset: preset.users + 2,
 }
 

@@ -7,11 +7,14 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
+import xxhash
 
 from benchmarks import locomo_arms
 from memos_vllm.config import MemoryConfig
+from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.types import Principal
@@ -25,9 +28,23 @@ def principal(number: int) -> Principal:
     return Principal("benchmark", f"user-{number}")
 
 
-def open_memos(path: Path) -> tuple[MemoryStore, MemoryService]:
+def open_memos(path: Path, embedder: Embedder | None = None) -> tuple[MemoryStore, MemoryService]:
     store = MemoryStore(path, MAP_BYTES)
-    return store, MemoryService(store, MemoryConfig())
+    return store, MemoryService(store, MemoryConfig(), embedder=embedder)
+
+
+class DrawnVectors(Embedder):
+    """A random vector per text, at next to no cost: what is measured is the search."""
+
+    is_stored = False
+
+    def __init__(self, num_dims: int):
+        self.name, self.num_dims = "drawn", num_dims
+
+    def embed(self, texts: Sequence[str]) -> Any:
+        seeds = (xxhash.xxh3_64_intdigest(text.encode()) for text in texts)
+        rows = [numpy.random.default_rng(seed).standard_normal(self.num_dims, numpy.float32) for seed in seeds]
+        return numpy.array(rows)
 
 
 def add_batches(service: MemoryService, who: Principal, texts: Sequence[str], size: int) -> None:

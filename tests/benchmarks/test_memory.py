@@ -31,7 +31,7 @@ def test_every_arm_is_measured(rows: list[dict[str, object]]) -> None:
     measured = {(row["arm"], row["memories_total"], row["metric"]) for row in rows}
     for arm in ("memos", "fts5"):
         assert {(arm, 0, "ingest_single_per_s"), (arm, 0, "ingest_batch_per_s")} <= measured
-    for arm in ("memos", "fts5", "exact_dense"):
+    for arm in ("memos", "memos_vectors", "fts5", "exact_dense"):
         assert {(arm, 30, "search_p50_s"), (arm, 30, "search_p99_s")} <= measured
     many = {metric for arm, total, metric in measured if total == 50}
     assert {"restart_s", "restart_process_s", "disk_bytes_per_memory", "search_p99_s", "process_bytes"} <= many
