@@ -32,6 +32,11 @@ class NewMemory(BaseModel):
     sensitivity: str = "normal"
     valid_from: str | None = None
     ttl_s: float | None = None
+    speaker: str | None = Field(default=None, min_length=1, max_length=MAX_NAME_CHARS)
+    """Who said it, where that is not the user; found as a word of the memory is."""
+
+    cube: str | None = Field(default=None, min_length=1, max_length=MAX_NAME_CHARS)
+    """A collection that search can be kept to."""
 
 
 class AddBody(NewMemory, Body):
@@ -92,7 +97,9 @@ async def add(raw_request: Request) -> Any:
 
 
 def _values(memory: NewMemory) -> dict[str, Any]:
-    return {**memory.model_dump(include=set(NewMemory.model_fields)), "origin": {"source": "api"}}
+    values = memory.model_dump(include=set(NewMemory.model_fields))
+    said = {name: value for name in ("speaker", "cube") if (value := values.pop(name)) is not None}
+    return {**values, "origin": {"source": "api", **said}}
 
 
 @router.get("")
