@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
-from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT
+from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
 from memos_vllm.memory.results import Hit
 from memos_vllm.types import Principal
 
