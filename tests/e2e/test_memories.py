@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any
 
@@ -44,6 +45,28 @@ def test_a_batch_is_stored_whole(memos: Memos, key: str) -> None:
     refused = memos.call("POST", "/v1/memories", key, json=batch)
     assert refused.status_code == 400 and "memories[1]" in refused.json()["error"]["message"]
     assert len(memos.call("GET", "/v1/memories?tag=ferry", key).json()["data"]) == 50
+
+
+def test_a_use_is_noted_with_its_scene(memos: Memos, key: str) -> None:
+    path = f"/v1/memories/{memos.call('POST', '/v1/memories', key, json={'text': 'My job is baker.'}).json()['id']}"
+    memos.chat(key, "What is my job?", {"session": "s", "remember": False})
+    deadline = time.monotonic() + 60
+    while not (log := memos.call("GET", path + "/log", key).json()["data"]):  # noted after the answer
+        assert time.monotonic() < deadline
+    (event,) = log
+    assert (event["kind"], event["where"], event["session"]) == ("recalled", "long_lived", "s")
+    cube = memos.call("GET", path + "/cube", key).json()
+    assert cube["payload"]["scenes"] == [event["scene"]] and cube["header"]["governance"]["state"] == "activated"
+
+
+def test_a_snapshot_brings_back_what_was_changed(memos: Memos, key: str) -> None:
+    memory = memos.call("POST", "/v1/memories", key, json={"text": "My job is baker."}).json()["id"]
+    snapshot = memos.call("POST", "/v1/memories/snapshots", key, json={"name": "before"}).json()["id"]
+    memos.call("PATCH", f"/v1/memories/{memory}", key, json={"text": "My job is pilot."})
+    assert memos.answer(key, "What is my job?") == "Your job is pilot."
+    done = memos.call("POST", f"/v1/memories/snapshots/{snapshot}/rollback", key).json()
+    assert done["restored"] == [memory]
+    assert memos.answer(key, "What is my job?") == "Your job is baker."
 
 
 def test_nobody_else_sees_or_touches_it(memos: Memos, key: str) -> None:
