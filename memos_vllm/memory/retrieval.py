@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 
 from memos_vllm.errors import EmbedderError, StoreError
@@ -21,7 +21,7 @@ from memos_vllm.memory.filters import Filter
 from memos_vllm.memory.neighbours import WEIGHT_PER_STEP
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.results import Hit
-from memos_vllm.memory.search import Indexes, Match, Query, UserIndex
+from memos_vllm.memory.search import Indexes, Match, Query, UserIndex, text_of
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.memory.vectors import Vector
@@ -97,7 +97,7 @@ class Retrieval:
                 vectors = {id: row for id, row in vectors.items() if now_missing.get(id) == texts[id]}
                 index.put_vectors(vectors)
             if self._embedder.is_stored:
-                self._keep(who, vectors)
+                self._keep(who, vectors, texts)
             count += len(vectors)
         return count
 
@@ -124,13 +124,14 @@ class Retrieval:
         logger.warning("memory is searched by words alone for %g s: %s", RETRY_AFTER_S, error)
         self._left_alone_until_s = self._monotonic_s() + RETRY_AFTER_S
 
-    def _keep(self, who: Principal, vectors: dict[MemoryId, Vector]) -> None:
+    def _keep(self, who: Principal, vectors: Mapping[MemoryId, Vector], texts: Mapping[MemoryId, str]) -> None:
         embedder = self._embedder
         assert embedder is not None
 
         def put(user: UserWriter) -> None:
             for memory_id, vector in vectors.items():
-                if user.get(memory_id) is not None:
+                record = user.get(memory_id)
+                if record is not None and text_of(record) == texts[memory_id]:  # it may have changed meanwhile
                     user.put_row("vectors", uuid.UUID(memory_id).bytes, embedder.encode(vector))
 
         try:

@@ -146,6 +146,23 @@ class TestHybrid:
         hybrid.search(ALICE, "cat")
         assert embedder.embedded == ["cat"]
 
+    def test_a_stored_vector_does_not_outlive_its_text(self, hybrid: MemoryService, embedder: TopicEmbedder) -> None:
+        kept = [hybrid.add(ALICE, text) for text in ("oolong", "drive", "plain")]
+        hybrid.search(ALICE, "tea")
+        hybrid.update(ALICE, kept[0].id, text="kitten")
+        hybrid._indexes = hybrid._retrieval._indexes = Indexes(embedder)
+        assert texts(hybrid.search(ALICE, "cat")) == ["kitten"]
+
+    def test_a_vector_is_not_stored_for_another_text(self, hybrid: MemoryService, embedder: TopicEmbedder) -> None:
+        record = hybrid.add(ALICE, "oolong")
+        vectors = {record.id: embedder.embed(["kitten"])[0]}
+        hybrid._retrieval._keep(ALICE, vectors, {record.id: "kitten"})
+        with hybrid._store.read(ALICE) as user:
+            assert list(user.rows("vectors")) == []
+        hybrid._retrieval._keep(ALICE, vectors, {record.id: "oolong"})
+        with hybrid._store.read(ALICE) as user:
+            assert len(list(user.rows("vectors"))) == 1
+
     def test_the_speaker_is_part_of_what_is_embedded(self, hybrid: MemoryService, embedder: TopicEmbedder) -> None:
         hybrid.add(ALICE, "I like it", origin={"speaker": "Kitten"})
         hybrid.search(ALICE, "x")
