@@ -70,11 +70,16 @@ class Retrieval:
         """
         matches = index.rank(query, top_k, wanted)
         matches = self._with_linked(user, index, matches, query, wanted)[:top_k]
+        may_stand_around = Filter(archived=wanted.archived, for_prompt=wanted.for_prompt)
+        allows = index.allowing(may_stand_around, query.asked_at) if context else None
         found = []
         for match in matches:
-            if record := user.get(match.id):  # None: deleted between this transaction and the index
-                before, after = index.around(match.id, context) if context else ((), ())
-                found.append(Hit(record, match.score, match.why, _records(user, before), _records(user, after)))
+            record = user.get(match.id)
+            if record is None:  # deleted between this transaction and the index
+                continue
+            sides = index.around(match.id, context) if allows else ((), ())
+            before, after = (_records(user, filter(allows, side)) for side in sides)
+            found.append(Hit(record, match.score, match.why, before, after))
         return found
 
     def embed_new(self, who: Principal) -> int:
@@ -102,7 +107,7 @@ class Retrieval:
         return count
 
     def prepare(self, who: Principal) -> bool:
-        """Brings the user's index up to date, so that the next query need not; False if the embedder failed."""
+        """Embeds what is new of the user's, so that the next query need not; False if the embedder failed."""
         if self._monotonic_s() < self._left_alone_until_s:
             return False
         try:
@@ -144,13 +149,15 @@ class Retrieval:
     ) -> list[Match]:
         """Adds what the matches are linked with, one step away, at the weight of a neighbour one step away."""
         known = {match.id for match in matches}
+        allows = None
         linked: dict[MemoryId, Match] = {}
         for match in matches:
             for link in links.of(user, match.id):
                 other = link.target if link.source == match.id else link.source
                 if other in known or other in linked or not link.is_valid(query.asked_at):
                     continue
-                if index.allows(other, wanted, query.asked_at):
+                allows = allows or index.allowing(wanted, query.asked_at)
+                if allows(other):
                     why = {**match.why, "retrievers": {"link": {"from": match.id, "type": link.type}}, "terms": {}}
                     linked[other] = Match(other, match.score * WEIGHT_PER_STEP, why)
         if not linked:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -148,10 +148,15 @@ class UserIndex:
             for slot in best
         ]
 
-    def allows(self, memory_id: MemoryId, wanted: Filter, now: datetime) -> bool:
-        """Whether the index has it and the filter lets it through."""
-        entry = self._entries.get(memory_id)
-        return entry is not None and bool(self._allowed(wanted, now)[entry.slot])
+    def allowing(self, wanted: Filter, now: datetime) -> Callable[[MemoryId], bool]:
+        """Tells of a memory whether the index has it and the filter lets it through."""
+        allowed = self._allowed(wanted, now)
+
+        def allows(memory_id: MemoryId) -> bool:
+            entry = self._entries.get(memory_id)
+            return entry is not None and bool(allowed[entry.slot])
+
+        return allows
 
     def around(self, memory_id: MemoryId, steps: int) -> tuple[list[MemoryId], list[MemoryId]]:
         """What was said up to ``steps`` memories before and after it in its conversation."""

@@ -73,6 +73,17 @@ class TestContext:
         (hit,) = service.search(ALICE, "tea", top_k=1)
         assert (hit.before, hit.after) == ((), ())
 
+    def test_what_search_leaves_out_does_not_come_as_context_either(self, service: MemoryService, clock: Clock) -> None:
+        archived = service.add(ALICE, "archived", session="s")
+        service.add(ALICE, "tea", session="s")
+        service.add(ALICE, "over", session="s", ttl_s=60)
+        service.life.set_state(ALICE, archived.id, "archived")
+        clock.forward(61)
+        (hit,) = service.search(ALICE, "tea", top_k=1, context=1)
+        assert (hit.before, hit.after) == ((), ())
+        (hit,) = service.search(ALICE, "tea", top_k=1, context=1, include_archived=True)
+        assert texts(hit.before) == ["archived"]
+
     @pytest.mark.parametrize("context", [-1, 11, True, "2"])
     def test_is_a_small_number(self, service: MemoryService, context: object) -> None:
         with pytest.raises(RequestError, match="context"):
