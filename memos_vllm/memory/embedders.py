@@ -161,7 +161,10 @@ def _embedding_rows(path: Path) -> tuple[npt.NDArray[Any], Any]:
                     f"the embeddings of {path} are {entry['dtype']}, which is none of {', '.join(_READERS)}"
                 )
             dtype, to_float = _READERS[entry["dtype"]]
-            rows = np.memmap(file, dtype, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
+            try:
+                rows = np.memmap(file, dtype, "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
+            except (OSError, ValueError) as error:  # shorter than its header says
+                raise ConfigError(f"the embeddings in {file} cannot be read: {error}") from error
             return rows, to_float
     raise ConfigError(f"no safetensors with input embeddings in {path}")
 

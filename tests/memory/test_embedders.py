@@ -73,6 +73,10 @@ class TestModelRows:
     def test_unknown_formats_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="F8_E4M3"):
             ModelRows(write_model(tmp_path, ROWS, "F8_E4M3"))
+        path = write_model(tmp_path, ROWS) / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+        with pytest.raises(ConfigError, match="cannot be read"):
+            ModelRows(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
         with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors"):
             ModelRows(tmp_path)
