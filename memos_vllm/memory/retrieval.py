@@ -18,10 +18,12 @@ from memos_vllm.errors import EmbedderError, StoreError
 from memos_vllm.memory import links
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.neighbours import WEIGHT_PER_STEP
+from memos_vllm.memory.query import Match, Query
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.results import Hit
-from memos_vllm.memory.search import Indexes, Match, Query, UserIndex, text_of
+from memos_vllm.memory.search import UserIndex, text_of
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.memory.vectors import Vector

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +22,11 @@ from memos_vllm.memory import analysis, filters, fusion, tables, times
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.filters import Filter
 from memos_vllm.memory.lexical import Lexical, Scores
+from memos_vllm.memory.query import Match, Query
 from memos_vllm.memory.records import STANDING_TYPES, MemoryRecord
 from memos_vllm.memory.transactions import UserReader
 from memos_vllm.memory.vectors import NUM_CANDIDATES, Similarities, Vector, Vectors
-from memos_vllm.types import MemoryId, Principal
-
-MAX_QUERY_CHARS = 10_000
-MAX_INDEXED_USERS = 1024
-MAX_INDEXED_MEMORIES = 1_000_000
-"""Of all users together; about 2 KB each, 1 KB of it the vector of the default embedder. One user may have
-more."""
+from memos_vllm.types import MemoryId
 
 _MIN_DEAD_SLOTS = 64
 _NEVER = float("inf")
@@ -52,32 +45,6 @@ class Entry:
     pinned: bool
     session: str | None
     num_terms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """Of a very long text the beginning and the end count."""
-
-    text: str
-    asked_at: datetime
-    """What "yesterday" in it refers to; what has expired by then is not found."""
-
-    vector: Vector | None = None
-    """The text's embedding, where there is an embedder."""
-
-    def terms(self) -> list[str]:
-        text = self.text
-        if len(text) > MAX_QUERY_CHARS:
-            text = text[: MAX_QUERY_CHARS // 2] + " " + text[-MAX_QUERY_CHARS // 2 :]
-        return analysis.query_terms(text) + times.mentioned_terms(text, self.asked_at)
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    id: MemoryId
-    score: float
-    why: dict[str, Any]
-    """As JSON: ``method``; each retriever's score and rank; each term's part of the lexical score."""
 
 
 class UserIndex:
@@ -342,43 +309,3 @@ def text_of(record: MemoryRecord) -> str:
 
 def _standing(scores: Scores, slot: int) -> dict[str, float | int]:
     return {"rank": 1 + int(np.count_nonzero(scores > scores[slot])), "score": float(scores[slot])}
-
-
-class Indexes:
-    """The indexes of the users who asked last; others are built again when they come back."""
-
-    def __init__(self, embedder: Embedder | None = None, max_users: int = MAX_INDEXED_USERS):
-        self._embedder = embedder
-        self._max_users = max_users
-        self._lock = threading.Lock()
-        self._indexes: OrderedDict[Principal, UserIndex] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-    @contextmanager
-    def current(self, user: UserReader) -> Iterator[UserIndex]:
-        """The index as of the transaction or later, for the caller alone."""
-        with self._lock:
-            index = self._indexes.setdefault(user.who, UserIndex(self._embedder))
-            self._indexes.move_to_end(user.who)
-            self._make_room()
-        with index.lock:
-            index.catch_up(user)
-            yield index
-
-    def _make_room(self) -> None:
-        """Drops the indexes that were used longest ago; the last one stays."""
-        num_memories = sum(map(len, self._indexes.values()))
-        while len(self._indexes) > self._max_users or (num_memories > MAX_INDEXED_MEMORIES and len(self._indexes) > 1):
-            _, dropped = self._indexes.popitem(last=False)
-            num_memories -= len(dropped)
-
-    def drop_removed(self, user: UserReader) -> int:
-        """After a deletion: how many postings it took out of the index, if the user has one."""
-        with self._lock:
-            index = self._indexes.get(user.who)
-        if index is None:
-            return 0
-        with index.lock:
-            return index.catch_up(user)

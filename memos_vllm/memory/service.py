@@ -14,6 +14,7 @@ from memos_vllm.memory import inputs, records, removal, sessions, succession, ta
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
 from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.recall import Budget, fitting, long_lived
@@ -22,7 +23,7 @@ from memos_vllm.memory.remembering import keep
 from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Recall
 from memos_vllm.memory.retrieval import Retrieval
-from memos_vllm.memory.search import Indexes, UserIndex
+from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId, Principal

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from memos_vllm.errors import RequestError, StoreFull
+from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.retrieval import RETRY_AFTER_S, Retrieval
-from memos_vllm.memory.search import Indexes, UserIndex
+from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.service import MemoryService
 from tests.memory.embedder_factories import TopicEmbedder
 from tests.memory.memory_factories import ALICE, BOB, Clock, make_service, says, texts

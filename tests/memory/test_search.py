@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from memos_vllm.errors import RequestError
-from memos_vllm.memory import search as search_module
+from memos_vllm.memory import indexes as indexes_module
 from memos_vllm.memory import tables
 from memos_vllm.memory.service import MemoryService
 from tests.memory.memory_factories import ALICE, BOB, texts
@@ -93,7 +93,7 @@ def test_a_followed_index_equals_a_built_one(make: Callable[..., MemoryService])
         if i % 7 == 6:
             service.delete(ALICE, ids[i - 1])
         followed = service.search(ALICE, "tea cat changed", top_k=100)
-    service._indexes = search_module.Indexes()
+    service._indexes = indexes_module.Indexes()
     assert service.search(ALICE, "tea cat changed", top_k=100) == followed
 
 
@@ -109,7 +109,7 @@ def test_an_index_that_fell_behind_the_log_is_rebuilt(service: MemoryService, mo
 
 
 def test_only_the_last_users_indexes_are_held(service: MemoryService) -> None:
-    service._indexes = search_module.Indexes(max_users=1)
+    service._indexes = indexes_module.Indexes(max_users=1)
     service.add(ALICE, "tea")
     service.add(BOB, "tea")
     for who in (ALICE, BOB, ALICE):
@@ -126,7 +126,7 @@ def test_an_old_memory_that_came_back_keeps_its_place(service: MemoryService) ->
 
 
 def test_the_indexes_held_have_a_limit_in_memories(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_module, "MAX_INDEXED_MEMORIES", 3)
+    monkeypatch.setattr(indexes_module, "MAX_INDEXED_MEMORIES", 3)
     for who in (ALICE, BOB):
         service.add_many(who, [{"text": "tea"}] * 4)
     for who in (ALICE, BOB):
