@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ import pytest
 
 from memos_vllm.config import EmbedderConfig, load
 from memos_vllm.errors import ConfigError
-from memos_vllm.integration import embedding
+from memos_vllm.integration import embedding, endpoints
 from memos_vllm.memory.embedders import ModelRows
 from tests.conftest import RECALL_MODEL
 from tests.memory.embedder_factories import write_model
+from tests.memory.memory_factories import ALICE
 
 
 def model(folder: Path | str) -> Any:
@@ -65,3 +67,25 @@ def test_a_section_that_cannot_be_is_refused(tmp_path: Path, values: str, words:
     path.write_text(f"memory:\n  embedder: {values}\n")
     with pytest.raises(ConfigError, match=words):
         load(path)
+
+
+def test_a_server_searches_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the configuration to the service, with an engine that is not there."""
+    write_model(tmp_path, {"tea": [1.0, 0.0], "oolong": [0.9, 0.1], "cat": [-1.0, 0.5], "car": [-1.0, -0.5]})
+    config = tmp_path / "memos.yaml"
+    config.write_text(f"data_dir: {tmp_path / 'data'}\nmemory:\n  embedder: {{kind: model_rows}}\n")
+    monkeypatch.setattr(endpoints.activation, "is_active", lambda: True)
+    monkeypatch.setattr(endpoints.activation, "config_path", lambda: str(config))
+    engine = SimpleNamespace(
+        model_config=model(tmp_path),
+        vllm_config=SimpleNamespace(load_config=SimpleNamespace(load_format="auto")),
+        renderer=SimpleNamespace(get_tokenizer=lambda: None),
+    )
+    state = SimpleNamespace()
+    asyncio.run(endpoints.MemosEndpoints().init_state(engine, state, None))  # type: ignore[arg-type]
+    service = state.memos.service
+    for text in ("oolong", "cat", "car", "car car"):
+        service.add(ALICE, text)
+    (hit,) = service.search(ALICE, "tea")
+    assert (hit.record.text, list(hit.why["retrievers"])) == ("oolong", ["dense"])
+    service._store.close()
