@@ -62,6 +62,33 @@ class IdentityConfig(Section):
     """Header in which a trusted gateway names the user, within the key's tenant."""
 
 
+class EmbedderConfig(Section):
+    """What makes vectors of memories and queries, for the dense part of search."""
+
+    kind: Literal["auto", "none", "model_rows", "sentence_transformers", "model2vec", "endpoint"] = "auto"
+    """``model_rows``: the served model's input embeddings, nothing to download. ``auto``: these where they can
+    be read, else none. ``none``: words alone."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """Folder or name for sentence_transformers and model2vec, name for an endpoint."""
+
+    url: str | None = Field(default=None, pattern="^https?://")
+    """Of an OpenAI-compatible endpoint, up to ``/v1``."""
+
+    api_key_env: str | None = Field(default=None, min_length=1)
+    """Environment variable with the endpoint's key."""
+
+    timeout_s: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        if self.kind in ("sentence_transformers", "model2vec", "endpoint") and self.model is None:
+            raise ValueError(f"{self.kind} needs 'model'")
+        if self.kind == "endpoint" and self.url is None:
+            raise ValueError("endpoint needs 'url', such as http://127.0.0.1:8001/v1")
+        return self
+
+
 class MemoryConfig(Section):
     """Plaintext memory."""
 
@@ -79,6 +106,14 @@ class MemoryConfig(Section):
 
     session_ttl_s: float = Field(default=3600.0, gt=0)
     """How long an idle session keeps its frozen long-lived memory."""
+
+    embedder: EmbedderConfig = EmbedderConfig()
+
+    archive_after_s: float = Field(default=90 * 86400.0, ge=0)
+    """An unused memory leaves recall after this time, a used one later (``core.lifecycle``); 0: never."""
+
+    remove_expired_after_s: float = Field(default=30 * 86400.0, ge=0)
+    """How long an expired memory is kept before it is deleted; 0: for ever."""
 
     max_map_bytes: Bytes = 64 * 2**30
     """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""

@@ -7,9 +7,11 @@
     +-- RequestError           a request is wrong; carries the HTTP status
     |   +-- Unauthorized       401, no identity
     |   +-- Forbidden          403, an identity without the right
-    |   `-- NotFound           404, no such memory for this user
+    |   +-- NotFound           404, no such memory for this user
+    |   `-- Conflict           409, the memory's state does not allow it
     +-- StoreError             plaintext store: a write that was not acknowledged
     |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
+    +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
         +-- KVFileMismatch     written by another model, dtype, layout, ...
         `-- KVFileCorrupt      truncated or malformed
@@ -55,6 +57,10 @@ class NotFound(RequestError):
     status = 404
 
 
+class Conflict(RequestError):
+    status = 409
+
+
 class StoreError(MemosError):
     """The plaintext store did not take a write; nothing of it is stored."""
 
@@ -63,6 +69,10 @@ class StoreError(MemosError):
 
 class StoreFull(StoreError):
     status = 507
+
+
+class EmbedderError(MemosError):
+    """A text could not be embedded."""
 
 
 class KVFileError(MemosError):

@@ -35,11 +35,9 @@ HORIZON_S = 10.0
 
 MAX_SCENES = 200_000
 _MAX_TRIGGERS = 4
-_MIN_PROBABILITY = 0.05
-"""A prediction of whose turn is next that is less sure is not worth a visit."""
-_DAY_S = 86400.0
-_HOUR_STEP_S = 1800.0
-"""An owner's scene is visited at least this often: the hour of the day changes."""
+_MIN_PROBABILITY = 0.5
+"""Whose turn is next is acted on where that is more often right than wrong. What it would bring takes the place of
+what is likely by other signs, and until some predictions were made the share that is right is hardly known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ MAX_SOURCES = 50_000
 MAX_SUCCESSORS = 4
 
 PRIOR_TRIES = 2.0
-"""Predictions of a kind of evidence, half of them right, that are believed to have been made before the first."""
+"""Predictions of a kind of evidence that are believed to have been made before the first: right as often as those of
+all kinds were, and those half of the time before any was made."""
 
 MEMORY_TRIES = 64.0
 """A record of more predictions forgets half: the traffic may change."""
@@ -50,9 +51,8 @@ class _Record:
     right: float = 0.0
     tries: float = 0.0
 
-    @property
-    def probability(self) -> float:
-        return (self.right + PRIOR_TRIES / 2) / (self.tries + PRIOR_TRIES)
+    def probability(self, prior: float) -> float:
+        return (self.right + PRIOR_TRIES * prior) / (self.tries + PRIOR_TRIES)
 
     def add(self, right: bool) -> None:
         self.right += right
@@ -68,6 +68,7 @@ class TurnOrder:
     def __init__(self) -> None:
         self._successors: dict[str, dict[str, _Successor]] = {}
         self._records: dict[Evidence, _Record] = {}
+        self._all = _Record()
         self._last: tuple[str, float] | None = None
         self._standing: tuple[str, Evidence] | None = None
 
@@ -80,7 +81,8 @@ class TurnOrder:
                 return self._expected()
             if self._standing is not None:
                 expected, evidence = self._standing
-                self._records.setdefault(evidence, _Record()).add(expected == scene_id)
+                for record in (self._records.setdefault(evidence, _Record()), self._all):
+                    record.add(expected == scene_id)
             self._follow(last, scene_id, now - at)
         self._last = (scene_id, now)
         return self._expected()
@@ -124,8 +126,8 @@ class TurnOrder:
         others = sum(each.count for each in successors.values()) - best.count
         evidence = (min(MAX_EVIDENCE, int(best.count)), min(MAX_EVIDENCE, int(others)))
         self._standing = (scene_id, evidence)
-        probability = self._records.setdefault(evidence, _Record()).probability
-        return Next(scene_id, probability, max(0.05, best.delay_s))
+        record = self._records.get(evidence, _Record())
+        return Next(scene_id, record.probability(self._all.probability(0.5)), max(0.05, best.delay_s))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -134,6 +136,7 @@ class TurnOrder:
                 for source, successors in self._successors.items()
             ),
             "records": [[*evidence, record.right, record.tries] for evidence, record in self._records.items()],
+            "all": [self._all.right, self._all.tries],
             "last": self._last,
             "standing": self._standing,
         }
@@ -144,6 +147,7 @@ class TurnOrder:
             (int(followed), int(others)): _Record(float(right), float(tries))
             for followed, others, right, tries in state["records"]
         }
+        self._all = _Record(*map(float, state["all"]))
         self._last = self._standing = None
         if state["last"] is not None:
             self._last = (state["last"][0], float(state["last"][1]))

@@ -206,7 +206,7 @@ def finish_turn(turn: Turn, recall: Recall, scene_id: str, response: Response, s
         response.body_iterator = _announcing_end(response.body_iterator, turn.who, state, announced)
     else:
         announced.append(state.announce(turn.who))
-    end = BackgroundTask(end_turn, turn, scene_id, state, announced)
+    end = BackgroundTask(end_turn, turn, recall, scene_id, state, announced)
     response.background = BackgroundTasks([task for task in (response.background, end) if task])
     return response
 
@@ -221,24 +221,34 @@ async def _announcing_end(
         yield chunk
 
 
-async def end_turn(turn: Turn, scene_id: str, state: MemosState, announced: list[asyncio.Future[None]]) -> None:
-    """The answer is out: predicts what comes next, and writes what the user said.
+async def end_turn(
+    turn: Turn, recall: Recall, scene_id: str, state: MemosState, announced: list[asyncio.Future[None]]
+) -> None:
+    """The answer is out: predicts what comes next, writes what the user said, and notes which memories were used.
 
     A write that fails is logged; nobody waits for it any more.
     """
     state.planner.turn_ended(scene_id)
-    if not turn.options.remember:
-        return
     try:
-        remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
-        records = await asyncio.to_thread(remember, turn.who, turn.messages)
-        # The others were known: their origin is the turn that told them first.
-        state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
+        if turn.options.remember:
+            remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
+            records = await asyncio.to_thread(remember, turn.who, turn.messages)
+            # The others were known: their origin is the turn that told them first.
+            state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
     except MemosError as error:
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:
         for done in announced:
             state.written(turn.who, done)
+    used = {
+        "long_lived": [record.id for record in recall.long_lived],
+        "late": [hit.record.id for hit in recall.late],
+    }
+    try:
+        note = partial(state.service.life.used, turn.who, used, session=turn.options.session, scene=scene_id)
+        await asyncio.to_thread(note)
+    except MemosError as error:
+        logger.error("what a turn of %s used was not noted: %s", turn.who, error)
 
 
 def explain(turn: Turn, recall: Recall) -> dict[str, Any]:

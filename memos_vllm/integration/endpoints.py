@@ -12,8 +12,10 @@ import xxhash
 
 from memos_vllm import activation, data_dir
 from memos_vllm.config import load
-from memos_vllm.integration import salts
+from memos_vllm.core.lifecycle import Aging
+from memos_vllm.integration import embedding, salts
 from memos_vllm.integration.builder import LiveRequests, SceneBuilder
+from memos_vllm.integration.caretaker import Caretaker
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.session_start import SessionStarts
@@ -40,10 +42,10 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import chat, memories, operations, scenes
+        from memos_vllm.integration import chat, life, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        for router in (chat.router, memories.router, scenes.router, operations.router):
+        for router in (chat.router, life.router, memories.router, scenes.router, operations.router):
             app.include_router(router)
         app.add_middleware(LiveRequests)
         if envs.VLLM_SERVER_DEV_MODE:
@@ -53,11 +55,14 @@ class MemosEndpoints:
         if not activation.is_active() or engine_client is None:
             return
         config = load(activation.config_path())
-        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
-        service = MemoryService(store, config.memory, count_tokens=token_counter(engine_client))
+        load_format = str(engine_client.vllm_config.load_config.load_format)
+        embedder = embedding.build(config.memory.embedder, engine_client.model_config, load_format)
+        aging = Aging(config.memory.archive_after_s, config.memory.remove_expired_after_s)
+        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes, aging)
+        service = MemoryService(store, config.memory, count_tokens=token_counter(engine_client), embedder=embedder)
         secret = data_dir.secret(config.data_dir)
         planner = ScenePlanner(engine_client, config.prediction, config.data_dir / "predictor.json")
-        starts = SessionStarts(engine_client, service, salt_of=partial(salts.salt_of, secret))
+        starts = SessionStarts(engine_client, service, salt_of=partial(salts.of_user, secret, config.kv.store_dtype))
         state.memos = MemosState(
             config=config,
             service=service,
@@ -67,6 +72,8 @@ class MemosEndpoints:
             builder=SceneBuilder(engine_client, config.prediction.build, planner, starts),
             metrics=MemoryMetrics(),
         )
+        state.memos.caretaker = Caretaker(state.memos)
+        state.memos.caretaker.start()
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

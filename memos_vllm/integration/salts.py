@@ -17,7 +17,7 @@ _PREFIX = "memos:"
 
 
 def salt_of(secret: bytes, who: Principal, kv_epoch: int) -> str:
-    """The ``cache_salt`` of a user's requests with memory."""
+    """What a user's salts in a KV epoch begin with, and what they are deleted by."""
     message = b"".join(len(part).to_bytes(4, "big") + part for part in (who.tenant.encode(), who.user.encode()))
     digest = hmac.digest(secret, message + kv_epoch.to_bytes(8, "big"), hashlib.sha256)
     return _PREFIX + digest.hex()
@@ -29,6 +29,11 @@ def of_store(salt: str, store_dtype: str) -> str:
     The tag of what is stored stays the user's, so that a deletion finds KV of either kind.
     """
     return salt if store_dtype == "auto" else f"{salt}:{store_dtype}"
+
+
+def of_user(secret: bytes, store_dtype: str, who: Principal, kv_epoch: int) -> str:
+    """The ``cache_salt`` of a user's requests on a server with this store."""
+    return of_store(salt_of(secret, who, kv_epoch), store_dtype)
 
 
 def combine(salt: str, client_salt: str | None) -> str:

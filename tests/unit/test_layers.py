@@ -13,8 +13,10 @@ BASE = {"types", "errors", "config", "activation", "data_dir", "status"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "__init__": {"activation", "integration"},  # lazily, inside register()
+    "cli": {"doctor"},
+    "doctor": BASE | {"memory", "store"},
     "core": BASE | {"core"},
-    "memory": BASE | {"memory"},
+    "memory": BASE | {"core", "memory"},
     "store": BASE | {"store", "kernels"},
     "adapters": BASE | {"adapters"},
     "kernels": {"kernels"},
