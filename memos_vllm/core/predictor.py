@@ -38,6 +38,9 @@ _MAX_TRIGGERS = 4
 _MIN_PROBABILITY = 0.5
 """Whose turn is next is acted on where that is more often right than wrong. What it would bring takes the place of
 what is likely by other signs, and until some predictions were made the share that is right is hardly known."""
+_DAY_S = 86400.0
+_HOUR_STEP_S = 1800.0
+"""An owner's scene is visited at least this often: the hour of the day changes."""
 
 
 @dataclass(frozen=True, slots=True)
