@@ -11,6 +11,7 @@ setup(
     package_dir=SHIPPED_FOLDERS,
     package_data={"memos_vllm.configs": ["*.yaml"]},
     entry_points={
+        "console_scripts": ["memos = memos_vllm.cli:main"],
         # vLLM selects plugins of every group by one list of names (VLLM_PLUGINS): one name for all.
         "vllm.general_plugins": ["memos = memos_vllm:register"],
         "vllm.endpoint_plugins": ["memos = memos_vllm.integration.endpoints:create_plugin"],

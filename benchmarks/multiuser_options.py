@@ -84,7 +84,7 @@ PRESETS = {
         models.RECALL, users=5, turns=3, memory_tokens=800, query_tokens=48, pause_s=0.6, pairs=2, stream_tokens=384
     ),
     # A good ten minutes on two cores that have nothing else to do.
-    "cpu": Options(models.CPU, dtype="float32"),
+    "cpu": Options(models.CPU, turns=4, dtype="float32"),
     "gpu": Options(
         models.QWEN3_8B, turns=4, memory_tokens=2848, pause_s=1.0, pairs=7, stream_tokens=256, hint_every_s=0.25
     ),

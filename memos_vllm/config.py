@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from memos_vllm.errors import ConfigError
 
@@ -62,6 +62,33 @@ class IdentityConfig(Section):
     """Header in which a trusted gateway names the user, within the key's tenant."""
 
 
+class EmbedderConfig(Section):
+    """What makes vectors of memories and queries, for the dense part of search."""
+
+    kind: Literal["auto", "none", "model_rows", "sentence_transformers", "model2vec", "endpoint"] = "auto"
+    """``model_rows``: the served model's input embeddings, nothing to download. ``auto``: these where they can
+    be read, else none. ``none``: words alone."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """Folder or name for sentence_transformers and model2vec, name for an endpoint."""
+
+    url: str | None = Field(default=None, pattern="^https?://")
+    """Of an OpenAI-compatible endpoint, up to ``/v1``."""
+
+    api_key_env: str | None = Field(default=None, min_length=1)
+    """Environment variable with the endpoint's key."""
+
+    timeout_s: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Self:
+        if self.kind in ("sentence_transformers", "model2vec", "endpoint") and self.model is None:
+            raise ValueError(f"{self.kind} needs 'model'")
+        if self.kind == "endpoint" and self.url is None:
+            raise ValueError("endpoint needs 'url', such as http://127.0.0.1:8001/v1")
+        return self
+
+
 class MemoryConfig(Section):
     """Plaintext memory."""
 
@@ -79,6 +106,14 @@ class MemoryConfig(Section):
 
     session_ttl_s: float = Field(default=3600.0, gt=0)
     """How long an idle session keeps its frozen long-lived memory."""
+
+    embedder: EmbedderConfig = EmbedderConfig()
+
+    archive_after_s: float = Field(default=90 * 86400.0, ge=0)
+    """An unused memory leaves recall after this time, a used one later (``core.lifecycle``); 0: never."""
+
+    remove_expired_after_s: float = Field(default=30 * 86400.0, ge=0)
+    """How long an expired memory is kept before it is deleted; 0: for ever."""
 
     max_map_bytes: Bytes = 64 * 2**30
     """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""
@@ -105,6 +140,36 @@ class KVConfig(Section):
     io_threads: int = Field(default=2, ge=1, le=64)
     """Threads for disk reads and writes, per rank."""
 
+    store_dtype: Literal["auto", "fp8"] = "auto"
+    """How KV is kept off the GPU: as it is (exact), or as fp8 in half the bytes (approximate)."""
+
+    @model_validator(mode="after")
+    def _approximate_only_with_memory(self) -> Self:
+        if self.store_dtype == "fp8" and self.save == "all":
+            raise ValueError(
+                "'save: all' would give requests without memory approximate KV; "
+                "with 'store_dtype: fp8' use 'save: memory'"
+            )
+        return self
+
+
+class BuildConfig(Section):
+    """Computing predicted prefixes that no tier holds, while no request is in the engine."""
+
+    enabled: bool = True
+
+    piece_tokens: int = Field(default=512, ge=1)
+    """Tokens of one forward pass: the longest that a request can find the engine busy.
+
+    A GPU computes weights in bfloat16 faster than it reads them from about 300 tokens on (H100: 989
+    TFLOP/s over 3.35 TB/s is 295). Fewer tokens take as long as a decode step all the same; 512 take about
+    two, and keep most of the throughput of a long prefill.
+    """
+
+    busy_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of idle time that goes into building at most. A request that comes at any moment then waits, on
+    average, for half this share of a piece."""
+
 
 class PredictionConfig(Section):
     """Next-scene prediction."""
@@ -114,6 +179,8 @@ class PredictionConfig(Section):
 
     max_scenes: int = Field(default=64, ge=1, le=10_000)
     """How many scenes are expected at a time at most; the GPU's size limits them further."""
+
+    build: BuildConfig = BuildConfig()
 
 
 class AdaptersConfig(Section):

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,21 +54,9 @@ def acquire(data_dir: Path) -> None:
         return
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = open(data_dir / "lock", "a+b")  # noqa: SIM115 - held as long as the process
     except OSError as error:
         raise _unusable(data_dir, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read(32).decode("ascii", "replace").strip() or "unknown"
-        lock.close()
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise _unusable(data_dir, error) from error
-        raise DataDirInUse(
-            f"the data directory {data_dir} is in use by another server (process {holder}); "
-            "stop that server or give this one its own data_dir"
-        ) from error
+    lock = _lock(data_dir)
     try:
         lock.truncate(0)
         lock.write(str(os.getpid()).encode())
@@ -79,6 +68,20 @@ def acquire(data_dir: Path) -> None:
         raise _unusable(data_dir, error) from error
     _held = lock
     os.environ[HOLDER_ENV] = str(os.getpid())
+
+
+@contextlib.contextmanager
+def exclusive(data_dir: Path) -> Iterator[None]:
+    """Holds an existing directory as a server would, for as long as the block runs.
+
+    Raises:
+        DataDirError, DataDirInUse: as ``acquire``.
+    """
+    lock = _lock(data_dir)
+    try:
+        yield
+    finally:
+        lock.close()
 
 
 def secret(data_dir: Path) -> bytes:
@@ -103,6 +106,26 @@ def secret(data_dir: Path) -> bytes:
     finally:
         temporary.unlink()
     return secret(data_dir)
+
+
+def _lock(data_dir: Path) -> BinaryIO:
+    try:
+        lock = open(data_dir / "lock", "a+b")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read(32).decode("ascii", "replace").strip() or "unknown"
+        lock.close()
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise _unusable(data_dir, error) from error
+        raise DataDirInUse(
+            f"the data directory {data_dir} is in use by another server (process {holder}); "
+            "stop that server or give this one its own data_dir"
+        ) from error
+    return lock
 
 
 def _probe(data_dir: Path) -> None:

@@ -8,13 +8,16 @@
     |   +-- Unauthorized       401, no identity
     |   +-- Forbidden          403, an identity without the right
     |   +-- NotFound           404, no such memory or adapter for this user
+    |   +-- Conflict           409, the memory's state does not allow it
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
     |   `-- AdapterUnavailable 503, an adapter that is known but cannot be loaded now
     +-- StoreError             plaintext store: a write that was not acknowledged
     |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
+    +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
         +-- KVFileMismatch     written by another model, dtype, layout, ...
-        `-- KVFileCorrupt      truncated, or a checksum that does not match
+        `-- KVFileCorrupt      truncated or malformed
+            `-- KVChecksumMismatch   whole, but with other bytes than were written
 
 A message says what to do about it. Our own invariants are ``assert``, not errors.
 """
@@ -56,6 +59,10 @@ class NotFound(RequestError):
     status = 404
 
 
+class Conflict(RequestError):
+    status = 409
+
+
 class AdapterError(RequestError):
     """A LoRA adapter that is not taken, or not as it is asked for."""
 
@@ -80,6 +87,10 @@ class StoreFull(StoreError):
     status = 507
 
 
+class EmbedderError(MemosError):
+    """A text could not be embedded."""
+
+
 class KVFileError(MemosError):
     """A KV file that must not be used."""
 
@@ -89,4 +100,8 @@ class KVFileMismatch(KVFileError):
 
 
 class KVFileCorrupt(KVFileError):
-    """The file is truncated or a checksum does not match."""
+    """The file is truncated or malformed."""
+
+
+class KVChecksumMismatch(KVFileCorrupt):
+    """The file is whole, but a block's bytes are not those that were written."""

@@ -16,3 +16,10 @@ def is_full_attention(spec: Any) -> bool:
 
     specs = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
     return all(type(item) in (FullAttentionSpec, MLAAttentionSpec) for item in specs)
+
+
+def spec_of_layer(spec: Any, layer: str) -> Any:
+    """The spec of one layer of a group, whose layers may differ in it."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return spec.kv_cache_specs[layer] if isinstance(spec, UniformTypeKVCacheSpecs) else spec

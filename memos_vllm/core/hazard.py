@@ -17,7 +17,7 @@ recently used scene has the lowest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -95,8 +95,8 @@ class Factor:
     def forget(self, key: int | str) -> None:
         self._rows.pop(key, None)
 
-    def state(self) -> list[list[Any]]:
-        return [[key, *row] for key, row in self._rows.items()]
+    def state(self) -> Iterator[list[Any]]:
+        return ([key, *row] for key, row in self._rows.items())
 
     def restore(self, state: Iterable[Sequence[Any]]) -> None:
         for key, *row in state:
@@ -134,7 +134,7 @@ class Base:
             self.total_expected *= 0.5
 
     def state(self) -> list[Any]:
-        return [self.total_events, self.total_expected, self.events, self.exposure_s]
+        return [self.total_events, self.total_expected, list(self.events), list(self.exposure_s)]
 
     def restore(self, state: Sequence[Any]) -> None:
         self.total_events, self.total_expected = float(state[0]), float(state[1])

@@ -3,9 +3,10 @@
     TurnStarted --> busy --TurnEnded--> waiting --TurnStarted--> busy ...
                                         | hints raise the probability, Closed sets it to 0
 
-A scene's probability is that of a use within the horizon, from three sources taken as independent: its
-rate of return (``returns``, ``hazard``), a hint that is open (``hints``), a scene that it often follows
-and that was just used (``transitions``). Its value is probability x prefill seconds saved / bytes.
+A scene's probability is that of a use within the horizon, from four sources taken as independent: its
+rate of return (``returns``, ``hazard``), a hint that is open (``hints``), a scene of the same owner that it
+often follows and that was just used (``transitions``), and whose turn is next (``turn_order``). Its value
+is probability x prefill seconds saved / bytes.
 
 Values are kept, not computed when asked for. A scene is visited when an event names it and when
 its wait enters the next bin of elapsed time, less and less often as it waits: ``advance`` does what is due.
@@ -14,24 +15,29 @@ its wait enters the next bin of elapsed time, less and less often as it waits: `
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from memos_vllm.core import snapshot
 from memos_vllm.core.hints import HintModel
 from memos_vllm.core.ranking import Ranking
 from memos_vllm.core.returns import Returns
 from memos_vllm.core.scenes import Closed, Event, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.core.transitions import Transitions
+from memos_vllm.core.turn_order import TurnOrder
 from memos_vllm.core.waiting import Trigger, Wait
 
-STATE_VERSION = 1
+STATE_VERSION = 3
 HORIZON_S = 10.0
 """A scene is worth having if it is used within this time; of the order of a few loads and turns."""
 
 MAX_SCENES = 200_000
 _MAX_TRIGGERS = 4
+_MIN_PROBABILITY = 0.5
+"""Whose turn is next is acted on where that is more often right than wrong. What it would bring takes the place of
+what is likely by other signs, and until some predictions were made the share that is right is hardly known."""
 _DAY_S = 86400.0
 _HOUR_STEP_S = 1800.0
 """An owner's scene is visited at least this often: the hour of the day changes."""
@@ -60,6 +66,8 @@ class Predictor:
     def __init__(self, horizon_s: float = HORIZON_S, max_scenes: int = MAX_SCENES) -> None:
         self.horizon_s, self.max_scenes = horizon_s, max_scenes
         self._returns, self._hints, self._transitions = Returns(), HintModel(), Transitions()
+        self._turn_order = TurnOrder()
+        self._next: str | None = None  # whose turn is next, as far as that is known
         self._now = -math.inf
         self._waits: dict[str, Wait] = {}
         self._roles: dict[tuple[str | None, str], str] = {}  # owner and role -> the latest such scene
@@ -100,6 +108,7 @@ class Predictor:
         self._ranking.remove(scene_id)
         self._changed.add(scene_id)
         self._transitions.forget(scene_id)
+        self._turn_order.drop(scene_id)
         if self._roles.get((wait.scene.owner, wait.scene.role)) == scene_id:
             del self._roles[wait.scene.owner, wait.scene.role]
 
@@ -111,6 +120,9 @@ class Predictor:
         for wait in self._waits.values():
             if wait.trigger is not None and wait.trigger.source in theirs:
                 wait.trigger = None
+            if wait.turn is not None and wait.turn.source in theirs:
+                wait.turn = None
+        self._turn_order.forget(theirs)
         self._returns.hazard.forget_owner(owner)
         self._last_use.pop(owner, None)
 
@@ -130,7 +142,7 @@ class Predictor:
             case Closed():
                 self._returns.count(wait, now)
                 self._end_hint(wait, False, now)
-                wait.closed, wait.trigger = True, None
+                wait.closed, wait.trigger, wait.turn = True, None, None
             case _:
                 self._end_hint(wait, None, now)
                 if wait.closed:
@@ -176,18 +188,21 @@ class Predictor:
         changed, self._changed = self._changed, set()
         return changed
 
-    def to_bytes(self) -> bytes:
-        """What was learned and the scenes' waits, as JSON."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What was learned and the scenes' waits, for ``snapshot``; nothing may change while it is copied."""
+        return {
             "version": STATE_VERSION,
             "now": self._now if math.isfinite(self._now) else None,
             "hazard": self._returns.hazard.state(),
             "hints": self._hints.state(),
             "transitions": self._transitions.state(),
-            "last_use": self._last_use,
-            "waits": [wait.state() for wait in self._waits.values()],
+            "turn_order": self._turn_order.state(),
+            "last_use": ([owner, *use] for owner, use in self._last_use.items()),
+            "waits": (wait.state() for wait in self._waits.values()),
         }
-        return json.dumps(state, separators=(",", ":")).encode()
+
+    def to_bytes(self) -> bytes:
+        return snapshot.to_bytes(self.state())
 
     @classmethod
     def from_bytes(
@@ -203,13 +218,14 @@ class Predictor:
         """
         predictor = cls(horizon_s, max_scenes)
         try:
-            state = json.loads(data)
+            state = snapshot.from_bytes(data)
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} of the predictor's state, not {STATE_VERSION}")
             predictor._returns.hazard.restore(state["hazard"])
             predictor._hints.restore(state["hints"])
             predictor._transitions.restore(state["transitions"])
-            predictor._last_use = {owner: (scene_id, at) for owner, (scene_id, at) in state["last_use"].items()}
+            predictor._turn_order.restore(state["turn_order"])
+            predictor._last_use = {owner: (scene_id, at) for owner, scene_id, at in state["last_use"]}
             predictor._now = -math.inf if state["now"] is None else state["now"]
             for each in state["waits"]:
                 predictor._restore(Wait.from_state(each))
@@ -232,10 +248,11 @@ class Predictor:
         self._returns.returned(wait, now)
         self._end_hint(wait, True, now)
         wait.uses += 1
-        wait.busy, wait.closed, wait.trigger = True, False, None
+        wait.busy, wait.closed, wait.trigger, wait.turn = True, False, None, None
         wait.prompt_tokens = wait.new_tokens = wait.output_tokens = None
         if owner is not None:
             self._follow(wait, owner, now)
+        self._pass_turn(wait, now)
 
     def _end(self, wait: Wait, event: TurnEnded, now: float) -> None:
         """The answer is complete: what is known now decides how the return is predicted."""
@@ -272,6 +289,22 @@ class Predictor:
             if target is not None and target not in raised:
                 self._raise(target, Trigger(role, now, follower.probability, max(0.05, follower.delay_s)))
 
+    def _pass_turn(self, wait: Wait, now: float) -> None:
+        """Takes back who was thought to be next, and says anew whose turn it is after this one."""
+        expected = self._turn_order.used(wait.scene.id, now)
+        before = None if self._next is None else self._waits.get(self._next)
+        self._next = None
+        if before is not None and before.turn is not None:
+            before.turn = None
+            self._visit(before, now)
+        if expected is None or expected.probability < _MIN_PROBABILITY:
+            return
+        target = self._waits.get(expected.scene_id)
+        if target is not None and not target.busy and not target.closed:
+            target.turn = Trigger(wait.scene.id, now, expected.probability, expected.delay_s)
+            self._next = expected.scene_id
+            self._visit(target, now)
+
     def _raise(self, scene_id: str, trigger: Trigger) -> None:
         target = self._waits.get(scene_id)
         if target is not None and not target.busy and not target.closed:
@@ -292,6 +325,8 @@ class Predictor:
             self._end_hint(wait, False, now)
         if wait.trigger is not None and wait.trigger.expires <= now:
             wait.trigger = None
+        if wait.turn is not None and wait.turn.expires <= now:
+            wait.turn = None
         self._returns.count(wait, now)
         gone = wait.closed and wait.hint is None
         self._set(wait, 0.0 if gone else self._probability(wait, now))
@@ -301,8 +336,9 @@ class Predictor:
         stays_away = math.exp(-self._returns.expected(wait, now, self.horizon_s))
         if wait.hint is not None:
             stays_away *= 1.0 - wait.hint.probability_within(self.horizon_s, now)
-        if wait.trigger is not None:
-            stays_away *= 1.0 + wait.trigger.probability * math.expm1(-self.horizon_s / wait.trigger.delay_s)
+        for trigger in (wait.trigger, wait.turn):
+            if trigger is not None:
+                stays_away *= 1.0 + trigger.probability * math.expm1(-self.horizon_s / trigger.delay_s)
         return 1.0 - stays_away
 
     def _set(self, wait: Wait, probability: float) -> None:
@@ -321,8 +357,9 @@ class Predictor:
             in_s = min(in_s, max(step_s, _HOUR_STEP_S))
         if wait.hint is not None:
             in_s = min(in_s, step_s)
-        if wait.trigger is not None:
-            in_s = min(in_s, max(0.001, wait.trigger.expires - now))
+        for trigger in (wait.trigger, wait.turn):
+            if trigger is not None:
+                in_s = min(in_s, max(0.001, trigger.expires - now))
         return now + in_s
 
     def _schedule(self, wait: Wait, due: float | None) -> None:
@@ -338,6 +375,8 @@ class Predictor:
 
     def _restore(self, wait: Wait) -> None:
         scene = wait.scene
+        if wait.turn is not None:
+            self._next = scene.id
         self._waits[scene.id] = wait
         self._ranking.set(scene.id, 0.0)
         self._roles[scene.owner, scene.role] = scene.id
@@ -364,8 +403,9 @@ class Predictor:
     def _expected_in_s(self, wait: Wait, now: float) -> float:
         if wait.hint is not None:
             return wait.hint.remaining_s(now)
-        if wait.trigger is not None:
-            return max(0.0, wait.trigger.since + wait.trigger.delay_s - now)
+        for trigger in (wait.turn, wait.trigger):
+            if trigger is not None:
+                return max(0.0, trigger.since + trigger.delay_s - now)
         return self._returns.median_s(wait, now, _DAY_S)
 
     def _why(self, wait: Wait, now: float) -> str:
@@ -377,6 +417,8 @@ class Predictor:
             parts.append("closed")
         if wait.trigger is not None:
             parts.append(f"follows {wait.trigger.source} in {100 * wait.trigger.probability:.0f} % of cases")
+        if wait.turn is not None:
+            parts.append(f"its turn is after {wait.turn.source}, right in {100 * wait.turn.probability:.0f} % of cases")
         if not wait.closed:
             parts.append(self._returns.explain(wait, now))
         return "; ".join(parts)

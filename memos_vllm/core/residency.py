@@ -17,9 +17,9 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from memos_vllm.core.block_tree import ABSENT, LOADING, RESIDENT, BlockTree, Segment
-from memos_vllm.core.predictor import Predictor
 
 SWAP_GAIN = 1.25
 """A block is brought in place of another only if it is worth this many times as much: a copy costs
@@ -27,6 +27,16 @@ bandwidth, and estimates that differ by less are the same estimate."""
 
 _Low = tuple[float, float, int, int, Segment]
 _High = tuple[float, int, int, Segment]
+
+
+class Values(Protocol):
+    """Where the values of scenes come from: a ``Predictor``, or what others have told (``ToldValues``)."""
+
+    def value(self, scene_id: str) -> float: ...
+
+    def take_changes(self) -> set[str]:
+        """Scenes whose value changed since the last call."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +58,21 @@ class _Chain:
 
 
 class ResidencyPolicy:
-    """Not safe for threads; one loop owns it, with the predictor.
+    """Not safe for threads; one loop owns it, with the values.
 
     Args:
+        values: of the scenes.
         swap_gain: see ``SWAP_GAIN``.
         partial_tails: a chain's last block may be partial, so that a longer chain has another one in its
             place. How often it is used again is then learned apart. vLLM's blocks are full: False.
+        watch_worth: see ``take_turned``.
     """
 
-    def __init__(self, predictor: Predictor, swap_gain: float = SWAP_GAIN, partial_tails: bool = False) -> None:
-        self.predictor, self.swap_gain, self.partial_tails = predictor, swap_gain, partial_tails
+    def __init__(
+        self, values: Values, swap_gain: float = SWAP_GAIN, partial_tails: bool = False, watch_worth: bool = False
+    ) -> None:
+        self.values, self.swap_gain, self.partial_tails = values, swap_gain, partial_tails
+        self._turned: list[list[Hashable]] | None = [] if watch_worth else None
         self.tree = BlockTree()
         self.num_resident = 0
         """RESIDENT or LOADING."""
@@ -87,7 +102,7 @@ class ResidencyPolicy:
             segment.num_scenes += 1
         for segment in touched:
             self._queue(segment)
-        self._apply(chain, self.predictor.value(scene_id))
+        self._apply(chain, self.values.value(scene_id))
         if old is not None:
             self._drop(old)
 
@@ -111,11 +126,20 @@ class ResidencyPolicy:
                 self._queue(segment)
 
     def update(self) -> None:
-        """Takes over what the predictor has changed since the last call."""
-        for scene_id in self.predictor.take_changes():
+        """Takes over what has changed since the last call."""
+        for scene_id in self.values.take_changes():
             chain = self._chains.get(scene_id)
             if chain is not None:
-                self._apply(chain, self.predictor.value(scene_id))
+                self._apply(chain, self.values.value(scene_id))
+
+    def take_turned(self) -> list[list[Hashable]]:
+        """Runs of blocks that became worth something, or nothing, since the last call, in that order.
+
+        For a caller who keeps blocks that are worth nothing elsewhere; only with ``watch_worth``.
+        """
+        assert self._turned is not None
+        turned, self._turned = self._turned, []
+        return turned
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -269,18 +293,22 @@ class ResidencyPolicy:
         body, tail = value - chain.value, tail_value - chain.tail_value
         chain.value, chain.tail_value = value, tail_value
         for segment in self._path(chain):
-            segment.value = max(0.0, segment.value + (tail if segment is chain.tail else body))
-            self._queue(segment)
+            self._set_value(segment, max(0.0, segment.value + (tail if segment is chain.tail else body)))
 
     def _drop(self, chain: _Chain) -> None:
         for segment in self._path(chain):
             segment.num_scenes -= 1
             own = chain.tail_value if segment is chain.tail else chain.value
-            segment.value = max(0.0, segment.value - own) if segment.num_scenes else 0.0
-            self._queue(segment)
+            self._set_value(segment, max(0.0, segment.value - own) if segment.num_scenes else 0.0)
         if chain.tail is not None:
             chain.tail.num_tails -= 1
         self._prune(chain.tail or chain.body)
+
+    def _set_value(self, segment: Segment, value: float) -> None:
+        if self._turned is not None and (segment.value > 0.0) != (value > 0.0):
+            self._turned.append(list(segment.blocks))
+        segment.value = value
+        self._queue(segment)
 
     def _prune(self, segment: Segment) -> None:
         joined = self.tree.prune(segment)

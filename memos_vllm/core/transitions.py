@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,10 @@ class Transitions:
         self._uses.pop(key, None)
         self._next.pop(key, None)
 
-    def state(self) -> list[list[Any]]:
-        return [[key, uses, self._next.get(key, {})] for key, uses in self._uses.items()]
+    def state(self) -> Iterator[list[Any]]:
+        return ([key, uses, _cells(self._next.get(key, {}))] for key, uses in self._uses.items())
 
-    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
         for key, uses, successors in state:
             self._uses[key] = float(uses)
             if successors:

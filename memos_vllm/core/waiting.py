@@ -45,6 +45,9 @@ class Wait:
     """Up to where the wait has been learned from."""
     hint: Hint | None = None
     trigger: Trigger | None = None
+    """By a scene of the same owner."""
+    turn: Trigger | None = None
+    """By the scene after which it is this one's turn, whoever owns that."""
     probability: float = 0.0
     due: float | None = None
     """When to look at it again."""
@@ -59,26 +62,23 @@ class Wait:
         return 0.0 if self.busy or self.ended is None else max(0.0, now - self.ended)
 
     def state(self) -> dict[str, Any]:
-        """Without what follows from the rest."""
-        out = {name: getattr(self, name) for name in _PLAIN}
-        out["scene"] = asdict(self.scene)
-        out["hint"] = None if self.hint is None else asdict(self.hint)
-        out["trigger"] = None if self.trigger is None else asdict(self.trigger)
-        return out
+        """Without what follows from the rest. Does not change any more."""
+        return {name: getattr(self, name) for name in _STATE}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Wait:
         values = dict(state)
         scene = Scene(**values.pop("scene"))
         scene = Scene(**asdict(scene) | {"kind": SceneKind(scene.kind)})
-        hint, trigger = values.pop("hint"), values.pop("trigger")
+        hint, trigger, turn = values.pop("hint"), values.pop("trigger"), values.pop("turn")
         wait = cls(scene, **values)
         wait.hint = None if hint is None else Hint(**hint)
         wait.trigger = None if trigger is None else Trigger(**trigger)
+        wait.turn = None if turn is None else Trigger(**turn)
         return wait
 
 
-_PLAIN = (
+_STATE = (
     "uses",
     "busy",
     "closed",
@@ -91,4 +91,8 @@ _PLAIN = (
     "counted_s",
     "probability",
     "due",
+    "scene",
+    "hint",
+    "trigger",
+    "turn",
 )

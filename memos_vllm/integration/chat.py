@@ -27,7 +27,9 @@ from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
 from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.rest import error_response
-from memos_vllm.integration.scene_table import SCENE_PARAM
+from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
+from memos_vllm.integration.session_start import SessionStart, start_of
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.service import Recall
@@ -76,6 +78,10 @@ class Turn:
     request_id: str
     """Provenance of what is remembered; the id of the completion ends with it."""
 
+    @property
+    def starts_conversation(self) -> bool:
+        return all(message.get("role") != "assistant" for message in self.messages)
+
 
 @router.post(
     "/v1/chat/completions",
@@ -88,6 +94,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
+        start = next_start(turn, request, raw_request, state)
         adapter = await state.adapters.use(
             turn.who, turn.options.adapter, raw_request.app.state.openai_serving_chat, request.model
         )
@@ -100,9 +107,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
             recall = await add_memory(turn, request, state, adapter)
         except MemosError as error:
             return error_response(error)
-        scene_id = state.planner.turn_started(turn.who, turn.options.session)
-        state.adapters.expect(scene_id, turn.who, None if adapter is None else adapter.reference)
-        request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
+        scene_id = announce_turn(turn, start, adapter, request, state)
         response = None
         try:
             with adapter.active() if adapter is not None else nullcontext():
@@ -115,6 +120,20 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         if isinstance(response, StreamingResponse):
             response.body_iterator = _closing(response.body_iterator, cleanup.pop_all())
     return finish_turn(turn, recall, adapter, scene_id, response, state)
+
+
+def announce_turn(
+    turn: Turn, start: SessionStart | None, adapter: Choice | None, request: ChatCompletionRequest, state: MemosState
+) -> str:
+    """Tells planner, gate and builder of the turn, and the engine by the request; returns its scene."""
+    starts_session = start is not None and turn.starts_conversation
+    scene_id = state.planner.turn_started(turn.who, turn.options.session, starts_session=starts_session)
+    state.adapters.expect(scene_id, turn.who, None if adapter is None else adapter.reference)
+    request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
+    if start is not None:
+        request.kv_transfer_params[START_PARAM] = start.scene_id
+        state.builder.turn_seen(start, scene_id)
+    return scene_id
 
 
 async def _closing(chunks: AsyncIterator[Any], cleanup: ExitStack) -> AsyncIterator[Any]:
@@ -132,7 +151,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     """
     salts.check_client_salt(request.cache_salt)
     if request.kv_transfer_params:
-        request.kv_transfer_params.pop(SCENE_PARAM, None)
+        for ours in (SCENE_PARAM, START_PARAM, BUILD_PARAM):
+            request.kv_transfer_params.pop(ours, None)
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)
     if options is None:
@@ -169,6 +189,16 @@ def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
     return state.config.memory.default == "on" if by_key is None else by_key
 
 
+def next_start(
+    turn: Turn, request: ChatCompletionRequest, raw_request: Request, state: MemosState
+) -> SessionStart | None:
+    """What the turn shows of how the user's next session starts; None if that is not to be prepared."""
+    serving = stock.chat(raw_request)
+    if serving is None or not state.builder.enabled or not turn.options.recall:
+        return None
+    return start_of(turn.who, request, turn.messages, serving, state.planner.start_id(turn.who))
+
+
 async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState, adapter: Choice | None) -> Recall:
     """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
     await state.wait_for_writes(turn.who)
@@ -196,7 +226,9 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     salt = state.salt(turn.who)
     if not turn.options.recall:
         return Recall((), ()), salt
-    recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
+    with state.metrics.recalling():
+        recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
+    state.metrics.recalled(recall)
     return recall, salt
 
 
@@ -222,7 +254,7 @@ def finish_turn(
         response.body_iterator = _announcing_end(response.body_iterator, turn.who, state, announced)
     else:
         announced.append(state.announce(turn.who))
-    end = BackgroundTask(end_turn, turn, scene_id, state, announced)
+    end = BackgroundTask(end_turn, turn, recall, scene_id, state, announced)
     response.background = BackgroundTasks([task for task in (response.background, end) if task])
     return response
 
@@ -237,22 +269,34 @@ async def _announcing_end(
         yield chunk
 
 
-async def end_turn(turn: Turn, scene_id: str, state: MemosState, announced: list[asyncio.Future[None]]) -> None:
-    """The answer is out: predicts what comes next, and writes what the user said.
+async def end_turn(
+    turn: Turn, recall: Recall, scene_id: str, state: MemosState, announced: list[asyncio.Future[None]]
+) -> None:
+    """The answer is out: predicts what comes next, writes what the user said, and notes which memories were used.
 
     A write that fails is logged; nobody waits for it any more.
     """
     state.planner.turn_ended(scene_id)
-    if not turn.options.remember:
-        return
     try:
-        remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
-        await asyncio.to_thread(remember, turn.who, turn.messages)
+        if turn.options.remember:
+            remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
+            records = await asyncio.to_thread(remember, turn.who, turn.messages)
+            # The others were known: their origin is the turn that told them first.
+            state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
     except MemosError as error:
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:
         for done in announced:
             state.written(turn.who, done)
+    used = {
+        "long_lived": [record.id for record in recall.long_lived],
+        "late": [hit.record.id for hit in recall.late],
+    }
+    try:
+        note = partial(state.service.life.used, turn.who, used, session=turn.options.session, scene=scene_id)
+        await asyncio.to_thread(note)
+    except MemosError as error:
+        logger.error("what a turn of %s used was not noted: %s", turn.who, error)
 
 
 def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from memos_vllm.config import MemosConfig
+from memos_vllm.integration.engine_metrics import MemosPromMetrics, MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.scheduler_side import SchedulerSide
 from memos_vllm.integration.worker_side import WorkerSide
@@ -65,6 +67,7 @@ class MemosConnector(KVConnectorBase_V1):
         # A client may send anything here, and vLLM itself reads it as a mapping right after this call.
         if not isinstance(request.kv_transfer_params, dict):
             request.kv_transfer_params = None
+        self._scheduler.added(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._scheduler.match(request, num_computed_tokens)
@@ -134,9 +137,33 @@ class MemosConnector(KVConnectorBase_V1):
     def build_connector_worker_meta(self) -> MemosWorkerMeta | None:
         return self._worker.take_results()
 
+    # -- metrics: from the scheduler side to an API process ---------------------------------------
+
+    def get_kv_connector_stats(self) -> MemosStats | None:
+        return self.scheduler_side.take_stats() if self.scheduler_side is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> MemosStats:
+        return MemosStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> MemosPromMetrics:
+        return MemosPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # -- both -----------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         for side in (self.scheduler_side, self.worker_side):
             if side is not None:
                 side.shutdown()
+
+
+if MemosConnector.__name__ not in KVConnectorFactory._registry:
+    # Beside another connector, vLLM's MultiConnector looks up by name alone whose stats have come.
+    KVConnectorFactory.register_connector(MemosConnector.__name__, __name__, MemosConnector.__name__)

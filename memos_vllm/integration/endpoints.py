@@ -6,6 +6,7 @@ import asyncio
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -13,10 +14,16 @@ import xxhash
 from memos_vllm import activation, data_dir
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemosConfig, load
+from memos_vllm.core.lifecycle import Aging
+from memos_vllm.integration import embedding, salts
 from memos_vllm.integration.adapter_base import base_of
 from memos_vllm.integration.adapter_gate import AdapterGate
+from memos_vllm.integration.builder import LiveRequests, SceneBuilder
+from memos_vllm.integration.caretaker import Caretaker
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -40,12 +47,13 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import adapters, chat, distillations, forms, memories, operations, scenes
+        from memos_vllm.integration import adapters, chat, distillations, forms, life, memories, operations, scenes
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        routers = (chat, memories, forms, distillations, adapters, scenes, operations)
+        routers = (chat, life, memories, forms, distillations, adapters, scenes, operations)
         for router in (module.router for module in routers):
             app.include_router(router)
+        app.add_middleware(LiveRequests)
         if envs.VLLM_SERVER_DEV_MODE:
             app.include_router(operations.development_router)
 
@@ -53,23 +61,31 @@ class MemosEndpoints:
         if not activation.is_active() or engine_client is None:
             return
         config = load(activation.config_path())
-        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
-        adapters = await asyncio.to_thread(open_adapters, engine_client, config)
+        load_format = str(engine_client.vllm_config.load_config.load_format)
+        embedder = embedding.build(config.memory.embedder, engine_client.model_config, load_format)
+        aging = Aging(config.memory.archive_after_s, config.memory.remove_expired_after_s)
+        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes, aging)
         count_tokens = token_counter(engine_client)
+        service = MemoryService(store, config.memory, count_tokens=count_tokens, embedder=embedder)
+        secret = data_dir.secret(config.data_dir)
+        adapters = await asyncio.to_thread(open_adapters, engine_client, config)
+        planner = ScenePlanner(
+            engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
+        )
+        starts = SessionStarts(engine_client, service, salt_of=partial(salts.of_user, secret, config.kv.store_dtype))
         state.memos = MemosState(
             config=config,
-            service=MemoryService(store, config.memory, count_tokens=count_tokens),
+            service=service,
             engine=engine_client,
-            secret=data_dir.secret(config.data_dir),
-            planner=ScenePlanner(
-                engine_client,
-                config.prediction,
-                config.data_dir / "predictor.json",
-                on_expected=adapters.prefetch,
-            ),
+            secret=secret,
+            planner=planner,
+            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts),
+            metrics=MemoryMetrics(),
             adapters=adapters,
             count_tokens=count_tokens,
         )
+        state.memos.caretaker = Caretaker(state.memos)
+        state.memos.caretaker.start()
 
 
 def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.v1.engine.core import EngineCore
 
 _METHOD = "memos"
-Handler = Callable[[str, dict[str, Any]], dict[str, Any]]
+Handler = Callable[[str, dict[str, Any], "EngineCore"], dict[str, Any]]
 
 
 def serve(handler: Handler) -> None:
@@ -21,7 +22,7 @@ def serve(handler: Handler) -> None:
     from vllm.v1.engine.core import EngineCore
 
     def memos(self: Any, op: str, payload: dict) -> dict:  # vLLM converts arguments by annotation
-        return handler(op, payload)
+        return handler(op, payload, self)
 
     setattr(EngineCore, _METHOD, memos)
 

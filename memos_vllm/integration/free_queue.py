@@ -5,19 +5,21 @@ like all others, but leave the queue last. So they count for admission, a live r
 when it needs them, and nothing can deadlock; references that are held instead do all three (see
 ``docs/ARCHITECTURE.md``).
 
-    plain           blocks nobody expects, least recently used first       leaves first
-    kept, a part    blocks of one predicted scene, its last block first    least valuable scene first
-    per scene
+    plain    blocks nobody expects, least recently used first            leaves first
+    kept     blocks that are worth something, in no order of their own   the policy says which leaves
 
-Telling a new order costs one step per scene, not per block, so that a pool of many thousand blocks
-does not stop the engine at every turn's end.
+A block is worth what the scenes with it are worth together (``core.residency``). The queue tells the
+policy what becomes of such blocks, so that a policy's RESIDENT block is exactly a kept one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+from memos_vllm.core.block_tree import RESIDENT
+from memos_vllm.core.residency import ResidencyPolicy
 
 
 class KeepingFreeQueue(FreeKVCacheBlockQueue):
@@ -25,23 +27,25 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
 
     Args:
         queue: the pool's own, whose order is taken over.
+        policy: knows blocks by vLLM's hash with group id.
     """
 
-    def __init__(self, queue: FreeKVCacheBlockQueue) -> None:
-        self._parts: dict[str, FreeKVCacheBlockQueue] = {}  # by scene, least valuable first
-        self._part_of: dict[int, str] = {}  # kept blocks by id
-        self._claims: dict[bytes, list[str]] = {}  # scenes that have the block with this hash
+    def __init__(self, queue: FreeKVCacheBlockQueue, policy: ResidencyPolicy) -> None:
+        self._policy = policy
+        self._kept: dict[bytes, KVCacheBlock] = {}
+        self._hash_of: dict[int, bytes] = {}  # of kept blocks by id
+        self._in_use: dict[int, bytes] = {}  # blocks that are worth something and referenced: id and hash
         self._num_plain = 0
         super().__init__(queue.get_all_free_blocks())
 
     @property
     def num_free_blocks(self) -> int:  # type: ignore[override]
         """Plain and kept; the base class counts with it."""
-        return self._num_plain + len(self._part_of)
+        return self._num_plain + len(self._kept)
 
     @num_free_blocks.setter
     def num_free_blocks(self, total: int) -> None:
-        self._num_plain = total - len(self._part_of)
+        self._num_plain = total - len(self._kept)
 
     @property
     def num_plain_blocks(self) -> int:
@@ -50,40 +54,47 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
 
     @property
     def num_kept_blocks(self) -> int:
-        return len(self._part_of)
+        return len(self._kept)
 
-    def keep(self, scene_id: str, hashes: Iterable[bytes], resident: Iterable[KVCacheBlock]) -> None:
-        """From now on keeps a scene's blocks, as the most valuable until ``order`` says otherwise.
+    def is_kept(self, block: KVCacheBlock) -> bool:
+        return block.block_id in self._hash_of
 
-        Args:
-            hashes: vLLM's hashes (with group id) of its blocks, resident or not.
-            resident: those that are, the last one first.
-        """
-        assert scene_id not in self._parts
-        self._parts[scene_id] = FreeKVCacheBlockQueue([])
-        for block_hash in hashes:
-            self._claims.setdefault(block_hash, []).append(scene_id)
-        self._refile(block for block in resident if block.ref_cnt == 0)
+    # -- as values change -----------------------------------------------------------------------
 
-    def release(self, scene_id: str, hashes: Iterable[bytes]) -> None:
-        """Keeps a scene no more; ``hashes`` as given to ``keep``."""
-        for block_hash in hashes:
-            claims = self._claims[block_hash]
-            claims.remove(scene_id)
-            if not claims:
-                del self._claims[block_hash]
-        self._refile(self._parts[scene_id].get_all_free_blocks())
-        del self._parts[scene_id]
+    def worth_something(self, block_hash: bytes, block: KVCacheBlock | None) -> None:
+        """A block became worth something. ``block``: where it is in the prefix cache, if it is."""
+        if block is None or block.block_hash != block_hash:
+            return  # absent, as the policy thinks; or a block with several hashes, which is found by its first
+        if block.ref_cnt:
+            self._in_use[block.block_id] = block_hash
+            self._policy.loading([block_hash])
+        elif block.block_id not in self._hash_of:
+            super().remove(block)
+            self._keep(block_hash, block)
 
-    def order(self, scene_ids: Sequence[str]) -> None:
-        """The kept scenes, all of them, least valuable first."""
-        assert len(scene_ids) == len(self._parts)
-        self._parts = {scene_id: self._parts[scene_id] for scene_id in scene_ids}
+    def worth_nothing(self, block_hash: bytes) -> None:
+        if (block := self._kept.pop(block_hash, None)) is not None:
+            del self._hash_of[block.block_id]
+            super().append(block)
+        self._policy.absent([block_hash])
 
-    def _refile(self, blocks: Iterable[KVCacheBlock]) -> None:
+    def give_up(self, block_hashes: Iterable[bytes]) -> None:
+        """Kept blocks that the policy gave up for better ones: they leave next."""
+        blocks = [self._kept.pop(block_hash) for block_hash in block_hashes]
         for block in blocks:
-            self.remove(block)
-            self.append(block)
+            del self._hash_of[block.block_id]
+        super().prepend_n(blocks)
+
+    def lose_track(self) -> None:
+        """The prefix cache was emptied: no free block holds anything any more."""
+        for block_hash in [*self._kept, *self._in_use.values()]:
+            self.worth_nothing(block_hash)
+        self._in_use.clear()
+
+    def _keep(self, block_hash: bytes, block: KVCacheBlock) -> None:
+        self._kept[block_hash] = block
+        self._hash_of[block.block_id] = block_hash
+        self._policy.resident([block_hash])
 
     # -- the queue's own interface --------------------------------------------------------------
 
@@ -93,26 +104,31 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
         assert self.num_free_blocks >= n
         popped = super().popleft_n(min(n, self._num_plain))
-        for part in self._parts.values():
-            if len(popped) == n:
-                break
-            forced = part.popleft_n(min(n - len(popped), part.num_free_blocks))
-            for block in forced:
-                del self._part_of[block.block_id]
-            popped += forced
+        if len(popped) < n:
+            given_up = self._policy.evict(n - len(popped))
+            assert given_up is not None, "the policy does not know a block that is kept"
+            for block_hash in given_up:
+                block = self._kept.pop(block_hash)  # type: ignore[arg-type]
+                del self._hash_of[block.block_id]
+                popped.append(block)
         return popped
 
     def remove(self, block: KVCacheBlock) -> None:
-        if (scene_id := self._part_of.pop(block.block_id, None)) is not None:
-            self._parts[scene_id].remove(block)
-        else:
+        block_hash = self._hash_of.pop(block.block_id, None)
+        if block_hash is None:
             super().remove(block)
+            return
+        del self._kept[block_hash]
+        self._in_use[block.block_id] = block_hash
+        self._policy.loading([block_hash])
 
     def append(self, block: KVCacheBlock) -> None:
-        claims = self._claims.get(block.block_hash) if block.block_hash is not None else None
-        if claims:
-            self._parts[claims[-1]].append(block)
-            self._part_of[block.block_id] = claims[-1]
+        was = self._in_use.pop(block.block_id, None)
+        if was is not None and was != block.block_hash and was not in self._kept:
+            self._policy.absent([was])  # its hash was taken from it while it was in use
+        block_hash = block.block_hash
+        if block_hash is not None and block_hash not in self._kept and self._policy.value(block_hash) > 0.0:
+            self._keep(block_hash, block)
         else:
             super().append(block)
 
@@ -120,12 +136,25 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
         for block in blocks:
             self.append(block)
 
+    def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
+        for block in blocks:  # without a hash
+            if (was := self._in_use.pop(block.block_id, None)) is not None and was not in self._kept:
+                self._policy.absent([was])
+        super().prepend_n(blocks)
+
     def get_all_free_blocks(self) -> list[KVCacheBlock]:
-        return super().get_all_free_blocks() + [
-            block for part in self._parts.values() for block in part.get_all_free_blocks()
-        ]
+        return super().get_all_free_blocks() + [self._kept[each] for each in self._policy.order(self._kept)]  # type: ignore[index]
 
     def iter_blocks_after(self, cursor: KVCacheBlock | None) -> Iterator[KVCacheBlock]:
         blocks = self.get_all_free_blocks()
         ids = [block.block_id for block in blocks]
         return iter(blocks[ids.index(cursor.block_id) + 1 if cursor is not None else 0 :])
+
+    def check_integrity(self) -> None:
+        """A kept block is worth something, and RESIDENT for the policy; nothing else is."""
+        assert len(self._hash_of) == len(self._kept)
+        for block_hash, block in self._kept.items():
+            assert block.ref_cnt == 0 and self._policy.value(block_hash) > 0.0
+            assert self._policy.state(block_hash) == RESIDENT
+        resident = [each for each in self._policy.tree.blocks() if self._policy.state(each) == RESIDENT]
+        assert len(resident) == len(self._kept)

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
+from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
+from memos_vllm.memory.results import Hit
 from memos_vllm.types import Principal
 
 router = APIRouter(prefix="/v1/memories", tags=["Memos"])
 
 
-class AddBody(Body):
+class NewMemory(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
     text: str
     type: str = "fact"
     pinned: bool = False
     tags: list[str] = []
     session: str | None = None
+    priority: int = 0
+    sensitivity: str = "normal"
+    valid_from: str | None = None
+    ttl_s: float | None = None
+    speaker: str | None = Field(default=None, min_length=1, max_length=MAX_NAME_CHARS)
+    """Who said it, where that is not the user; found as a word of the memory is."""
+
+    cube: str | None = Field(default=None, min_length=1, max_length=MAX_NAME_CHARS)
+    """A collection that search can be kept to."""
+
+
+class AddBody(NewMemory, Body):
+    """One memory, or ``memories``."""
+
+    text: str | None = None  # type: ignore[assignment]
+    memories: list[NewMemory] | None = None
 
 
 class UpdateBody(Body):
@@ -30,6 +51,14 @@ class UpdateBody(Body):
     type: str | None = None
     pinned: bool | None = None
     tags: list[str] | None = None
+    priority: int | None = None
+    sensitivity: str | None = None
+    valid_from: str | None = None
+    ttl_s: float | None = None
+    """From now; 0 for ever."""
+
+    state: str | None = None
+    """``activated``, ``archived`` or ``frozen``; stands alone."""
 
 
 class SearchBody(Body):
@@ -37,25 +66,43 @@ class SearchBody(Body):
     top_k: int | None = Field(default=None, ge=1, le=1000)
     type: str | None = None
     tag: str | None = None
+    tags: list[str] = []
+    session: str | None = None
+    cube: str | None = None
+    said_from: AwareDatetime | None = Field(default=None, strict=False)
+    said_before: AwareDatetime | None = Field(default=None, strict=False)
+    include_archived: bool = False
+    context: int = Field(default=0, ge=0, le=MAX_CONTEXT)
+    """How many memories before and after each hit, in its conversation, come with it."""
+
+    max_tokens: int | None = Field(default=None, ge=0)
+    """The hits that fit into it."""
 
 
 @router.post("")
 @answers_errors
 async def add(raw_request: Request) -> Any:
+    """One memory, or with ``memories`` a list of them, which is stored as a whole or not at all."""
     state = state_of(raw_request)
     body: AddBody = await parse_body(raw_request, AddBody)
     who = principal(raw_request, state, body.user)
-    record = await asyncio.to_thread(
-        state.service.add,
-        who,
-        body.text,
-        type=body.type,
-        pinned=body.pinned,
-        tags=tuple(body.tags),
-        session=body.session,
-        origin={"source": "api"},
-    )
-    return record.as_json()
+    if body.memories is None:
+        if body.text is None:
+            raise RequestError("'text' is missing; give a text, or 'memories' with a list of memories")
+        record = await asyncio.to_thread(state.service.add, who, **_values(body))
+        state.metrics.stored("api")
+        return record.as_json()
+    if beside := body.model_fields_set - {"memories", "user"}:
+        raise RequestError(f"'{min(beside)}' stands beside 'memories'; put it into each of them")
+    records = await asyncio.to_thread(state.service.add_many, who, [_values(memory) for memory in body.memories])
+    state.metrics.stored("api", len(records))
+    return {"object": "list", "data": [record.as_json() for record in records]}
+
+
+def _values(memory: NewMemory) -> dict[str, Any]:
+    values = memory.model_dump(include=set(NewMemory.model_fields))
+    said = {name: value for name in ("speaker", "cube") if (value := values.pop(name)) is not None}
+    return {**values, "origin": {"source": "api", **said}}
 
 
 @router.get("")
@@ -68,13 +115,13 @@ async def list_memories(
     type: str | None = None,
     tag: str | None = None,
     session: str | None = None,
+    state: str | None = None,
 ) -> Any:
-    state = state_of(raw_request)
-    who = principal(raw_request, state, user)
-    await state.wait_for_writes(who)
-    page = await asyncio.to_thread(
-        state.service.list, who, limit=limit, after=after, type=type, tag=tag, session=session
-    )
+    memos = state_of(raw_request)
+    who = principal(raw_request, memos, user)
+    await memos.wait_for_writes(who)
+    filters = {"type": type, "tag": tag, "session": session, "state": state}
+    page = await asyncio.to_thread(partial(memos.service.list, who, limit=limit, after=after, **filters))
     return {"object": "list", "data": [record.as_json() for record in page.records], "next": page.next}
 
 
@@ -85,12 +132,19 @@ async def search(raw_request: Request) -> Any:
     body: SearchBody = await parse_body(raw_request, SearchBody)
     who = principal(raw_request, state, body.user)
     await state.wait_for_writes(who)
-    hits = await asyncio.to_thread(
-        state.service.search, who, body.query, top_k=body.top_k, type=body.type, tag=body.tag
-    )
+    wanted = body.model_dump(exclude={"user", "query"})
+    hits = await asyncio.to_thread(partial(state.service.search, who, body.query, **wanted))
+    state.metrics.searched()
+    return {"object": "list", "data": [_hit_as_json(hit) for hit in hits]}
+
+
+def _hit_as_json(hit: Hit) -> dict[str, Any]:
+    context = {"before": hit.before, "after": hit.after} if hit.before or hit.after else {}
     return {
-        "object": "list",
-        "data": [{"score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in hits],
+        "score": hit.score,
+        "why": hit.why,
+        **hit.record.as_json(),
+        **{side: [record.as_json() for record in records] for side, records in context.items()},
     }
 
 
@@ -108,17 +162,19 @@ async def update(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)
     body: UpdateBody = await parse_body(raw_request, UpdateBody)
     who = principal(raw_request, state, body.user)
-    changes = {
-        name: getattr(body, name) for name in ("text", "type", "pinned", "tags") if name in body.model_fields_set
-    }
+    changes = {name: getattr(body, name) for name in body.model_fields_set - {"user"}}
     if not changes:
-        raise RequestError("nothing to change: give text, type, pinned or tags")
-    epoch = state.service.kv_epoch(who)
-    record = await asyncio.to_thread(state.service.update, who, memory_id, **changes)
-    after = state.service.kv_epoch(who)
-    await state.forget_kv(who, epoch, after)
-    if after != epoch:  # the text is another one now, and adapters know the old one
-        await _withdraw_adapters(state, who, [memory_id])
+        raise RequestError(f"nothing to change: give {', '.join(CHANGEABLE)} or state")
+    if "state" in changes and len(changes) > 1:
+        raise RequestError("'state' stands alone; change the rest in another request")
+    if body.state is not None:
+        record = await asyncio.to_thread(state.service.life.set_state, who, memory_id, body.state)
+    else:
+        epoch = state.service.kv_epoch(who)
+        record = await asyncio.to_thread(partial(state.service.update, who, memory_id, **changes))
+        await state.forget_kv(who)
+        if state.service.kv_epoch(who) != epoch:  # the text is another one now, and adapters know the old one
+            await _withdraw_adapters(state, who, [memory_id])
     return record.as_json()
 
 
@@ -136,15 +192,15 @@ async def delete_all(raw_request: Request, user: str | None = None) -> Any:
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
     state.planner.forget(who)
+    state.builder.forget(who)
     return await _forget(state, who, state.service.delete_all, who)
 
 
 async def _forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:
     """Deletes, then removes the KV that may hold the deleted text; the receipt lists both."""
     await state.wait_for_writes(who)
-    epoch = state.service.kv_epoch(who)
     receipt = await asyncio.to_thread(remove, *args)
-    kv = await state.forget_kv(who, epoch, receipt.kv_epoch)
+    kv = await state.forget_kv(who)
     adapters = await _withdraw_adapters(state, who, None if remove == state.service.delete_all else receipt.records)
     return {"deleted": True, **receipt.as_json(), "kv": kv, "adapters": adapters}
 

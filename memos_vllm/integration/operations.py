@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.state import state_of
+from memos_vllm.integration.summary import summarize
 
 router = APIRouter(prefix="/v1/memos", tags=["Memos"])
 development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
@@ -17,12 +18,19 @@ development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
 
 @router.get("/status")
 async def status(raw_request: Request) -> Any:
-    """Counts only; with several data-parallel engines, ``engines`` has one entry each."""
+    """Counts only; with several data-parallel engines, ``engines`` has one entry each.
+
+    ``summary`` is of all engines together, since their start; null while activation memory is off.
+    """
     state = state_of(raw_request)
     engines = await engine_channel.call(state.engine, "status")
     memory = await asyncio.to_thread(state.service.stats)
+    accounts = [engine.pop("accounting") for engine in engines if engine["enabled"]]
+    summary = summarize(accounts) if accounts else None
+    build = state.builder.status()
     adapters = await state.adapters.status()
-    return {"kv": engines[0], "engines": engines, "memory": memory, "adapters": adapters}
+    parts = {"memory": memory, "build": build, "adapters": adapters}
+    return {"summary": summary, "kv": engines[0], "engines": engines, **parts}
 
 
 @development_router.post("/kv/drop")

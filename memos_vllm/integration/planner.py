@@ -10,18 +10,23 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import hashlib
+import itertools
 import logging
+import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import PredictionConfig
+from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
-from memos_vllm.core.scenes import Event, Scene, TurnEnded, TurnStarted
+from memos_vllm.core.scenes import Event, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.integration import engine_channel
 from memos_vllm.types import Principal
 
@@ -35,6 +40,9 @@ REPLAN_INTERVAL_S = 1.0
 
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
+
+COPY_PARTS = 8
+"""Parts of the predictor's state (``core.snapshot``) that are copied between two looks at the event loop."""
 
 
 class ScenePlanner:
@@ -59,11 +67,22 @@ class ScenePlanner:
         self._max_scenes = config.max_scenes
         self._state_path = state_path
         self._now = now
+        self.name = f"{os.getpid()}"
+        self.on_told: Callable[[], None] = lambda: None
+        """Called when an event has changed what the engine expects."""
         self._on_expected = on_expected
-        self._name = f"{os.getpid()}"
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
+        self._busy: Counter[str] = Counter()
+        """Requests under way, by scene."""
+        self._events: deque[tuple[float, Event | Scene, SceneKind]] = deque()
+        """What the predictor has not learned from yet; empty unless its state is being copied."""
+        self._copied_at: float | None = None
+        """Set while the state is being copied, and nothing may change it."""
         self._changed = asyncio.Event()
+        self._telling = False
+        self._sizes: dict[str, int] = {}
+        """In blocks, of starts that were declared since the engine was told last."""
         self._saved_at = now()
         self._task: asyncio.Task[None] | None = None
 
@@ -74,43 +93,104 @@ class ScenePlanner:
         text = "".join(f"{len(part)}:{part}" for part in parts)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+    @classmethod
+    def start_id(cls, who: Principal) -> str:
+        """The scene of what the user's next session starts with; no session has the name."""
+        return cls.scene_id(who, "")
+
+    def hinted_id(self, who: Principal, session: str | None) -> str:
+        """What a hint is about: a session that nobody has seen begins with the start."""
+        scene_id, start_id = self.scene_id(who, session), self.start_id(who)
+        return start_id if not self._is_seen(scene_id) and start_id in self._predictor else scene_id
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has yet to hear of something that happened."""
+        return self._changed.is_set() or self._telling
+
+    @property
+    def told(self) -> list[str]:
+        """Scenes that the engine was told to expect, most valuable first."""
+        return [scene_id for _, scene_id in self._told]
+
     # -- what happens ---------------------------------------------------------------------------
 
-    def turn_started(self, who: Principal, session: str | None) -> str:
-        """A request came; returns its scene."""
+    def turn_started(self, who: Principal, session: str | None, *, starts_session: bool = False) -> str:
+        """A request came; returns its scene.
+
+        Args:
+            starts_session: as far as the request shows; that its session is known says otherwise.
+        """
         scene_id = self.scene_id(who, session)
-        if self.enabled:
-            self.know(scene_id, who)
-            self.observe(TurnStarted(scene_id))
+        if starts_session and (session is None or not self._is_seen(scene_id)):
+            # The start is used as soon as the request is here; from now on the next session is expected.
+            self.observe(TurnStarted(self.start_id(who), owner=str(who)), SceneKind.SESSION_START)
+            self.observe(TurnEnded(self.start_id(who)))
+        self._busy[scene_id] += 1
+        self.observe(TurnStarted(scene_id, owner=str(who)))
         return scene_id
 
     def know(self, scene_id: str, who: Principal) -> None:
-        """Events of the scene count from now on; those of scenes that nothing is known of do not."""
-        if scene_id not in self._predictor:
-            self._predictor.add(Scene(scene_id, owner=str(who)))
+        """A scene of which nothing but its adapter is known: its events count from now on."""
+        if self.enabled and scene_id not in self._predictor:
+            scene = Scene(scene_id, owner=str(who), kind=SceneKind.ADAPTER)
+            self._events.append((self._now(), scene, scene.kind))
+            self._learn()
+
+    def _is_seen(self, scene_id: str) -> bool:
+        """Whether a request has had the scene."""
+        scene = self._predictor.scene(scene_id)
+        return scene is not None and scene.kind is not SceneKind.ADAPTER
 
     def turn_ended(self, scene_id: str) -> None:
-        self.observe(TurnEnded(scene_id))
+        """A request is through; the scene's turn ends with its last one."""
+        self._busy -= Counter([scene_id])
+        if scene_id not in self._busy:
+            self.observe(TurnEnded(scene_id))
 
-    def observe(self, event: Event) -> None:
-        """Learns from an event, and replans soon."""
+    def observe(self, event: Event, kind: SceneKind = SceneKind.CONVERSATION) -> None:
+        """Learns from an event, and replans soon.
+
+        Args:
+            kind: of the scene, where the event is the first of it.
+        """
         if not self.enabled:
             return
-        self._predictor.observe(event, self._now())
+        self._events.append((self._now(), event, kind))
+        self._learn()
+        self._start()
+
+    def _learn(self) -> None:
+        while self._events and self._copied_at is None:
+            now, event, kind = self._events.popleft()
+            if isinstance(event, Scene):
+                if event.id not in self._predictor:
+                    self._predictor.add(event)
+                continue
+            if isinstance(event, TurnStarted) and not self._is_seen(event.scene_id):
+                self._predictor.add(Scene(event.scene_id, owner=event.owner, kind=kind))
+            self._predictor.observe(event, now)
+            self._changed.set()
+
+    def forget(self, who: Principal) -> None:
+        """Forgets a user's scenes and habits, and has that written down at once."""
+        self._copied_at = None  # which ends a copy; it starts again
+        self._learn()
+        self._predictor.forget_owner(str(who))
+        self._saved_at = -math.inf
+        self._start()
+
+    def explain(self, scene_id: str) -> dict[str, Any] | None:
+        """Why a scene is expected; None if nothing is known of it."""
+        now = self._now() if self._copied_at is None else self._copied_at
+        prediction = self._predictor.predict(scene_id, now) if self.enabled else None
+        return None if prediction is None else asdict(prediction)
+
+    def _start(self) -> None:
         self._changed.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-planner")
             atexit.register(self.save)
-
-    def forget(self, who: Principal) -> None:
-        """Forgets a user's scenes and habits."""
-        self._predictor.forget_owner(str(who))
-        self._changed.set()
-
-    def explain(self, scene_id: str) -> dict[str, Any] | None:
-        """Why a scene is expected; None if nothing is known of it."""
-        prediction = self._predictor.predict(scene_id, self._now()) if self.enabled else None
-        return None if prediction is None else asdict(prediction)
 
     # -- what follows ---------------------------------------------------------------------------
 
@@ -120,56 +200,141 @@ class ScenePlanner:
                 await asyncio.wait_for(self._changed.wait(), REPLAN_INTERVAL_S)
             happened = self._changed.is_set()
             self._changed.clear()
+            self._telling = True
             try:
-                await self._replan(happened)
+                if self.enabled:
+                    await self._replan(happened)
                 if self._now() - self._saved_at > SAVE_INTERVAL_S:
-                    self.save()
+                    await self.save_in_slices()
             except Exception:
                 # Prediction only makes requests cheap; they must not depend on it.
                 logger.exception("the expected scenes could not be told to the engine")
                 await asyncio.sleep(REPLAN_INTERVAL_S)
+            finally:
+                self._telling = False
 
     async def _replan(self, happened: bool) -> None:
         """Tells the engine what is expected: after an event, since blocks may have left the GPU in the
         meantime, and when time alone has changed the order."""
+        self._take_sizes(self._sizes)
+        self._sizes = {}
         self._predictor.take_changes()
         ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
-        if not happened and [scene_id for _, scene_id in ranked] == [scene_id for _, scene_id in self._told]:
+        if not happened and [scene_id for _, scene_id in ranked] == self.told:
             return
-        payload = {"planner": self._name, "scenes": ranked}
+        payload = {"planner": self.name, "scenes": ranked, "busy": list(self._busy)}
         replies = await engine_channel.call(self._engine, "expect", payload)
         self._told = ranked
-        self._take_sizes(replies)
-        if self._on_expected is not None:
-            await self._on_expected([scene_id for _, scene_id in ranked])
-
-    def _take_sizes(self, replies: list[dict[str, Any]]) -> None:
-        """The engine knows how large the scenes are; their value depends on it."""
         for reply in replies:
-            for scene_id, num_blocks in reply.get("blocks", {}).items():
-                known = self._predictor.scene(scene_id)
-                if known is not None and known.num_blocks != num_blocks:
-                    # Prefill time and bytes both grow with the tokens; what counts is their ratio.
-                    self._predictor.add(
-                        Scene(
-                            scene_id,
-                            owner=known.owner,
-                            kind=known.kind,
-                            num_blocks=num_blocks,
-                            size_bytes=num_blocks,
-                            prefill_s=float(num_blocks),
-                        )
-                    )
+            self._take_sizes(reply.get("blocks", {}))
+        self.on_told()
+        if self._on_expected is not None:
+            await self._on_expected(self.told)
 
-    def save(self) -> None:
-        """Writes down what was learned, whole or not at all; called at the end of the process too."""
-        self._saved_at = self._now()
-        temporary = self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.tmp")
+    def starts_declared(self, num_blocks: dict[str, int]) -> None:
+        """The engine knows these starts of sessions now, and is soon told to expect them."""
+        self._sizes.update(num_blocks)
+        self._changed.set()
+
+    def _take_sizes(self, num_blocks_of: dict[str, int]) -> None:
+        """The engine knows how large the scenes are; their value depends on it."""
+        for scene_id, num_blocks in num_blocks_of.items():
+            known = self._predictor.scene(scene_id)
+            if known is not None and known.num_blocks != num_blocks:
+                # Prefill time and bytes both grow with the tokens; what counts is their ratio.
+                self._predictor.add(
+                    Scene(
+                        scene_id,
+                        owner=known.owner,
+                        kind=known.kind,
+                        num_blocks=num_blocks,
+                        size_bytes=num_blocks,
+                        prefill_s=float(num_blocks),
+                    )
+                )
+
+    # -- what is kept over restarts -------------------------------------------------------------
+
+    async def save_in_slices(self) -> None:
+        """Writes down what was learned, whole or not at all, and holds the event loop a few milliseconds at a time.
+
+        What happens while the state is copied is learned right after that, so the copy is of one moment.
+        """
+        with _without_collection():
+            lines = await self._encoded_state()
+        temporary = self._temporary_path("slices")
         try:
-            temporary.write_bytes(self._predictor.to_bytes())
+            await asyncio.to_thread(_write, temporary, lines)
             temporary.replace(self._state_path)
         except OSError as error:
-            logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
+            self._not_saved(error)
+
+    async def _encoded_state(self) -> list[bytes]:
+        copied: list[snapshot.Part] | None = None
+        while copied is None:
+            self._saved_at = self._now()
+            copied = await self._copy_state()
+        lines = [snapshot.head(copied)]
+        for part in copied:
+            lines.append(snapshot.encode(part))
+            await asyncio.sleep(0)
+        return lines
+
+    async def _copy_state(self) -> list[snapshot.Part] | None:
+        """None if a user was forgotten before it was done."""
+        self._copied_at = self._now()
+        self._predictor.advance(self._copied_at)
+        copied: list[snapshot.Part] = []
+        parts = snapshot.parts(self._predictor.state())
+        try:
+            while slice_ := list(itertools.islice(parts, COPY_PARTS)):
+                copied += slice_
+                await asyncio.sleep(0)
+                if self._copied_at is None:
+                    return None
+            return copied
+        finally:
+            self._copied_at = None
+            self._learn()
+
+    def save(self) -> None:
+        """The same in one go, at the end of the process."""
+        temporary = self._temporary_path("whole")
+        try:
+            _write(temporary, [self._predictor.to_bytes()])
+            temporary.replace(self._state_path)
+        except OSError as error:
+            self._not_saved(error)
+
+    def _temporary_path(self, name: str) -> Path:
+        return self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.{name}.tmp")
+
+    def _not_saved(self, error: OSError) -> None:
+        logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection meanwhile, some 1 s at 10,000 scenes.
+
+    The copies are as many objects as set off a full collection, which stops the process for longer than
+    all of them take (75 ms, seen at 10,000 scenes); and all of them die without one.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write(path: Path, lines: Iterable[bytes]) -> None:
+    """On disk when this returns."""
+    with path.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _restored(path: Path, now: float) -> Predictor:

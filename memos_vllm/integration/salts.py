@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from typing import TYPE_CHECKING
 
 from memos_vllm.errors import RequestError
 from memos_vllm.types import Principal
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 _PREFIX = "memos:"
 
 
 def salt_of(secret: bytes, who: Principal, kv_epoch: int) -> str:
-    """The ``cache_salt`` of a user's requests with memory."""
+    """What a user's salts in a KV epoch begin with, and what they are deleted by."""
     message = b"".join(len(part).to_bytes(4, "big") + part for part in (who.tenant.encode(), who.user.encode()))
     digest = hmac.digest(secret, message + kv_epoch.to_bytes(8, "big"), hashlib.sha256)
     return _PREFIX + digest.hex()
+
+
+def of_store(salt: str, store_dtype: str) -> str:
+    """Sets apart what goes through an approximate store, in the GPU's prefix cache too.
+
+    The tag of what is stored stays the user's, so that a deletion finds KV of either kind.
+    """
+    return salt if store_dtype == "auto" else f"{salt}:{store_dtype}"
+
+
+def of_user(secret: bytes, store_dtype: str, who: Principal, kv_epoch: int) -> str:
+    """The ``cache_salt`` of a user's requests on a server with this store."""
+    return of_store(salt_of(secret, who, kv_epoch), store_dtype)
 
 
 def combine(salt: str, client_salt: str | None) -> str:
@@ -54,3 +71,8 @@ def tag(salt: str | None) -> bytes:
 def adapter_tag(lora_name: str) -> bytes:
     """What stands behind the user's tag where an adapter computed the KV; our names name the content."""
     return hashlib.sha256(b"adapter:" + lora_name.encode()).digest()
+
+
+def tag_of(salt: str | None, lora_request: LoRARequest | None) -> bytes:
+    """What a request's KV is filed under (``store.tags``): user, and adapter if it has one."""
+    return tag(salt) if lora_request is None else tag(salt) + adapter_tag(lora_request.lora_name)

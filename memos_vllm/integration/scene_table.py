@@ -1,15 +1,17 @@
 """Scenes in the engine: which predicted prefixes are on the GPU, and bringing them there.
 
 A *scene* is an ordered token prefix that a coming request will probably have, with its salt and
-adapter. The table learns scenes from finished requests, and is told by the API processes which of
-them come next, in order of value. The algorithm, per scene of that order (MemOS, arXiv 2507.03724,
-next-scene prediction; vLLM RFC 57103 asks for the same primitive):
+adapter. The table learns scenes from finished requests (``known_scenes``), and is told by the API
+processes what each of them is worth. From that follows what a block is worth, and which blocks to bring
+in place of which (``core.residency``, the policy that ``benchmarks.trace`` measures). The algorithm
+(MemOS, arXiv 2507.03724, next-scene prediction; vLLM RFC 57103 asks for the same primitive):
 
-    resolve    leading blocks that are resident already; of the rest, what a tier holds
+    value      of each block, when the API processes say what they expect
+    plan       the most valuable blocks that a tier holds and the GPU does not
     reserve    free blocks, of what nobody expects first; never more than the budget
     load       asynchronously, in chunks, behind every load that a request waits for
     publish    each block's hash, once every rank has its copy
-    keep       resident blocks of predicted scenes leave the free queue last (``free_queue``)
+    keep       blocks that are worth something leave the free queue last (``free_queue``)
 
 No forward pass, no request, no pin: references are held only while the copy runs, and a live
 request that needs the blocks takes them.
@@ -19,15 +21,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
+from memos_vllm.core.residency import ResidencyPolicy
+from memos_vllm.core.told_values import ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
+from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
+from memos_vllm.integration.scene_totals import SceneTotals
 from memos_vllm.store.manager import TierManager
 from memos_vllm.store.ops import Op
 from memos_vllm.types import BlockKey
@@ -42,48 +46,21 @@ logger = logging.getLogger(__name__)
 SCENE_PARAM = "memos_scene"
 """Key in ``kv_transfer_params`` by which a request names its scene."""
 
+START_PARAM = "memos_start"
+"""Key by which it names the scene of the user's next session as well; it counts as the one that is closer."""
+
 KEEP_SHARE = 0.9
-"""Share of the pool that kept blocks may take; the rest stays plain for whoever comes unexpected."""
+"""Share of the pool that blocks of predicted scenes may take; the rest stays plain for whoever comes unexpected."""
 
 IN_FLIGHT_SHARE = 0.25
 """Share of the pool that prefetches may hold at a time; a live request waits for no more than that."""
 
-MAX_KNOWN_BLOCKS = 1_000_000
-"""Blocks over all known scenes; about 200 bytes each. The scenes used least recently are forgotten first."""
+STARTED_BLOCKS = 128
+"""Blocks that are started at once. Planning one takes about 15 us of the engine's loop on a Xeon core of 2 GHz, so
+that a step is made 2 ms longer at most; the next ones start when a copy ends."""
 
-
-class SceneState(StrEnum):
-    UNKNOWN = "unknown"
-    """No finished request has shown what the scene is."""
-    ABSENT = "absent"
-    """In no tier; only a prefill can bring it."""
-    STORED = "stored"
-    """Off the GPU, at least in part."""
-    LOADING = "loading"
-    READY = "ready"
-    """Every block is in the GPU's prefix cache."""
-
-
-@dataclass(slots=True)
-class _Shown:
-    """What is kept of the request that showed a scene: as much as publishing its blocks takes."""
-
-    block_hashes: list[Any]
-    cache_salt: str | None
-
-
-@dataclass(slots=True, eq=False)
-class Scene:
-    scene_id: str
-    request: _Shown | Request
-    keys: list[BlockKey]
-    """One per full block."""
-    hashes: list[bytes]
-    """vLLM's hashes with group id, one per full block."""
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.keys)
+TRACKED_BLOCKS = 1024
+"""Blocks of scenes that the policy comes to know at once, or those of one scene; 2 us each on the same core."""
 
 
 @dataclass(slots=True)
@@ -97,25 +74,9 @@ class _Load:
     op_ids: set[int]
     failed: bool = False
 
-
-@dataclass(slots=True)
-class SceneTotals:
-    """Since the start. An arrival is a request that names a scene which was registered before."""
-
-    ready: int = 0
-    """Arrivals that found all they share with the scene on the GPU."""
-    late: int = 0
-    """Arrivals whose prefetch was under way."""
-    missed: int = 0
-    """Arrivals that found less, with nothing under way."""
-    other: int = 0
-    """Arrivals whose prompt shares no block with the scene: memory or system prompt changed."""
-    prefetched_blocks: int = 0
-    used_blocks: int = 0
-    """Prefetched blocks that an arrival found."""
-    wasted_blocks: int = 0
-    """Prefetched blocks that were gone, or not asked for, before an arrival used them."""
-    failed_blocks: int = 0
+    @property
+    def hashes(self) -> list[bytes]:
+        return self.scene.hashes[self.first : self.first + len(self.blocks)]
 
 
 @dataclass(slots=True)
@@ -134,21 +95,26 @@ class SceneTable:
     chunk_blocks: int
     totals: SceneTotals = field(default_factory=SceneTotals)
     queue: KeepingFreeQueue = field(init=False)
-    _scenes: OrderedDict[str, Scene] = field(default_factory=OrderedDict)
-    _num_known_blocks: int = 0
-    _told: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
-    """By each API process: value and id of the scenes it expects."""
-    _expected: list[str] = field(default_factory=list)
-    """Predicted scenes that fit, most valuable first."""
-    _wanted: dict[str, int] = field(default_factory=dict)
-    """Of the expected ones, those that may still need a load, and their first block not yet seen to."""
+    known: KnownScenes = field(init=False)
+    _values: ToldValues = field(default_factory=ToldValues)
+    _policy: ResidencyPolicy = field(init=False)
+    _places: dict[str, dict[bytes, int]] = field(default_factory=dict)
+    """Of the scenes that the policy tracks, i.e. that are told and known: block hash to position."""
+    _cached: Any = field(init=False)
+    """The pool's prefix cache that the policy knows; a reset puts another one in its place."""
     _loads: list[_Load] = field(default_factory=list)
+    _failed: set[bytes] = field(default_factory=set)
+    """Blocks whose load failed; not again before the next word of a planner."""
     _unused: dict[bytes, None] = field(default_factory=dict)
-    """Hashes of prefetched blocks that no arrival has used yet."""
+    """Hashes of prefetched blocks that no request was given yet; those looked at last are at the end."""
+    _num_arrivals: int = 0
 
     def __post_init__(self) -> None:
-        self.queue = KeepingFreeQueue(self.pool.free_block_queue)
+        self._policy = ResidencyPolicy(self._values, watch_worth=True)
+        self.queue = KeepingFreeQueue(self.pool.free_block_queue, self._policy)
         self.pool.free_block_queue = self.queue
+        self.known = KnownScenes(self.pool.enable_kv_cache_events)
+        self._cached = self.pool.cached_block_hash_to_block
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -156,36 +122,29 @@ class SceneTable:
         """A request ended; its full blocks are what the scene is from now on."""
         if not keys:
             return
-        # vLLM's events of cached blocks tell tokens and more; without them hashes are enough.
-        shown = request
-        if not self.pool.enable_kv_cache_events:
-            shown = _Shown(list(request.block_hashes[: len(keys)]), request.cache_salt)
-        if (old := self._scenes.pop(scene_id, None)) is not None:
-            self._num_known_blocks -= old.num_blocks
-        hashes = [make_block_hash_with_group_id(of, 0) for of in request.block_hashes[: len(keys)]]
-        scene = self._scenes[scene_id] = Scene(scene_id, shown, list(keys), hashes)
-        self._num_known_blocks += len(keys)
-        if old is not None and scene_id in self._expected:
-            self.queue.release(scene_id, old.hashes)
-            self._keep(scene)
-            self._order()
-        while self._num_known_blocks > MAX_KNOWN_BLOCKS and len(self._scenes) > 1:
-            self._remove(next(iter(self._scenes)))
+        self.known.show(scene_id, request, keys)
+        self._track(scene_id)
+        while (overdue := self.known.overdue()) is not None:
+            self._remove(overdue)
+        self._refile()
 
     def _remove(self, scene_id: str) -> None:
-        scene = self._scenes.pop(scene_id)
-        self._num_known_blocks -= scene.num_blocks
-        self._wanted.pop(scene_id, None)
-        if scene_id in self._expected:
-            self._expected.remove(scene_id)
-            self.queue.release(scene_id, scene.hashes)
+        self.known.remove(scene_id)
+        self._track(scene_id)
 
     def clear(self) -> None:
         """Forgets all scenes; what is under way is not published."""
         for load in self._loads:
             load.failed = True
-        for scene_id in list(self._scenes):
-            self._remove(scene_id)
+        for scene in list(self.known):
+            self._remove(scene.scene_id)
+        self._refile()
+
+    def closest(self, scene_ids: Iterable[str], request: Request) -> str | None:
+        """Of the scenes that a request names, the known one that it shares most blocks with."""
+        known = [scene for scene_id in scene_ids if (scene := self.known.get(scene_id)) is not None]
+        best = max(known, key=lambda scene: scene.num_shared_blocks(request), default=None)
+        return None if best is None else best.scene_id
 
     def arrived(self, scene_id: str, request: Request, num_resident_blocks: int) -> None:
         """A request with this scene asks for its blocks for the first time.
@@ -193,14 +152,12 @@ class SceneTable:
         Args:
             num_resident_blocks: leading blocks of the request in the GPU's prefix cache.
         """
-        scene = self._scenes.get(scene_id)
+        scene = self.known.get(scene_id)
         if scene is None:
             return
-        num_shared = _num_shared_blocks(scene, request)
-        for index in range(min(num_resident_blocks, num_shared)):
-            if scene.hashes[index] in self._unused:
-                del self._unused[scene.hashes[index]]
-                self.totals.used_blocks += 1
+        num_shared = scene.num_shared_blocks(request)
+        self._num_arrivals += 1
+        self._policy.used(scene_id, num_shared, self._num_arrivals)
         if not num_shared:
             self.totals.other += 1
         elif num_resident_blocks >= num_shared:
@@ -209,96 +166,141 @@ class SceneTable:
             self.totals.late += 1
         else:
             self.totals.missed += 1
-        self._wanted.pop(scene_id, None)  # the request loads what is missing itself
 
-    def forget(self, tag_of: Callable[[str | None], bytes], tag: bytes) -> int:
-        """Forgets the scenes of a deleted salt, and their blocks on the GPU; how many scenes there were."""
-        gone = [scene_id for scene_id, scene in self._scenes.items() if tag_of(scene.request.cache_salt) == tag]
-        for scene_id in gone:
-            scene = self._scenes[scene_id]
-            resident = [block for index in range(scene.num_blocks) if (block := self._resident(scene, index))]
-            self.pool.evict_blocks({block.block_id for block in resident})
-            self._remove(scene_id)
+    def use(self, request: Request, num_blocks: int) -> int:
+        """A request was given its leading blocks on the GPU; how many of them a prefetch had brought for it."""
+        num_prefetched = 0
+        for block_hash in request.block_hashes[:num_blocks] if self._unused else ():
+            key = make_block_hash_with_group_id(block_hash, 0)
+            if key in self._unused:
+                del self._unused[key]
+                num_prefetched += 1
+        self.totals.used_blocks += num_prefetched
+        return num_prefetched
+
+    def forget(self, tag: bytes) -> int:
+        """Forgets the scenes of a deleted salt or adapter, and their blocks on the GPU; how many scenes there were."""
+        gone = [scene for scene in self.known if tag in scene.tags()]
+        for scene in gone:
+            self._remove(scene.scene_id)
+        self._refile()
+        self.pool.evict_blocks(
+            {block.block_id for scene in gone for each in scene.hashes if (block := self._resident(each))}
+        )
         for load in self._loads:
-            load.failed |= tag_of(load.scene.request.cache_salt) == tag  # arrives, and is not published
+            load.failed |= tag in load.scene.tags()  # arrives, and is not published
         return len(gone)
 
-    # -- materialising -------------------------------------------------------------------------
+    # -- value ---------------------------------------------------------------------------------
 
-    def expect(self, planner: str, scenes: Sequence[tuple[float, str]]) -> list[Op]:
+    def expect(self, planner: str, scenes: Sequence[tuple[float, str]], busy: Sequence[str] = ()) -> list[Op]:
         """Says anew which scenes come next; returns the first copies.
-
-        What does not fit into the budget together with more valuable scenes is left out.
 
         Args:
             planner: the API process that says so; its earlier word is void, that of others stands.
             scenes: value and id.
+            busy: scenes that requests are using: kept above all, and left to those requests to load.
         """
-        self._told[planner] = list(scenes)
-        told = sorted((item for items in self._told.values() for item in items), key=lambda item: -item[0])
-        budget = int(KEEP_SHARE * self.pool.num_gpu_blocks)
-        expected: dict[str, None] = {}
-        for scene_id in dict.fromkeys(scene_id for _, scene_id in told):
-            scene = self._scenes.get(scene_id)
-            if scene is not None and scene.num_blocks <= budget:
-                budget -= scene.num_blocks
-                expected[scene_id] = None
-        known = set(self._expected)
-        for scene_id in known - expected.keys():
-            self.queue.release(scene_id, self._scenes[scene_id].hashes)
-        for scene_id in expected.keys() - known:
-            self._keep(self._scenes[scene_id])
-        self._expected = list(expected)
-        self._order()
-        self._wanted = dict.fromkeys(self._expected, 0)
+        self._values.tell(planner, scenes, busy)
+        for scene_id in [each for each in self._places if not self._values.value(each)]:
+            self._track(scene_id)
+        self._policy.update()
+        self._refile()
+        self._failed.clear()
         return self.advance()
 
-    def _keep(self, scene: Scene) -> None:
-        resident = (block for index in reversed(range(scene.num_blocks)) if (block := self._resident(scene, index)))
-        self.queue.keep(scene.scene_id, scene.hashes, resident)
+    def _track(self, scene_id: str) -> None:
+        """Has the policy know of a scene what is known now, if it is worth anything."""
+        scene = self.known.get(scene_id)
+        if scene is not None and self._values.value(scene_id):
+            self._policy.track(scene_id, scene.hashes)
+            self._places[scene_id] = {each: place for place, each in enumerate(scene.hashes)}
+        elif self._places.pop(scene_id, None) is not None:
+            self._policy.forget(scene_id)
 
-    def _order(self) -> None:
-        self.queue.order(self._expected[::-1])
+    def _follow(self) -> None:
+        """Has the policy know of scenes that are told and not tracked yet, some at a time."""
+        num_blocks = 0
+        for scene_id in self._values:  # the most valuable first
+            if scene_id not in self._places and scene_id in self.known:
+                self._track(scene_id)
+                num_blocks += len(self._places[scene_id])
+                if num_blocks >= TRACKED_BLOCKS:
+                    break
+        if num_blocks:
+            self._refile()
+
+    def _refile(self) -> None:
+        """Has the free queue follow what became worth something or nothing."""
+        for hashes in self._policy.take_turned():
+            for block_hash in reversed(hashes):  # the last block is then the first to leave
+                if self._policy.value(block_hash) > 0.0:
+                    self.queue.worth_something(block_hash, self._resident(block_hash))
+                else:
+                    self.queue.worth_nothing(block_hash)
+
+    # -- materialising -------------------------------------------------------------------------
 
     def advance(self) -> list[Op]:
-        """Starts further chunks as far as the share in flight allows."""
-        operations: list[Op] = []
-        while self._wanted:
-            scene_id = next(iter(self._wanted))
-            started = self._start_chunk(self._scenes[scene_id])
-            if started is None:
-                del self._wanted[scene_id]
-            elif started:
-                operations += started
-            else:
-                break  # no room now; goes on when a copy of any kind ends, a finished request's save too
-        return operations
-
-    def _start_chunk(self, scene: Scene) -> list[Op] | None:
-        """The next chunk of a scene: its copies, [] if there is no room now, None if all is done."""
-        first = self._wanted[scene.scene_id]
-        while first < scene.num_blocks and (
-            self._resident(scene, first) or self.tiers.is_on_its_way(scene.keys[first])
-        ):
-            first += 1
-        if first == scene.num_blocks:
-            return None
-        match = self.tiers.match(scene.keys[first : first + self.chunk_blocks])
-        if not match.num_blocks:
-            return None
-        in_flight = sum(len(load.blocks) for load in self._loads)
-        # Plain blocks only: what is kept fits beside what is expected (``expect``), so plain blocks
-        # run short only where live requests hold them, and then a prefetch waits.
-        room = min(int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks) - in_flight, self.queue.num_plain_blocks)
-        num_blocks = min(match.num_blocks, room)
-        if num_blocks <= 0:
-            return []
-        blocks = self.pool.get_new_blocks(num_blocks)
-        operations = self.tiers.plan_load(
-            scene.keys[first : first + num_blocks], [block.block_id for block in blocks], prefetch=True
+        """Starts what is worth most of what is missing, as far as the share in flight allows."""
+        if self._cached is not self.pool.cached_block_hash_to_block:
+            self._cached = self.pool.cached_block_hash_to_block
+            self.queue.lose_track()
+        self._follow()
+        self._give_up_excess()
+        busy = self._values.busy()
+        places = _Places(
+            (scene, positions)
+            for scene_id, positions in self._places.items()
+            if scene_id not in busy and (scene := self.known.get(scene_id)) is not None
         )
+        missed: list[bytes] = []
+
+        def can_be_loaded(block_hash: Any) -> bool:
+            place = places.find(block_hash)
+            if place is None or block_hash in self._failed:
+                return False
+            if self._resident(block_hash) is not None:
+                missed.append(block_hash)
+                return False
+            scene, index = place
+            return not self.tiers.is_on_its_way(scene.keys[index]) and self.tiers.holds(scene.keys[index])
+
+        operations: list[Op] = []
+        budget = STARTED_BLOCKS
+        while True:
+            # Plain blocks run short only where live requests hold them; then a prefetch takes the place of
+            # a block that is worth less, or waits.
+            plan = self._policy.plan(
+                min(budget, int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks) - self.num_loading_blocks),
+                max(0, min(self._room, self.queue.num_plain_blocks)),
+                can_be_loaded,
+            )
+            budget -= len(plan.fetch)
+            self.queue.give_up(plan.evict)
+            for scene, first, end in _runs(places, plan.fetch, self.chunk_blocks):
+                operations += self._load(scene, first, end)
+            num_before = self._policy.num_resident
+            for block_hash in missed[: max(0, self._room)]:  # on the GPU, which the policy did not know
+                self.queue.worth_something(block_hash, self._resident(block_hash))
+            if self._policy.num_resident == num_before:
+                return operations
+            missed.clear()
+
+    @property
+    def _room(self) -> int:
+        """Blocks by which those that are worth something may become more."""
+        return self.budget_blocks - self._policy.num_resident
+
+    def _give_up_excess(self) -> None:
+        excess = self._policy.coldest(max(0, -self._room))
+        self._policy.absent(excess)
+        self.queue.give_up(excess)
+
+    def _load(self, scene: Scene, first: int, end: int) -> list[Op]:
+        blocks = self.pool.get_new_blocks(end - first)
+        operations = self.tiers.plan_load(scene.keys[first:end], [block.block_id for block in blocks], prefetch=True)
         self._loads.append(_Load(scene, first, blocks, {operation.op_id for operation in operations}))
-        self._wanted[scene.scene_id] = first + num_blocks
         return operations
 
     def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
@@ -312,7 +314,8 @@ class SceneTable:
             done.append(load)
             if load.failed:
                 self.totals.failed_blocks += len(load.blocks)
-                self._wanted.pop(load.scene.scene_id, None)  # not again and again
+                self._failed.update(load.hashes)  # not again and again
+                self._policy.absent(load.hashes)
             else:
                 self._publish(load)
         for load in done:
@@ -325,7 +328,7 @@ class SceneTable:
         scene = load.scene
         by_index = [None] * load.first + load.blocks  # vLLM looks at the part from `first` on only
         for resident, group in itertools.groupby(
-            range(load.first, len(by_index)), lambda index: self._resident(scene, index) is not None
+            range(load.first, len(by_index)), lambda index: self._resident(scene.hashes[index]) is not None
         ):
             indices = list(group)
             if resident:
@@ -335,13 +338,43 @@ class SceneTable:
             self._unused.update(dict.fromkeys(scene.hashes[first:end]))
             self.totals.prefetched_blocks += end - first
         if len(self._unused) > self.pool.num_gpu_blocks:
-            self._count_wasted()
+            self.count_wasted()
+
+    # -- what only a forward pass can bring -----------------------------------------------------
+
+    @property
+    def expected(self) -> list[Scene]:
+        """Scenes that are expected and that no request is using, most valuable first."""
+        busy = self._values.busy()
+        known = (self.known.get(each) for each in self._values if each in self._places and each not in busy)
+        return [scene for scene in known if scene is not None]
+
+    def is_resident(self, scene: Scene, index: int) -> bool:
+        return self._resident(scene.hashes[index]) is not None
+
+    def is_absent(self, scene: Scene, index: int) -> bool:
+        """Whether a block is neither on the GPU, nor on its way there, nor in a tier."""
+        key = scene.keys[index]
+        return not (self.is_resident(scene, index) or self.tiers.is_on_its_way(key) or self.tiers.holds(key))
+
+    def has_room(self, scene: Scene, first: int, end: int) -> bool:
+        """Whether these blocks may be computed: nobody expects the blocks that they take, or they are worth more."""
+        if end - first > self.queue.num_plain_blocks:
+            return False
+        excess = end - first - max(0, self._room)
+        below = self._policy.value(scene.hashes[end - 1]) / self._policy.swap_gain
+        return excess <= 0 or len(self._policy.coldest(excess, below)) == excess
 
     # -- looking --------------------------------------------------------------------------------
 
     def expected_blocks(self) -> dict[str, int]:
         """Size of each expected scene, in blocks."""
-        return {scene_id: self._scenes[scene_id].num_blocks for scene_id in self._expected}
+        return {scene_id: len(places) for scene_id, places in self._places.items()}
+
+    @property
+    def budget_blocks(self) -> int:
+        """Blocks that expected scenes may have together."""
+        return int(KEEP_SHARE * self.pool.num_gpu_blocks)
 
     @property
     def num_loading_blocks(self) -> int:
@@ -349,11 +382,11 @@ class SceneTable:
 
     def state(self, scene_id: str) -> dict[str, Any]:
         """What an application may know about its scene."""
-        scene = self._scenes.get(scene_id)
+        scene = self.known.get(scene_id)
         if scene is None:
             return {"state": SceneState.UNKNOWN, "blocks": 0, "resident_blocks": 0}
         resident = 0
-        while resident < scene.num_blocks and self._resident(scene, resident):
+        while resident < scene.num_blocks and self._resident(scene.hashes[resident]):
             resident += 1
         if resident == scene.num_blocks:
             state = SceneState.READY
@@ -366,10 +399,10 @@ class SceneTable:
         return {"state": state, "blocks": scene.num_blocks, "resident_blocks": resident}
 
     def status(self) -> dict[str, Any]:
-        self._count_wasted()
+        self.count_wasted()
         return {
-            "scenes": len(self._scenes),
-            "expected": len(self._expected),
+            "scenes": len(self.known),
+            "expected": len(self._places),
             "kept_blocks": self.queue.num_kept_blocks,
             "loading_blocks": self.num_loading_blocks,
             **asdict(self.totals),
@@ -380,26 +413,50 @@ class SceneTable:
         free = self.queue.get_all_free_blocks()
         assert len(free) == self.queue.num_free_blocks == len({block.block_id for block in free})
         assert all(block.ref_cnt == 0 for block in free)
+        self.queue.check_integrity()
+        self._policy.check_integrity()
 
-    def _count_wasted(self) -> None:
-        gone = [
-            block_hash
-            for block_hash in self._unused
-            if self.pool.cached_block_hash_to_block.get_one_block(block_hash) is None
-        ]
-        for block_hash in gone:
+    def count_wasted(self, limit: int | None = None) -> int:
+        """Looks which of the unused blocks are gone, all of them or the next ``limit``; how many are."""
+        num_gone = 0
+        for block_hash in list(itertools.islice(self._unused, limit)):
             del self._unused[block_hash]
-        self.totals.wasted_blocks += len(gone)
+            if self._resident(block_hash) is None:
+                num_gone += 1
+            else:
+                self._unused[block_hash] = None
+        self.totals.wasted_blocks += num_gone
+        return num_gone
 
-    def _resident(self, scene: Scene, index: int) -> KVCacheBlock | None:
-        return self.pool.cached_block_hash_to_block.get_one_block(scene.hashes[index])
+    def _resident(self, block_hash: Hashable) -> KVCacheBlock | None:
+        return self.pool.cached_block_hash_to_block.get_one_block(block_hash)
 
 
-def _num_shared_blocks(scene: Scene, request: Request) -> int:
-    """Leading blocks that a request has in common with the scene it names."""
-    num_shared = 0
-    for of_scene, of_request in zip(scene.request.block_hashes[: scene.num_blocks], request.block_hashes, strict=False):
-        if of_scene != of_request:
-            break
-        num_shared += 1
-    return num_shared
+class _Places:
+    """Where blocks are in the scenes that may be loaded."""
+
+    def __init__(self, scenes: Iterable[tuple[Scene, dict[bytes, int]]]) -> None:
+        self._scenes = list(scenes)
+        self._last: tuple[Scene, dict[bytes, int]] | None = None
+
+    def find(self, block_hash: Any) -> tuple[Scene, int] | None:
+        """A scene with this block, that of the block before if it has both, and the position in it."""
+        if self._last is None or block_hash not in self._last[1]:
+            self._last = next((each for each in self._scenes if block_hash in each[1]), None)
+        return None if self._last is None else (self._last[0], self._last[1][block_hash])
+
+
+def _runs(places: _Places, hashes: Sequence[Any], max_blocks: int) -> Iterator[tuple[Scene, int, int]]:
+    """Cuts into chunks of one scene's consecutive blocks: the scene, the first position, the end."""
+    scene, first, end = None, 0, 0
+    for block_hash in hashes:
+        place = places.find(block_hash)
+        assert place is not None
+        if scene is place[0] and end == place[1] and end - first < max_blocks:
+            end += 1
+            continue
+        if scene is not None:
+            yield scene, first, end
+        scene, first, end = place[0], place[1], place[1] + 1
+    if scene is not None:
+        yield scene, first, end

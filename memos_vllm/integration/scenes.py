@@ -11,7 +11,7 @@ from pydantic import Field
 from memos_vllm.core import scenes as core
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
-from memos_vllm.integration.state import state_of
+from memos_vllm.integration.state import MemosState, state_of
 
 router = APIRouter(prefix="/v1/scenes", tags=["Memos"])
 
@@ -43,32 +43,43 @@ async def hint(raw_request: Request) -> Any:
     state = state_of(raw_request)
     body: HintBody = await parse_body(raw_request, HintBody)
     who = principal(raw_request, state, body.user)
-    scene_id = state.planner.scene_id(who, body.session)
-    if await state.adapters.hint(scene_id, who, body.adapter):
-        state.planner.know(scene_id, who)  # the first request of a session has an adapter, if no KV yet
-    event: core.Event
+    named_id = state.planner.scene_id(who, body.session)
+    scene_ids = {state.planner.hinted_id(who, body.session)}
+    if await state.adapters.hint(named_id, who, body.adapter):
+        state.planner.know(named_id, who)  # the first request of a session has an adapter, if no KV yet
+        scene_ids.add(named_id)
+    if body.event is Hint.CLOSED:
+        scene_ids = {named_id}
+    for scene_id in sorted(scene_ids):
+        state.planner.observe(_event(body, scene_id))
+    return {"scene": named_id, "accepted": state.planner.enabled}
+
+
+def _event(body: HintBody, scene_id: str) -> core.Event:
     match body.event:
         case Hint.OPEN:
-            event = core.SessionOpened(scene_id)
+            return core.SessionOpened(scene_id)
         case Hint.TYPING:
-            event = core.Typing(scene_id)
+            return core.Typing(scene_id)
         case Hint.WILL_USE:
-            event = core.WillUse(scene_id, in_s=body.in_s or 0.0)
+            return core.WillUse(scene_id, in_s=body.in_s or 0.0)
         case Hint.TOOL_RUNNING:
-            event = core.ToolRunning(scene_id, expected_s=body.in_s)
+            return core.ToolRunning(scene_id, expected_s=body.in_s)
         case Hint.CLOSED:
-            event = core.Closed(scene_id)
-    state.planner.observe(event)
-    return {"scene": scene_id, "accepted": state.planner.enabled}
+            return core.Closed(scene_id)
 
 
 @router.get("")
 @answers_errors
 async def status(raw_request: Request, session: str | None = None, user: str | None = None) -> Any:
-    """Where a scene's KV is, and why it is expected, if it is."""
+    """Where a scene's KV is, and why it is expected, if it is; the same of the user's next session."""
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
-    scene_id = state.planner.scene_id(who, session)
+    named = await _describe(state, state.planner.scene_id(who, session))
+    return {**named, "next_session": await _describe(state, state.planner.start_id(who))}
+
+
+async def _describe(state: MemosState, scene_id: str) -> dict[str, Any]:
     replies = await engine_channel.call(state.engine, "scene", {"scene": scene_id})
     known = max(replies, key=lambda reply: reply.get("blocks", 0))
     return {"scene": scene_id, **known, "prediction": state.planner.explain(scene_id)}

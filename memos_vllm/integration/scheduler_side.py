@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,12 @@ from memos_vllm.compat.kv_cache_specs import is_full_attention
 from memos_vllm.config import MemosConfig
 from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration import engine_channel, salts
+from memos_vllm.integration.accounting import Accounting
+from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import adapter_digest, identity_of
-from memos_vllm.integration.scene_table import SCENE_PARAM, SceneTable
+from memos_vllm.integration.scene_builds import SceneBuilds, lora_arguments
+from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM, SceneTable
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotTable
 from memos_vllm.store.manager import Pending, TierManager
@@ -30,6 +34,8 @@ from memos_vllm.types import BlockKey
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -53,10 +59,12 @@ class SchedulerSide:
         self._pool: BlockPool | None = None
         self._tiers: TierManager | None = None
         self._scenes: SceneTable | None = None
+        self._builds: SceneBuilds | None = None
+        self._accounting: Accounting | None = None
         self._arrived: set[str] = set()
         self._operations: list[Op] = []
         self._loads: dict[str, tuple[int, ...]] = {}
-        self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
+        self._matched: dict[str, tuple[int | None, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
         self._keys: dict[str, list[BlockKey]] = {}
         self._adapters: dict[tuple[int, str], bytes | None] = {}
@@ -97,6 +105,18 @@ class SchedulerSide:
         if self._config.prediction.enabled:
             assert self._pool is not None
             self._scenes = SceneTable(self._pool, self._tiers, self._block_size, chunk_blocks)
+            if self._config.prediction.build.enabled:
+                scheduler = self._vllm_config.scheduler_config
+                self._builds = SceneBuilds(
+                    self._scenes,
+                    self._block_size,
+                    max_step_tokens=min(
+                        scheduler.max_num_batched_tokens,
+                        scheduler.long_prefill_token_threshold or scheduler.max_num_batched_tokens,
+                    ),
+                    max_scene_tokens=self._vllm_config.model_config.max_model_len,
+                )
+        self._accounting = Accounting(self._tiers, self._scenes)
         logger.info(
             "activation memory: %d bytes a block on %d rank(s), %d host slots, %s on disk, identity %s",
             block_bytes, world_size, slots.num_slots, "nothing" if disk is None else f"{len(disk)} blocks",
@@ -117,17 +137,24 @@ class SchedulerSide:
 
     # -- requests -------------------------------------------------------------------------------
 
+    def added(self, request: Request) -> None:
+        """A request came into the engine."""
+        if self._builds is not None:
+            self._builds.added(request)
+
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond ``num_computed_tokens`` that can be loaded, and whether asynchronously.
 
-        None: another request loads the same blocks right now; ask again in the next step. The last
-        token of a prompt is always computed, since its logits are needed.
+        None: another request loads the same blocks right now, or this one builds a scene and is not alone;
+        ask again in the next step. The last token of a prompt is always computed, since its logits are needed.
         """
         self._matched.pop(request.request_id, None)
         if request.lora_request is not None:
             self._adapter_of[request.request_id] = request.lora_request.lora_int_id
         if self._tiers is None or request.request_id in self._failed:
             return 0, False
+        if self._builds is not None and self._builds.must_wait(request):
+            return None, False
         first = num_computed_tokens // self._block_size
         last = (request.num_tokens - 1) // self._block_size
         self._note_arrival(request, first)
@@ -136,17 +163,26 @@ class SchedulerSide:
         if match.pending is Pending.LOAD or (match.pending is Pending.PREFETCH and self._waits(request)):
             return None, False
         num_tokens = match.num_blocks * self._block_size
+        self._matched[request.request_id] = (first, [])
         if num_tokens < self._config.kv.min_load_tokens:
+            num_tokens = 0
+        if self._builds is not None:
+            self._builds.scheduled(request, first + num_tokens // self._block_size)
+        if not num_tokens:
             return 0, False
         self._matched[request.request_id] = (first, keys[: match.num_blocks])
         return num_tokens, True
 
     def _note_arrival(self, request: Request, num_resident_blocks: int) -> None:
         """Tells the scene table, once per request, how much of its scene was on the GPU."""
-        scene_id = _scene_of(request)
-        if self._scenes is not None and scene_id is not None and request.request_id not in self._arrived:
-            self._arrived.add(request.request_id)
+        if self._scenes is None or request.request_id in self._arrived or _scene_of(request) is None:
+            return
+        self._arrived.add(request.request_id)
+        named = [scene_id for param in (SCENE_PARAM, START_PARAM) if (scene_id := _scene_of(request, param))]
+        if (scene_id := self._scenes.closest(named, request)) is not None:
             self._scenes.arrived(scene_id, request, num_resident_blocks)
+            if self._builds is not None:
+                self._builds.used(scene_id)
 
     def _waits(self, request: Request) -> bool:
         """Whether a request still waits for a prefetch of its first blocks, which others may overtake."""
@@ -154,18 +190,26 @@ class SchedulerSide:
         return now - self._prefetch_waits.setdefault(request.request_id, now) < PREFETCH_PATIENCE_S
 
     def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
-        first, keys = self._matched.pop(request.request_id, (0, []))
-        if not num_external_tokens or self._tiers is None:
-            return
+        first, keys = self._matched.pop(request.request_id, (None, []))
+        if first is None or self._tiers is None or self._accounting is None:
+            return  # goes on after its load
+        operations: list[Op] = []
         num_blocks = num_external_tokens // self._block_size
         assert num_blocks <= len(keys)
-        operations = self._tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
+        if num_blocks:
+            operations = self._tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
+        if self._builds is None or not self._builds.is_build(request):  # nobody waits for a build's first token
+            self._accounting.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
+        if not operations:
+            return
         self._operations += operations
         self._loads[request.request_id] = tuple(operation.op_id for operation in operations)
         self._loading[request.request_id] = {operation.op_id for operation in operations}
 
     def plan_save(self, request: Request, block_ids: list[int]) -> None:
         """Plans the save of a finished request's full blocks that no tier holds yet."""
+        if self._accounting is not None:
+            self._accounting.finished(request)
         self._matched.pop(request.request_id, None)
         self._adapter_of.pop(request.request_id, None)
         keys = self._keys_of(request) if self._tiers is not None else []
@@ -173,6 +217,9 @@ class SchedulerSide:
         self._arrived.discard(request.request_id)
         self._failed.discard(request.request_id)
         self._prefetch_waits.pop(request.request_id, None)
+        num_computed = min(request.num_computed_tokens, request.num_tokens - 1)  # the last was sampled, not computed
+        if self._builds is not None:
+            self._operations += self._builds.finished(request, num_computed)
         stale = request.request_id in self._stale
         self._stale.discard(request.request_id)
         tag = self._tag(request)
@@ -180,15 +227,17 @@ class SchedulerSide:
             return
         if request.request_id in self._loading:
             return  # aborted while its blocks were being loaded: they hold nothing yet
-        if stale or self._tiers.is_forgotten(tag):
+        if self._tiers.is_forgotten(tag):
+            # Deleted while it ran: what it published is out of reach under the new salt, and goes too.
+            self._pool.evict_blocks({block for block in block_ids if not self._pool.blocks[block].is_null})
             return
-        # The last token was sampled, not computed.
-        num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        if stale:
+            return
         num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))
         if any(self._pool.blocks[block].is_null for block in block_ids[:num_blocks]):
             return
         if self._scenes is not None and (scene_id := _scene_of(request)) is not None:
-            self._scenes.register(scene_id, request, keys[:num_blocks])
+            self._register(scene_id, request, keys[:num_blocks])
         operations = self._tiers.plan_save(keys[:num_blocks], block_ids[:num_blocks], tag)
         if not operations:
             return
@@ -198,13 +247,18 @@ class SchedulerSide:
             self._held[block] = self._held.get(block, 0) + 1
         self._operations += operations
 
+    def _register(self, scene_id: str, request: Request, keys: list[BlockKey]) -> None:
+        assert self._scenes is not None
+        self._scenes.register(scene_id, request, keys)
+        if self._builds is not None and keys:
+            self._builds.show(scene_id, request, len(keys))
+
     def _tag(self, request: Request) -> bytes | None:
         """What a deletion finds the request's KV by; None: the request is not to be saved."""
         save = self._config.kv.save
         if save == "none" or (save == "memory" and not salts.is_memory_salt(request.cache_salt)):
             return None
-        owner = salts.tag(request.cache_salt)
-        return owner if request.lora_request is None else owner + salts.adapter_tag(request.lora_request.lora_name)
+        return salts.tag_of(request.cache_salt, request.lora_request)
 
     def _keys_of(self, request: Request) -> list[BlockKey]:
         """Keys of all full blocks so far; a waiting request is matched in every step, so kept."""
@@ -213,9 +267,11 @@ class SchedulerSide:
             adapter = self._adapter_digest(request)
             if adapter is None:
                 return []
-            new = request.block_hashes[len(keys) :]
-            keys += [self._identity.block_key(bytes(of), adapter, self._generation) for of in new]
+            keys += self._names(request.block_hashes[len(keys) :], adapter)
         return keys
+
+    def _names(self, block_hashes: Sequence[BlockHash], adapter: bytes) -> list[BlockKey]:
+        return [self._identity.block_key(bytes(of), adapter, self._generation) for of in block_hashes]
 
     def _adapter_digest(self, request: Request) -> bytes | None:
         """Read once per loaded adapter, so that weights that change on disk later do not rename its KV."""
@@ -237,7 +293,8 @@ class SchedulerSide:
         return metadata
 
     def complete(self, meta: MemosWorkerMeta) -> None:
-        assert self._tiers is not None and self._pool is not None
+        assert self._tiers is not None and self._pool is not None and self._accounting is not None
+        self._accounting.changed()
         completion, follow_up = self._tiers.complete(meta.results)
         self._operations += follow_up
         released = []
@@ -251,11 +308,15 @@ class SchedulerSide:
         for request_id, op_ids in list(self._loading.items()):
             if op_ids & completion.failed_ops and request_id in self._keys:
                 self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
+                self._accounting.load_failed(request_id)
             op_ids -= completion.finished_ops
             if not op_ids:
                 del self._loading[request_id]
         if self._scenes is not None:
             self._operations += self._scenes.complete(completion.finished_ops, completion.failed_ops)
+
+    def take_stats(self) -> MemosStats | None:
+        return self._accounting.take() if self._accounting is not None else None
 
     @property
     def has_work(self) -> bool:
@@ -276,15 +337,22 @@ class SchedulerSide:
             self._tiers.drop_host()
         if self._scenes is not None:
             self._scenes.clear()
+        if self._builds is not None:
+            self._builds.clear()
 
     # -- operator -------------------------------------------------------------------------------
 
-    def handle(self, op: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """Serves the API processes; runs between two steps of the engine."""
+    def handle(self, op: str, payload: dict[str, Any], engine: EngineCore | None = None) -> dict[str, Any]:
+        """Serves the API processes; runs between two steps of the engine.
+
+        Args:
+            engine: the caller; ``declare`` hashes with its hasher.
+        """
         if op == "adapters":
             return {"in_use": sorted(set(self._adapter_of.values()))}
-        if self._tiers is None:
+        if self._tiers is None or self._accounting is None:
             return {"enabled": False}
+        self._accounting.changed()
         match op:
             case "status":
                 return self._status()
@@ -296,21 +364,60 @@ class SchedulerSide:
             case "forget_adapter":
                 return self._forget(salts.adapter_tag(payload["lora_name"]))
             case "expect" if self._scenes is not None:
-                self._operations += self._scenes.expect(payload["planner"], payload["scenes"])
+                self._operations += self._scenes.expect(payload["planner"], payload["scenes"], payload.get("busy", ()))
                 return {"enabled": True, "blocks": self._scenes.expected_blocks()}
             case "scene" if self._scenes is not None:
                 return {"enabled": True, **self._scenes.state(payload["scene"])}
-            case "expect" | "scene":
+            case "declare" if self._builds is not None:
+                assert engine is not None
+                return self._declare(engine, **payload)
+            case "build" if self._builds is not None:
+                claim = self._builds.claim(payload["planner"], payload["piece_tokens"])
+                return {"enabled": True, "unknown": self._builds.unknown(payload["declared"]), **claim}
+            case "expect" | "scene" | "declare" | "build":
                 return {"enabled": False}
         raise ValueError(f"unknown operation {op!r}")
 
+    def _declare(
+        self, engine: EngineCore, scene: str, token_ids: list[int], salt: str, like: str, lora: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """A prefix that no request has had yet is a scene from now on; ``blocks`` 0 if it cannot be one.
+
+        Args:
+            like: a scene of the same user; this one gets its adapter.
+            lora: arguments of the ``LoRARequest`` to use where ``like`` is not known any more.
+        """
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.request import Request
+
+        assert self._tiers is not None and self._builds is not None
+        adapter = self._builds.lora_of(like, otherwise=LoRARequest(**lora) if lora else None)
+        request = Request(
+            f"memos-declare-{scene}",
+            token_ids,
+            SamplingParams(max_tokens=1),
+            None,
+            lora_request=adapter,
+            cache_salt=salt,
+            block_hasher=engine.request_block_hasher,
+        )
+        tag, digest = self._tag(request), self._adapter_digest(request)
+        if tag is None or digest is None or self._tiers.is_forgotten(tag):
+            return {"enabled": True, "blocks": 0, "lora": None}
+        keys = self._names(request.block_hashes, digest)
+        self._register(scene, request, keys)
+        return {"enabled": True, "blocks": len(keys), "lora": lora_arguments(adapter)}
+
     def _forget(self, tag: bytes) -> dict[str, int]:
         assert self._tiers is not None
-        num_scenes = self._scenes.forget(salts.tag, tag) if self._scenes is not None else 0
+        if self._builds is not None:
+            self._builds.forget(tag)
+        num_scenes = self._scenes.forget(tag) if self._scenes is not None else 0
         return {**asdict(self._tiers.forget(tag)), "scenes": num_scenes}
 
     def _status(self) -> dict[str, Any]:
-        assert self._tiers is not None
+        assert self._tiers is not None and self._accounting is not None
         slots, disk = self._tiers.slots, self._tiers.disk
         return {
             "enabled": True,
@@ -320,16 +427,23 @@ class SchedulerSide:
             "host": {"blocks": len(slots), "capacity_blocks": slots.num_slots},
             "disk": {"blocks": len(disk), "bytes": disk.usage_bytes} if disk else {"blocks": 0, "bytes": 0},
             "totals": asdict(self._tiers.totals),
-            "prediction": {"enabled": True, **self._scenes.status()} if self._scenes else {"enabled": False},
+            "prediction": self._prediction_status(),
+            "accounting": self._accounting.status(),
         }
+
+    def _prediction_status(self) -> dict[str, Any]:
+        if self._scenes is None:
+            return {"enabled": False}
+        builds = {} if self._builds is None else self._builds.status()
+        return {"enabled": True, **self._scenes.status(), **builds}
 
     def shutdown(self) -> None:
         if self._tiers is not None and self._tiers.disk is not None:
             self._tiers.disk.close()
-        self._tiers = None
+        self._tiers = self._builds = None
 
 
-def _scene_of(request: Request) -> str | None:
+def _scene_of(request: Request, param: str = SCENE_PARAM) -> str | None:
     """The scene that an API process named for a request with memory."""
-    scene_id = (request.kv_transfer_params or {}).get(SCENE_PARAM)
+    scene_id = (request.kv_transfer_params or {}).get(param)
     return scene_id if isinstance(scene_id, str) and salts.is_memory_salt(request.cache_salt) else None

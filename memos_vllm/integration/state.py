@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
+from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
 from memos_vllm.memory.service import MemoryService
@@ -18,6 +20,8 @@ from memos_vllm.types import Principal
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+
+    from memos_vllm.integration.caretaker import Caretaker
 
 READ_YOUR_WRITES_TIMEOUT_S = 2.0
 """How long a request waits for what the same user's last turn is still writing."""
@@ -32,25 +36,31 @@ class MemosState:
     engine: EngineClient
     secret: bytes
     planner: ScenePlanner
+    builder: SceneBuilder
+    metrics: MemoryMetrics
     adapters: AdapterGate
     count_tokens: Callable[[str], int]
     """With the served model's tokenizer."""
     recalls: RecallCounts = field(default_factory=RecallCounts)
+    caretaker: Caretaker | None = None
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:
-        return salts.salt_of(self.secret, who, self.service.kv_epoch(who))
+        return salts.of_user(self.secret, self.config.kv.store_dtype, who, self.service.kv_epoch(who))
 
-    async def forget_kv(self, who: Principal, first: int, end: int) -> dict[str, int]:
-        """Removes the KV of past epochs, ``first`` to before ``end``; blocks and scenes, over all engines.
+    async def forget_kv(self, who: Principal) -> dict[str, int]:
+        """Removes the KV of the user's past epochs; blocks and scenes, over all engines.
 
-        Deletions that ran at the same time forget some epochs twice, and none never.
+        LMDB lists an epoch from the moment it is past until its KV is gone, so what a crash or a failing
+        engine leaves is removed later (``caretaker``). Two deletions at once may each forget an epoch twice.
         """
+        epochs = await asyncio.to_thread(self.service.past_kv_epochs, who)
         removed = Counter(host_blocks=0, disk_blocks=0, scenes=0)
-        for epoch in range(first, end):
+        for epoch in epochs:
             payload = {"salt": salts.salt_of(self.secret, who, epoch)}
             for report in await engine_channel.call(self.engine, "forget", payload):
                 removed.update({name: report.get(name, 0) for name in removed})
+        await asyncio.to_thread(self.service.kv_removed, who, epochs)
         return dict(removed)
 
     def announce(self, who: Principal) -> asyncio.Future[None]:

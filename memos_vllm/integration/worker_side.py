@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from memos_vllm.compat.kv_cache_specs import spec_of_layer
 from memos_vllm.config import MemosConfig
+from memos_vllm.integration.kv_heads import head_views
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import identity_of, rank_of
-from memos_vllm.kernels.kv_copy import block_bytes, describe_planes, planes_of
+from memos_vllm.kernels.kv_copy import BlockCopier, describe_planes, planes_of
+from memos_vllm.store.copy_planner import CopyPlan
+from memos_vllm.store.cuda_device import plan_of
+from memos_vllm.store.link import link_for
 from memos_vllm.store.ops import Result
 from memos_vllm.store.transfer import TransferWorker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,7 @@ class WorkerSide:
     def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: MemosConfig) -> None:
         self._vllm_config = vllm_config
         self._num_blocks = kv_cache_config.num_blocks
+        self._groups = kv_cache_config.kv_cache_groups
         self._config = config
         self.planes: list[torch.Tensor] = []
         self._transfer: TransferWorker | None = None
@@ -47,21 +54,32 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Takes the KV cache tensors of this rank; called once, before the first step."""
-        self.planes = planes = planes_of(
-            [kv_caches[name] for name in sorted(kv_caches, key=_layer_order)], self._num_blocks
-        )
+        names = sorted(kv_caches, key=_layer_order)
+        caches = [kv_caches[name] for name in names]
+        self.planes = planes = planes_of(caches, self._num_blocks)
         layout = describe_planes(planes)
-        size_bytes = block_bytes(planes)
+        copier = BlockCopier(planes)
+        if self._config.kv.store_dtype == "fp8":
+            copier = BlockCopier(planes, head_views(caches, self._num_blocks, self._specs(names)), fp8=True)
+            layout += (f"stored as fp8, {copier.row_bytes} bytes",)  # approximate KV is another deployment's
+        plan = plan_of(planes[0].device, self._config.data_dir) if planes[0].is_cuda else CopyPlan()
+        link = link_for(copier, planes, plan)
         world_size = self._vllm_config.parallel_config.world_size
-        self._handshake = MemosHandshake(layout=layout, block_bytes=size_bytes)
+        self._handshake = MemosHandshake(layout=layout, block_bytes=link.row_bytes)
         self._transfer = TransferWorker(
-            planes,
-            num_slots=self._config.kv.host_bytes // (size_bytes * world_size),
+            link,
+            num_slots=self._config.kv.host_bytes // (link.row_bytes * world_size),
             identity=identity_of(self._vllm_config, layout),
             rank=rank_of(self._vllm_config),
             io_threads=self._config.kv.io_threads,
             pin_memory=planes[0].is_cuda,
         )
+
+    def _specs(self, names: Sequence[str]) -> list[KVCacheSpec]:
+        specs: dict[str, KVCacheSpec] = {}
+        for group in self._groups:
+            specs |= {name: spec_of_layer(group.kv_cache_spec, name) for name in group.layer_names}
+        return [specs[name] for name in names]
 
     def handshake(self) -> MemosHandshake | None:
         return self._handshake

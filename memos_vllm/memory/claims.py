@@ -40,6 +40,19 @@ _SAYS_MORE = regex.compile(
 _ADJECTIVES = regex.compile(r"\b(new|current) ")
 
 
+MAX_NEAR_CHARS = 500
+"""A longer text is a document; whether two of them say the same is not for a list of words to tell."""
+
+_WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+(?:'[\p{L}]+)?|[^\s\p{P}\p{L}\p{M}\p{N}]")
+_SPELT = {
+    "i'm": "i am", "i've": "i have", "i'd": "i would", "i'll": "i will", "it's": "it is", "that's": "that is",
+    "he's": "he is", "she's": "she is", "we're": "we are", "we've": "we have", "they're": "they are",
+    "don't": "do not", "doesn't": "does not", "didn't": "did not", "can't": "can not", "cannot": "can not",
+    "won't": "will not", "isn't": "is not", "aren't": "are not", "wasn't": "was not", "favorite": "favourite",
+}  # fmt: skip
+_EMPTY = frozenset("a an the really very just also so".split())
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     subject: str
@@ -67,6 +80,16 @@ def text_key(text: str) -> bytes:
     return b"t" + _digest(fold(text))
 
 
+def near_key(text: str) -> bytes:
+    """17 bytes; equal for texts that say the same but for punctuation, contractions, articles and intensifiers.
+
+    The words keep their order: "Ann is older than Bob" is not the reverse.
+    """
+    words = _WORD.findall(fold(text).replace("’", "'"))
+    spelt = (_SPELT.get(word, word) for word in words)
+    return b"n" + _digest(" ".join(part for word in spelt for part in word.split() if part not in _EMPTY) or fold(text))
+
+
 def subject_key(claim: Claim) -> bytes:
     """17 bytes; equal for claims about the same thing."""
     return b"s" + _digest(claim.subject)
@@ -75,7 +98,8 @@ def subject_key(claim: Claim) -> bytes:
 def keys_of(text: str) -> tuple[bytes, ...]:
     """Under which keys a current memory with this text is found again."""
     claim = claim_of(text)
-    return (text_key(text), subject_key(claim)) if claim else (text_key(text),)
+    keys = (text_key(text), near_key(text)) if len(text) <= MAX_NEAR_CHARS else (text_key(text),)
+    return (*keys, subject_key(claim)) if claim else keys
 
 
 def _digest(text: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,15 @@ def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
         if message.get("role") == "user":
             return _text(message.get("content"))
     return ""
+
+
+def last_user_message(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which message that was, for provenance: its role, its place in the conversation and a digest of its text."""
+    for place in range(len(messages) - 1, -1, -1):
+        if messages[place].get("role") == "user":
+            text = _text(messages[place].get("content")).encode("utf-8", "surrogatepass")
+            return {"role": "user", "message": place, "digest": hashlib.blake2b(text, digest_size=16).hexdigest()}
+    return {}
 
 
 def _text(content: Any) -> str:

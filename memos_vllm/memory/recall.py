@@ -16,6 +16,7 @@ goes in front of the facts, behind the pinned ones, and may push facts out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import datetime
 
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.results import Hit
@@ -44,17 +45,17 @@ class Budget:
         return True
 
 
-def long_lived(user: UserReader, index: UserIndex, budget: Budget) -> list[MemoryRecord]:
+def long_lived(user: UserReader, index: UserIndex, budget: Budget, now: datetime) -> list[MemoryRecord]:
     """See the module's docstring for the rule."""
-    chosen = _run(user, index.pinned(), budget)
-    return chosen + _run(user, index.standing(), budget)
+    chosen = _run(user, index.pinned(), budget, now)
+    return chosen + _run(user, index.standing(), budget, now)
 
 
-def _run(user: UserReader, ids: Iterable[MemoryId], budget: Budget) -> list[MemoryRecord]:
+def _run(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime) -> list[MemoryRecord]:
     chosen = []
     for memory_id in ids:
         record = user.get(memory_id)
-        if record is None:  # deleted since the transaction began
+        if record is None or not record.is_recallable(now):  # None: deleted since the transaction began
             continue
         cost = budget.cost(record.text)
         if cost > budget.num_tokens:

@@ -10,12 +10,22 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from memos_vllm.core.lifecycle import IN_RECALL, OVER, State
 from memos_vllm.types import MemoryId
 
 TYPES = ("fact", "preference", "profile", "document", "working", "tool")
 
 STANDING_TYPES = frozenset({"fact", "preference", "profile"})
 """Statements about the user, which may stand in the prompt of every conversation."""
+
+SENSITIVITIES = ("normal", "sensitive")
+_MOSTLY: dict[str, Any] = {
+    "type": "fact", "pinned": False, "tags": [], "session": None, "version": 1, "state": "generated", "priority": 0,
+    "sensitivity": "normal", "expires_at": None, "valid_from": None, "uses": 1, "supersedes": None,
+    "superseded_by": None, "valid_to": None, "origin": {},
+}  # fmt: skip
+_NOTHING = object()
+_MOMENTS = ("created_at", "updated_at", "expires_at", "valid_from", "valid_to")
 
 NO_ID = uuid.UUID(int=0)
 _RANDOM_BITS = 74  # what RFC 9562 leaves to a version 7 UUID beside the 48-bit time, version and variant
@@ -46,22 +56,52 @@ class MemoryRecord:
     version: int = 1
     """Grows by one with each change; earlier versions stay in the history."""
 
+    state: State = State.GENERATED
+    priority: int = 0
+    """From -3 to 3: how long it lasts unused, see ``core.lifecycle``."""
+
+    sensitivity: str = "normal"
+    """One of ``SENSITIVITIES``. A sensitive memory is found by its user's search, and goes into no prompt."""
+
+    expires_at: datetime | None = None
+    valid_from: datetime | None = None
+    """Since when it is true, where that is not when it was stored."""
+
     uses: int = 1
     """How often the user said it."""
 
     supersedes: MemoryId | None = None
     superseded_by: MemoryId | None = None
-    """The newer memory that contradicts this one, which is then not recalled any more."""
+    """The newer memory that contradicts this one or, where this one is ``merged``, that took it over."""
 
     valid_to: datetime | None = None
-    """Since when it has been superseded."""
+    """Since when it has been superseded or merged; stays when the newer memory is deleted."""
 
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance, as JSON: source, role, session, request, the rule that kept it."""
+    """Provenance, as JSON: source, role, session, request, message and digest, the rule that kept it."""
 
     @property
     def is_current(self) -> bool:
-        return self.superseded_by is None
+        """Neither superseded nor over. An archived memory is current: search finds it if asked to."""
+        return self.valid_to is None and self.state not in OVER
+
+    @property
+    def said_at(self) -> datetime:
+        return self.valid_from or self.created_at
+
+    def is_recallable(self, now: datetime) -> bool:
+        """Whether it may go into a prompt."""
+        return (
+            self.is_current and self.state in IN_RECALL and self.sensitivity == "normal" and not self.has_expired(now)
+        )
+
+    def is_findable(self, now: datetime, include_archived: bool = False) -> bool:
+        """Whether its user's search may show it."""
+        return self.is_current and (include_archived or self.state is not State.ARCHIVED) and not self.has_expired(now)
+
+    def has_expired(self, now: datetime) -> bool:
+        """Also before the state says so."""
+        return self.expires_at is not None and self.expires_at <= now and self.state is not State.FROZEN
 
     def as_json(self) -> dict[str, Any]:
         """Every field under its own name; times in ISO 8601."""
@@ -77,24 +117,33 @@ class MemoryRecord:
             "created_at": self.created_at.isoformat(),
             "updated_at": self.updated_at.isoformat(),
             "version": self.version,
+            "state": str(self.state),
+            "priority": self.priority,
+            "sensitivity": self.sensitivity,
+            "expires_at": _text(self.expires_at),
+            "valid_from": _text(self.valid_from),
             "uses": self.uses,
             "supersedes": self.supersedes,
             "superseded_by": self.superseded_by,
-            "valid_to": self.valid_to.isoformat() if self.valid_to else None,
+            "valid_to": _text(self.valid_to),
             "origin": dict(self.origin),
         }
 
 
 def encode(record: MemoryRecord) -> bytes:
-    return json.dumps(record.as_json(), ensure_ascii=False, separators=(",", ":")).encode()
+    """What is as it mostly is goes without saying; that is half of a short memory's bytes."""
+    values = {name: value for name, value in record.as_json().items() if value != _MOSTLY.get(name, _NOTHING)}
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def decode(raw: bytes) -> MemoryRecord:
-    values = json.loads(raw)
-    for name in ("created_at", "updated_at", "valid_to"):
+    values = {**_MOSTLY, **json.loads(raw)}
+    for name in _MOMENTS:
         if values[name] is not None:
             values[name] = datetime.fromisoformat(values[name])
+    values["state"] = State(values["state"])
     values["tags"] = tuple(values["tags"])
+    values["origin"] = dict(values["origin"])
     return MemoryRecord(**values)
 
 
@@ -112,6 +161,10 @@ def parse_id(value: str) -> uuid.UUID | None:
     except (ValueError, TypeError, AttributeError):
         return None
     return parsed if str(parsed) == value else None
+
+
+def _text(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()
 
 
 def utc_now() -> datetime:

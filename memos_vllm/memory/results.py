@@ -14,13 +14,27 @@ class Hit:
     record: MemoryRecord
     score: float
     why: dict[str, Any]
-    """As JSON: the method, and each matched term's part of the score."""
+    """As JSON: the method; each retriever's score and rank; each matched term's part of the lexical score."""
+
+    before: tuple[MemoryRecord, ...] = ()
+    """What was said before it in its conversation, where that was asked for."""
+
+    after: tuple[MemoryRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
     long_lived: tuple[MemoryRecord, ...]
     late: tuple[Hit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a session that begins now gets as long-lived memory, and of which state of the memories that is so."""
+
+    long_lived: tuple[MemoryRecord, ...]
+    seq: int
+    kv_epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +59,13 @@ class DeletionReceipt:
     sessions: int
     """Sessions whose frozen long-lived memory held it."""
 
+    links: int
+    snapshot_entries: int
+    derived: tuple[MemoryId, ...]
+    """Memories, such as adapters, that say they were made from it. They are still there."""
+
     kv_epoch: int
     """The user's new one: KV of earlier epochs cannot be reached any more, in any tier."""
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "records": list(self.records)}
+        return {**asdict(self), "records": list(self.records), "derived": list(self.derived)}

@@ -1,196 +1,311 @@
-"""Search within one user's memories: an inverted index in memory, ranked by BM25.
+"""Search within one user's memories: an index in memory that follows the store.
 
 The index is a copy. LMDB is the truth, and its change log tells the index what it missed, whichever
-process wrote it. Scores follow Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25
-and Beyond" (2009), with the constants usual there and an inverse document frequency that stays
-positive (Lucene's: a term that stands in every memory still counts a little).
+process wrote it. A memory is a row of numbers in every structure here, its *slot*: postings and lengths
+(``lexical``), vectors (``vectors``), neighbours in its conversation (``neighbours``). A change takes a new
+slot; the old one is passed over, and closed once half of them are such. What was deleted goes at once.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 import threading
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
-from memos_vllm.memory import analysis, tables
+import numpy as np
+import numpy.typing as npt
+
+from memos_vllm.memory import analysis, filters, fusion, tables, times
+from memos_vllm.memory.embedders import Embedder
+from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.lexical import Lexical, Scores
+from memos_vllm.memory.query import Match, Query
 from memos_vllm.memory.records import STANDING_TYPES, MemoryRecord
 from memos_vllm.memory.transactions import UserReader
-from memos_vllm.types import MemoryId, Principal
+from memos_vllm.memory.vectors import NUM_CANDIDATES, Similarities, Vector, Vectors
+from memos_vllm.types import MemoryId
 
-K1 = 1.2
-B = 0.75
-MAX_QUERY_CHARS = 10_000
-MAX_INDEXED_USERS = 1024
+_MIN_DEAD_SLOTS = 64
+_NEVER = float("inf")
+
+_STANDS_OUT = 1.0
+"""Standard deviations above the mean similarity. Every vector is similar to every other one to some degree;
+without a bound each query would find as many memories as it may, whatever it asks."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """What the index knows of one memory."""
+    """What the index knows of one memory beside its numbers."""
 
-    terms: tuple[str, ...]
-    """Distinct; in ``postings`` for each."""
-
-    length: int
-    """Terms with repeats."""
-
+    slot: int
     type: str
-    tags: frozenset[str]
     pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    id: MemoryId
-    score: float
-    terms: dict[str, float]
-    """Each matched term's part of the score."""
+    session: str | None
+    num_terms: int
 
 
 class UserIndex:
     """One user's current memories. Callers hold ``lock`` while they use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, embedder: Embedder | None = None) -> None:
         self.lock = threading.Lock()
-        self.entries: dict[MemoryId, Entry] = {}  # in the order of creation
-        self._postings: dict[str, dict[MemoryId, int]] = defaultdict(dict)
-        self._total_length = 0
+        self._embedder = embedder
+        self._entries: dict[MemoryId, Entry] = {}
         self._seq = 0
+        self._clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def catch_up(self, user: UserReader) -> int:
-        """Follows the change log to what the transaction sees; how many postings went away."""
+        """Follows the change log to what the transaction sees; how many postings deletions took out."""
         removed = 0
         if user.seq <= self._seq:  # another thread was here with a later view
             return removed
         if self._seq == 0 or user.seq - self._seq > tables.CHANGES_KEPT:
             removed = self._clear()
             for record in user.scan():
-                self._put(record)
+                self._put(record, user)
         else:
             for operation, memory_id in user.changes_after(self._seq):
                 if operation == tables.CLEAR:
                     removed += self._clear()
                 elif operation == tables.PUT and (record := user.get(memory_id)):
-                    self._put(record)
+                    self._put(record, user)
                 else:
                     removed += self._remove(memory_id)
         self._seq = user.seq
+        num_dead = self._lexical.num_slots - 1 - len(self._entries)
+        if (removed and num_dead) or num_dead > max(_MIN_DEAD_SLOTS, len(self._entries)):
+            self._close_gaps()
         return removed
 
-    def rank(self, query: str, top_k: int, accept: Callable[[MemoryId, Entry], bool]) -> list[Match]:
-        """The best matches that ``accept`` lets through, best first, newer ones first among equals.
+    def rank(self, query: Query, top_k: int, wanted: Filter) -> list[Match]:
+        """The best that the filter lets through, best first, newer ones first among equals.
 
-        Of a very long query the beginning and the end count.
+        Found is what shares a term with the query, itself or beside it in its conversation, and what stands
+        out among the user's memories as near to the query's vector.
         """
-        if len(query) > MAX_QUERY_CHARS:
-            query = query[: MAX_QUERY_CHARS // 2] + " " + query[-MAX_QUERY_CHARS // 2 :]
-        terms = analysis.query_terms(query)
-        scores: dict[MemoryId, float] = defaultdict(float)
-        for term in terms:
-            for memory_id, score in self._term_scores(term):
-                scores[memory_id] += score
-        best = heapq.nlargest(
-            top_k, ((score, found) for found, score in scores.items() if accept(found, self.entries[found]))
-        )
-        parts: dict[MemoryId, dict[str, float]] = {memory_id: {} for _, memory_id in best}
-        for term in terms:
-            for memory_id, score in self._term_scores(term, parts):
-                parts[memory_id][term] = score
-        return [Match(memory_id, score, parts[memory_id]) for score, memory_id in best]
+        matched = self._lexical.match(query.terms())
+        retrieved = {"lexical": self._lexical.total(matched)}
+        among = {"lexical": self._lexical.alive}
+        found = retrieved["lexical"] > 0
+        if query.vector is not None and len(self._vectors):
+            dense = self._dense(query.vector, retrieved["lexical"])
+            retrieved["dense"], among["dense"] = dense.scores, dense.sample
+            found |= fusion.standardised(dense.scores, dense.sample) > _STANDS_OUT
+        if times.asks_for_recent(query.text):
+            retrieved["recency"], among["recency"] = self._recency(found), found
+        scores = fusion.fuse(retrieved, among)
+        best = fusion.best_first(scores, found & self._allowed(wanted, query.asked_at), top_k, self._ordered())
+        method = "bm25" if len(retrieved) == 1 else "hybrid"
+        return [
+            Match(
+                self._ids[slot],
+                float(scores[slot]),
+                {
+                    "method": method,
+                    "retrievers": {name: _standing(of, int(slot)) for name, of in retrieved.items() if of[slot]},
+                    "terms": {each.term: part for each in matched if (part := each.of(slot))},
+                },
+            )
+            for slot in best
+        ]
+
+    def allowing(self, wanted: Filter, now: datetime) -> Callable[[MemoryId], bool]:
+        """Tells of a memory whether the index has it and the filter lets it through."""
+        allowed = self._allowed(wanted, now)
+
+        def allows(memory_id: MemoryId) -> bool:
+            entry = self._entries.get(memory_id)
+            return entry is not None and bool(allowed[entry.slot])
+
+        return allows
+
+    def around(self, memory_id: MemoryId, steps: int) -> tuple[list[MemoryId], list[MemoryId]]:
+        """What was said up to ``steps`` memories before and after it in its conversation."""
+        entry = self._entries.get(memory_id)
+        if entry is None:
+            return [], []
+        before, after = self._lexical.neighbours.around(entry.slot, steps)
+        return [self._ids[slot] for slot in before], [self._ids[slot] for slot in after]
 
     def pinned(self) -> list[MemoryId]:
-        return [memory_id for memory_id, entry in self.entries.items() if entry.pinned]
+        return [memory_id for memory_id, entry in self._in_order() if entry.pinned]
 
     def standing(self) -> Iterator[MemoryId]:
         """Statements about the user that are not pinned."""
-        return (
-            memory_id for memory_id, entry in self.entries.items() if entry.type in STANDING_TYPES and not entry.pinned
-        )
+        return (memory_id for memory_id, entry in self._in_order() if entry.type in STANDING_TYPES and not entry.pinned)
 
-    def _term_scores(self, term: str, among: Iterable[MemoryId] | None = None) -> list[tuple[MemoryId, float]]:
-        """What the term adds to the score of each memory that has it, or of those among the given ones."""
-        holders = self._postings.get(term)
-        if not holders:
-            return []
-        found = holders.items() if among is None else [(held, holders[held]) for held in among if held in holders]
-        weight = (K1 + 1) * math.log(1 + (len(self.entries) - len(holders) + 0.5) / (len(holders) + 0.5))
-        shortest, per_term = K1 * (1 - B), K1 * B * len(self.entries) / self._total_length
-        entries = self.entries
-        return [
-            (held, weight * frequency / (frequency + shortest + per_term * entries[held].length))
-            for held, frequency in found
-        ]
+    def without_vector(self) -> Mapping[MemoryId, str]:
+        """Id and text of the memories that are still to be embedded."""
+        return self._without_vector
 
-    def _put(self, record: MemoryRecord) -> None:
-        """Adds a memory or takes over its change; a superseded one goes out."""
-        self._unpost(record.id)
+    def put_vectors(self, vectors: Mapping[MemoryId, Vector]) -> None:
+        """Of memories whose text may have changed meanwhile: those are left to be embedded again."""
+        for memory_id, vector in vectors.items():
+            if memory_id in self._entries and self._without_vector.pop(memory_id, None) is not None:
+                self._vectors.put(self._entries[memory_id].slot, vector)
+
+    def _dense(self, vector: Vector, lexical: Scores) -> Similarities:
+        neighbours = self._lexical.neighbours
+        spreads = self._embedder is not None and self._embedder.is_linear
+        best = None if self._vectors.are_few else fusion.best_first(lexical, lexical > 0, NUM_CANDIDATES)
+        dense = self._vectors.score(vector, self._lexical.num_slots, best, neighbours.reach if spreads else None)
+        if not spreads:
+            return dense
+        # The sum of a window's words is the sum of its memories'.
+        return Similarities(neighbours.spread(dense.scores).astype(np.float32), dense.sample)
+
+    def _recency(self, found: npt.NDArray[np.bool_]) -> Scores:
+        """The rank of what is found by the time at which it was said, the latest being 1."""
+        places = np.flatnonzero(found)
+        order = np.argsort(self._said_s[places], kind="stable")
+        recency = np.zeros(len(found), np.float32)
+        recency[places[order]] = np.arange(1, len(places) + 1) / max(1, len(places))
+        return recency
+
+    def _allowed(self, wanted: Filter, now: datetime) -> npt.NDArray[np.bool_]:
+        num_slots = self._lexical.num_slots
+        allowed = self._lexical.alive & (self._expires_s[:num_slots] > now.timestamp())
+        for label in wanted.labels():
+            has = np.zeros(num_slots, bool)
+            has[self._lexical.holders(label)] = True
+            allowed &= has
+        for label in wanted.unwanted_labels():
+            allowed[self._lexical.holders(label)] = False
+        if wanted.said_from is not None:
+            allowed &= self._said_s[:num_slots] >= wanted.said_from.timestamp()
+        if wanted.said_before is not None:
+            allowed &= self._said_s[:num_slots] < wanted.said_before.timestamp()
+        for memory_id in wanted.without:
+            if memory_id in self._entries:
+                allowed[self._entries[memory_id].slot] = False
+        return allowed
+
+    def _put(self, record: MemoryRecord, user: UserReader) -> None:
+        """Adds a memory or takes over its change; one that is not current goes out."""
+        old = self._entries.get(record.id)
+        order = self._order[old.slot] if old else -1
+        self._remove(record.id)
         if not record.is_current:
-            self.entries.pop(record.id, None)
             return
-        counts = Counter(analysis.terms(record.text))
-        self.entries[record.id] = Entry(
-            tuple(counts), counts.total(), record.type, frozenset(record.tags), record.pinned
-        )
-        self._total_length += counts.total()
-        for term, frequency in counts.items():
-            self._postings[term][record.id] = frequency
+        counts: dict[str, int] = Counter(analysis.terms(text_of(record)))
+        num_terms, length = len(counts), sum(counts.values())
+        said_at = record.said_at
+        for term in times.moment_terms(said_at).union(times.mentioned_terms(record.text, said_at)):
+            counts[term] = 1
+        for label in filters.labels_of(record):
+            counts[label] = 1
+        slot = self._lexical.add(counts, length)
+        self._entries[record.id] = Entry(slot, record.type, record.pinned, record.session, num_terms)
+        if slot >= len(self._said_s):
+            self._said_s = np.resize(self._said_s, 2 * slot)
+            self._expires_s = np.resize(self._expires_s, 2 * slot)
+            self._order = np.resize(self._order, 2 * slot)
+        if record.id > self._last_id:
+            self._last_id, order, self._next_order = record.id, self._next_order, self._next_order + 1
+        else:
+            self._is_in_order = False
+            self._is_order_known &= old is not None
+        self._order[slot] = order
+        self._ids.append(record.id)
+        self._said_s[slot] = said_at.timestamp()
+        frozen = record.state == "frozen"
+        self._expires_s[slot] = record.expires_at.timestamp() if record.expires_at and not frozen else _NEVER
+        if record.session is not None:
+            self._place(slot, record.session)
+        if self._embedder is not None:
+            stored = self._embedder.decode(user.row("vectors", uuid.UUID(record.id).bytes))
+            if stored is None:
+                self._without_vector[record.id] = text_of(record)
+            else:
+                self._vectors.put(slot, stored)
+
+    def _place(self, slot: int, session: str) -> None:
+        """Into the chain of its conversation, by the order of ids."""
+        after, at = 0, self._last_of.get(session, 0)
+        while at and self._ids[at] > self._ids[slot]:
+            after, at = at, self._lexical.neighbours.before(at)
+        if at:
+            self._lexical.neighbours.link(at, slot)
+        elif after:
+            self._lexical.neighbours.link_first(slot, after)
+        if not after:
+            self._last_of[session] = slot
 
     def _remove(self, memory_id: MemoryId) -> int:
-        removed = self._unpost(memory_id)
-        self.entries.pop(memory_id, None)
-        return removed
-
-    def _unpost(self, memory_id: MemoryId) -> int:
-        entry = self.entries.get(memory_id)
+        """How many terms it had; 0 where the index does not have it."""
+        entry = self._entries.pop(memory_id, None)
         if entry is None:
             return 0
-        self._total_length -= entry.length
-        for term in entry.terms:
-            holders = self._postings[term]
-            del holders[memory_id]
-            if not holders:
-                del self._postings[term]
-        return len(entry.terms)
+        if entry.session is not None and self._last_of.get(entry.session) == entry.slot:
+            if before := self._lexical.neighbours.before(entry.slot):
+                self._last_of[entry.session] = before
+            else:
+                del self._last_of[entry.session]
+        self._lexical.remove(entry.slot)
+        self._vectors.remove(entry.slot)
+        self._without_vector.pop(memory_id, None)
+        return entry.num_terms
+
+    def _close_gaps(self) -> None:
+        """Numbers the slots anew, without those that are out; nothing of a removed memory is left."""
+        old_slots = np.array([entry.slot for entry in self._entries.values()], np.int64)
+        old_slots.sort()
+        new_slots = np.zeros(self._lexical.num_slots, np.int64)
+        new_slots[old_slots] = np.arange(1, len(old_slots) + 1)
+        self._lexical = self._lexical.renumbered(new_slots, len(old_slots) + 1)
+        self._vectors = self._vectors.renumbered(new_slots, len(old_slots) + 1)
+        self._ids = [self._ids[0], *(self._ids[slot] for slot in old_slots)]
+        kept = np.concatenate([[0], old_slots])
+        self._said_s, self._expires_s, self._order = self._said_s[kept], self._expires_s[kept], self._order[kept]
+        self._last_of = {session: int(new_slots[slot]) for session, slot in self._last_of.items()}
+        for entry in self._entries.values():
+            entry.slot = int(new_slots[entry.slot])
 
     def _clear(self) -> int:
-        removed = sum(map(len, self._postings.values()))
-        self.entries.clear()
-        self._postings.clear()
-        self._total_length = 0
+        removed = sum(entry.num_terms for entry in self._entries.values())
+        self._entries.clear()
+        self._lexical = Lexical()
+        self._vectors = Vectors(self._embedder.num_dims if self._embedder else 1)
+        self._without_vector: dict[MemoryId, str] = {}
+        self._ids = [MemoryId("")]  # of slot 0
+        self._said_s = np.zeros(16)
+        self._expires_s = np.zeros(16)
+        self._order = np.zeros(16, np.int64)  # of creation
+        self._next_order = 0
+        self._last_of: dict[str, int] = {}  # conversation -> its last slot
+        self._last_id = MemoryId("")
+        self._is_in_order = True  # the entries
+        self._is_order_known = True  # of every slot
         return removed
 
+    def _ordered(self) -> npt.NDArray[np.int64]:
+        """The order of creation. [num slots]"""
+        if not self._is_order_known:  # an old memory came back
+            for place, (_, entry) in enumerate(self._in_order()):
+                self._order[entry.slot] = place
+            self._next_order = len(self._entries)
+            self._is_order_known = True
+        return self._order[: self._lexical.num_slots]
 
-class Indexes:
-    """The indexes of the users who asked last; others are built again when they come back."""
+    def _in_order(self) -> Iterator[tuple[MemoryId, Entry]]:
+        """In the order of creation, which is that of the ids."""
+        if not self._is_in_order:
+            self._entries = dict(sorted(self._entries.items()))
+            self._is_in_order = True
+        return iter(self._entries.items())
 
-    def __init__(self, max_users: int = MAX_INDEXED_USERS):
-        self._max_users = max_users
-        self._lock = threading.Lock()
-        self._indexes: OrderedDict[Principal, UserIndex] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._indexes)
+def text_of(record: MemoryRecord) -> str:
+    """What is indexed and embedded: who said it, where that is known, and what."""
+    speaker = record.origin.get("speaker")
+    return f"{speaker}: {record.text}" if speaker else record.text
 
-    @contextmanager
-    def current(self, user: UserReader) -> Iterator[UserIndex]:
-        """The index as of the transaction or later, for the caller alone."""
-        with self._lock:
-            index = self._indexes.setdefault(user.who, UserIndex())
-            self._indexes.move_to_end(user.who)
-            if len(self._indexes) > self._max_users:
-                self._indexes.popitem(last=False)
-        with index.lock:
-            index.catch_up(user)
-            yield index
 
-    def drop_removed(self, user: UserReader) -> int:
-        """After a deletion: how many postings it took out of the index, if the user has one."""
-        with self._lock:
-            index = self._indexes.get(user.who)
-        if index is None:
-            return 0
-        with index.lock:
-            return index.catch_up(user)
+def _standing(scores: Scores, slot: int) -> dict[str, float | int]:
+    return {"rank": 1 + int(np.count_nonzero(scores > scores[slot])), "score": float(scores[slot])}

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
-from memos_vllm.errors import NotFound, RequestError, StoreError
-from memos_vllm.memory import inputs, records, sessions
+from memos_vllm.core.lifecycle import State
+from memos_vllm.errors import Conflict, RequestError, StoreError
+from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
+from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
-from memos_vllm.memory.messages import last_user_text
+from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.indexes import Indexes
+from memos_vllm.memory.life import MemoryLife, existing
+from memos_vllm.memory.messages import last_user_message, last_user_text
+from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, fitting, long_lived
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.remembering import keep
-from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Recall
-from memos_vllm.memory.search import Indexes, UserIndex
+from memos_vllm.memory.removal import Removed
+from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall
+from memos_vllm.memory.retrieval import Retrieval
+from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.store import MemoryStore
-from memos_vllm.memory.transactions import Removed, UserReader, UserWriter
+from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId, Principal
 
 logger = logging.getLogger(__name__)
@@ -35,6 +43,7 @@ class MemoryService:
     Args:
         count_tokens: with the served model's tokenizer, for the budgets.
         now: the time in UTC; tests set it.
+        embedder: for the dense part of search; without one it goes by words, times and links.
 
     All calls that write raise ``StoreFull`` where there is no room and ``StoreError`` where LMDB
     fails; nothing of the write is then stored. All raise ``RequestError`` for bad input.
@@ -46,12 +55,16 @@ class MemoryService:
         config: MemoryConfig,
         count_tokens: Callable[[str], int] = estimate_tokens,
         now: Callable[[], datetime] = records.utc_now,
+        embedder: Embedder | None = None,
     ):
         self._store = store
         self._config = config
         self._count_tokens = count_tokens
         self._now = now
-        self._indexes = Indexes()
+        self._indexes = Indexes(embedder)
+        self._retrieval = Retrieval(store, self._indexes, embedder)
+        self.life = MemoryLife(store, now)
+        self._prepared = PreparedChoices()
 
     def add(
         self,
@@ -63,17 +76,32 @@ class MemoryService:
         tags: Iterable[str] = (),
         session: str | None = None,
         origin: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> MemoryRecord:
-        """Stores a text as it is: no deduplication, nothing is superseded."""
-        values = {
-            "text": inputs.check_text(text),
-            "type": inputs.check_type(type),
-            "pinned": inputs.check_pinned(pinned),
-            "tags": inputs.check_tags(tags),
-            "session": inputs.check_session(session),
-            "origin": dict(origin or {}),
-        }
-        return self._store.write(who, lambda user: user.insert(self._now(), **values))
+        """Stores a text as it is: no deduplication, nothing is superseded.
+
+        Args:
+            more: ``priority``, ``sensitivity``, ``valid_from`` (since when it is true, if not now) and
+                ``ttl_s`` (seconds from now, after which it expires).
+        """
+        values = inputs.check_memory(
+            {"text": text, "type": type, "pinned": pinned, "tags": tags, "session": session, "origin": origin, **more}
+        )
+        return self._store.write(who, lambda user: _insert(user, self._now(), values))
+
+    def add_many(self, who: Principal, memories: Iterable[Mapping[str, Any]]) -> Sequence[MemoryRecord]:
+        """Like ``add`` for each, in one transaction: all are stored, or none.
+
+        Args:
+            memories: the arguments of ``add`` by name, at most ``inputs.MAX_BATCH``.
+        """
+        checked = inputs.check_batch(memories)
+
+        def insert(user: UserWriter) -> Sequence[MemoryRecord]:
+            now = self._now()
+            return [_insert(user, now, values) for values in checked]
+
+        return self._store.write(who, insert)
 
     def get(self, who: Principal, memory_id: str) -> MemoryRecord:
         """
@@ -81,7 +109,7 @@ class MemoryService:
             NotFound: the user has no such memory; whether somebody else has does not show.
         """
         with self._store.read(who) as user:
-            return _existing(user, memory_id)
+            return existing(user, memory_id)
 
     def list(
         self,
@@ -92,10 +120,16 @@ class MemoryService:
         type: str | None = None,
         tag: str | None = None,
         session: str | None = None,
+        state: str | None = None,
         include_superseded: bool = False,
     ) -> Page:
-        """Memories in the order of creation, from the first one after the id ``after``."""
+        """Memories in the order of creation, from the first one after the id ``after``.
+
+        Without ``state`` and ``include_superseded`` those that are current, archived ones among them.
+        """
         inputs.check_limit(limit)
+        if state is not None and state not in list(State):
+            raise RequestError(f"unknown state {state!r}; use one of {', '.join(State)}")
         wanted = _filter(type, tag)
         start = records.NO_ID if after is None else records.parse_id(after)
         if start is None:
@@ -103,7 +137,9 @@ class MemoryService:
         found: list[MemoryRecord] = []
         with self._store.read(who) as user:
             for record in user.scan(start):
-                if not (record.is_current or include_superseded) or session not in (None, record.session):
+                if not (record.is_current or include_superseded or state) or session not in (None, record.session):
+                    continue
+                if state not in (None, record.state):
                     continue
                 if wanted(record.type, record.tags):
                     found.append(record)
@@ -112,47 +148,33 @@ class MemoryService:
         return Page(tuple(found), None)
 
     def history(self, who: Principal, memory_id: str) -> Sequence[MemoryRecord]:
-        """What became this memory, oldest first: what it superseded, its earlier versions, itself.
+        """What became this memory, oldest first: what it superseded or took over, its earlier versions, itself.
 
         Raises:
             NotFound: see ``get``.
         """
         with self._store.read(who) as user:
-            record: MemoryRecord | None = _existing(user, memory_id)
-            newest_first: list[MemoryRecord] = []
-            while record is not None:
-                newest_first += [record, *reversed(tuple(user.versions(record.id)))]
-                record = user.get(record.supersedes) if record.supersedes else None
-        return newest_first[::-1]
+            return succession.history(user, existing(user, memory_id))
 
-    def update(
-        self,
-        who: Principal,
-        memory_id: str,
-        *,
-        text: str | None = None,
-        type: str | None = None,
-        pinned: bool | None = None,
-        tags: Iterable[str] | None = None,
-    ) -> MemoryRecord:
-        """Changes what is not None. A new text makes the KV of the old one unreachable.
+    def update(self, who: Principal, memory_id: str, **changes: Any) -> MemoryRecord:
+        """A new version with the changes. A new text makes the KV of the old one unreachable.
+
+        Args:
+            changes: ``inputs.CHANGEABLE``, by name.
 
         Raises:
             NotFound: see ``get``.
+            Conflict: it is frozen.
         """
-        checks = {
-            "text": (text, inputs.check_text),
-            "type": (type, inputs.check_type),
-            "pinned": (pinned, inputs.check_pinned),
-            "tags": (tags, inputs.check_tags),
-        }
-        values = {name: check(value) for name, (value, check) in checks.items() if value is not None}
+        values = inputs.check_changes(changes)
 
         def change(user: UserWriter) -> MemoryRecord:
-            old = _existing(user, memory_id)
+            now, old = self._now(), existing(user, memory_id)
+            if old.state is State.FROZEN:
+                raise Conflict(f"the memory {memory_id} is frozen; set its state to 'activated' to change it")
             if values.get("text", old.text) != old.text:
                 user.new_kv_epoch()
-            return user.change(old, self._now(), **values)
+            return user.change(old, now, **_with_end(values, now))
 
         return self._store.write(who, change)
 
@@ -164,25 +186,59 @@ class MemoryService:
         """
 
         def remove(user: UserWriter) -> tuple[Removed, int]:
-            _existing(user, memory_id)
-            return user.remove(memory_id), user.kv_epoch
+            existing(user, memory_id)
+            return removal.remove(user, memory_id), user.kv_epoch
 
         return self._receipt(who, *self._store.write(who, remove, frees=True))
 
     def delete_all(self, who: Principal) -> DeletionReceipt:
         """Removes all memories, histories and sessions of the user."""
-        return self._receipt(who, *self._store.write(who, lambda user: (user.remove_all(), user.kv_epoch), frees=True))
+        return self._receipt(
+            who, *self._store.write(who, lambda user: (removal.remove_all(user), user.kv_epoch), frees=True)
+        )
 
     def search(
-        self, who: Principal, query: str, *, top_k: int | None = None, type: str | None = None, tag: str | None = None
+        self,
+        who: Principal,
+        query: str,
+        *,
+        top_k: int | None = None,
+        type: str | None = None,
+        tag: str | None = None,
+        tags: Iterable[str] = (),
+        session: str | None = None,
+        cube: str | None = None,
+        said_from: datetime | None = None,
+        said_before: datetime | None = None,
+        include_archived: bool = False,
+        context: int = 0,
+        max_tokens: int | None = None,
     ) -> Sequence[Hit]:
-        """The current memories that share terms with the query, best first."""
+        """The user's current memories that answer the query best, best first; see ``memory.retrieval``.
+
+        Args:
+            tag, tags: a memory must have all of them.
+            said_from, said_before: when it was said, or since when it is true.
+            context: how many memories before and after each hit, in its conversation, come with it.
+            max_tokens: the hits that fit into a budget, their context not counted.
+        """
         if not isinstance(query, str):
             raise RequestError(f"'query' must be a string, not {query.__class__.__name__}")
-        wanted = _filter(type, tag)
+        wanted = Filter(
+            type=None if type is None else inputs.check_type(type),
+            tags=inputs.check_tags([*([] if tag is None else [tag]), *tags]),
+            session=inputs.check_session(session),
+            cube=cube,
+            said_from=said_from,
+            said_before=said_before,
+            archived=include_archived,
+        )
         top_k = self._config.top_k if top_k is None else inputs.check_limit(top_k, "top_k")
+        context = inputs.check_context(context)
+        asked = self._retrieval.query(who, query, self._now())
         with self._store.read(who) as user, self._indexes.current(user) as index:
-            return _hits(user, index, query, top_k, lambda _, entry: wanted(entry.type, entry.tags))
+            hits = self._retrieval.hits(user, index, asked, top_k, wanted, context)
+        return hits if max_tokens is None else fitting(hits, Budget(max_tokens, self._count_tokens))
 
     def recall(
         self, who: Principal, messages: Sequence[Message], *, session: str | None = None, top_k: int | None = None
@@ -195,17 +251,26 @@ class MemoryService:
         session = inputs.check_session(session)
         top_k = self._config.top_k if top_k is None else inputs.check_limit(top_k, "top_k")
         ids = self._frozen_ids(who, session) if session else None
+        now = self._now()
+        asked = self._retrieval.query(who, last_user_text(messages), now)
         with self._store.read(who) as user, self._indexes.current(user) as index:
             if ids is None:
                 standing = self._long_lived(user, index)
             else:
                 found = (user.get(memory_id) for memory_id in ids)
-                standing = [record for record in found if record and record.is_current]
-            shown = {record.id for record in standing}
-            query = last_user_text(messages)
-            hits = _hits(user, index, query, top_k, lambda memory_id, _: memory_id not in shown)
+                standing = [record for record in found if record and record.is_recallable(now)]
+            wanted = Filter(for_prompt=True, without={record.id for record in standing})
+            hits = self._retrieval.hits(user, index, asked, top_k, wanted)
         budget = Budget(self._config.late_tokens, self._count_tokens)
         return Recall(tuple(standing), tuple(fitting(hits, budget)))
+
+    def prepare(self, who: Principal) -> Prepared:
+        """Chooses the long-lived memory of the user's next session, whose first recall then need not.
+
+        Loads the user's search index too, so that recall does not begin with it.
+        """
+        with self._store.read(who) as user, self._indexes.current(user) as index:
+            return Prepared(tuple(self._long_lived(user, index)), user.seq, user.kv_epoch)
 
     def remember(
         self,
@@ -228,13 +293,39 @@ class MemoryService:
             inputs.check_text(extracted.text, "message")
         if not kept:
             return []
-        origin = {"source": "chat", "role": "user", "session": session, "request": request}
-        return self._store.write(who, lambda user: [keep(user, extracted, origin, self._now()) for extracted in kept])
+        origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
+        known = self._store.write(who, lambda user: [keep(user, extracted, origin, self._now()) for extracted in kept])
+        self._retrieval.prepare(who)
+        return known
 
     def kv_epoch(self, who: Principal) -> int:
         """Grows when text was deleted or changed; part of the user's KV salt."""
         with self._store.read(who) as user:
             return user.kv_epoch
+
+    def memory_version(self, who: Principal) -> tuple[int, int]:
+        """``seq`` and ``kv_epoch`` of ``Prepared``."""
+        with self._store.read(who) as user:
+            return user.seq, user.kv_epoch
+
+    def stamp(self) -> int:
+        """Another whenever anything was written, by whichever process."""
+        return self._store.stamp()
+
+    def users_with_past_kv(self) -> Sequence[Principal]:
+        """Of whom KV of a past epoch may still be somewhere; a crash came between, or a removal is under way."""
+        return list(dict.fromkeys(who for who, _ in self._store.kv_removals()))
+
+    def past_kv_epochs(self, who: Principal) -> Sequence[int]:
+        """Epochs whose KV was not reported as removed yet, oldest first."""
+        with self._store.read(who) as user:
+            return [int.from_bytes(key, "big") for key, _ in user.rows("kv_removals")]
+
+    def kv_removed(self, who: Principal, epochs: Iterable[int]) -> None:
+        """The KV of these epochs is gone from every tier."""
+        keys = [tables.number_key(epoch) for epoch in epochs]
+        if keys:
+            self._store.write(who, lambda user: [user.delete_row("kv_removals", key) for key in keys], frees=True)
 
     def stats(self) -> dict[str, int]:
         """Counts over all users; sizes in bytes."""
@@ -264,30 +355,43 @@ class MemoryService:
             return frozen.ids if frozen else None
 
     def _long_lived(self, user: UserReader, index: UserIndex) -> Sequence[MemoryRecord]:
-        return long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens))
+        now = self._now()
+        if (ids := self._prepared.get(user.who, user.seq)) is not None:
+            found = (user.get(memory_id) for memory_id in ids)
+            return [record for record in found if record is not None and record.is_recallable(now)]
+        chosen = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens), now)
+        self._prepared.put(user.who, user.seq, [record.id for record in chosen])
+        return chosen
 
     def _receipt(self, who: Principal, removed: Removed, kv_epoch: int) -> DeletionReceipt:
         with self._store.read(who) as user:
             postings = self._indexes.drop_removed(user)
-        return DeletionReceipt(tuple(removed.ids), removed.versions, postings, removed.sessions, kv_epoch)
+        return DeletionReceipt(
+            records=tuple(removed.ids),
+            versions=removed.versions,
+            postings=postings,
+            sessions=removed.sessions,
+            links=removed.links,
+            snapshot_entries=removed.snapshot_entries,
+            derived=tuple(removed.derived),
+            kv_epoch=kv_epoch,
+        )
 
 
-def _existing(user: UserReader, memory_id: str) -> MemoryRecord:
-    record = user.get(memory_id)
-    if record is None:
-        raise NotFound(f"no memory {memory_id!r}")
-    return record
+def _insert(user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
+    return user.insert(now, **_with_end(values, now))
+
+
+def _with_end(values: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    """A time to live becomes the moment of its end."""
+    out = dict(values)
+    if "ttl_s" in out:
+        ttl_s = out.pop("ttl_s")
+        out["expires_at"] = None if ttl_s is None else now + timedelta(seconds=ttl_s)
+    return out
 
 
 def _filter(type: str | None, tag: str | None) -> Callable[[str, Iterable[str]], bool]:
     if type is not None:
         inputs.check_type(type)
     return lambda has_type, has_tags: type in (None, has_type) and (tag is None or tag in has_tags)
-
-
-def _hits(user: UserReader, index: UserIndex, query: str, top_k: int, accept: Callable[..., bool]) -> list[Hit]:
-    hits = []
-    for match in index.rank(query, top_k, accept):
-        if record := user.get(match.id):  # None: deleted between this transaction and the index
-            hits.append(Hit(record, match.score, {"method": "bm25", "terms": match.terms}))
-    return hits

@@ -1,7 +1,8 @@
 """Plaintext memory on disk: one LMDB environment, the single source of truth.
 
-Any number of threads and processes may read and write. A write is one LMDB transaction and returns
-once it is synced. The map starts small and doubles when it is full, up to a maximum.
+Any number of threads and processes may read and write. A write returns once its LMDB transaction is
+synced; writes of several threads at the same time share a transaction (``group_commit``). The map
+starts small and doubles when it is full, up to a maximum.
 
 LMDB cannot resize its map while this process has transactions open, so transactions hold the
 ``Gate`` shared and a resize holds it alone.
@@ -9,22 +10,24 @@ LMDB cannot resize its map while this process has transactions open, so transact
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lmdb
 
+from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
-from memos_vllm.memory import tables
+from memos_vllm.memory import environment, migrations, records, tables
 from memos_vllm.memory.gate import Gate
-from memos_vllm.memory.transactions import UserReader, UserWriter
-from memos_vllm.types import Principal
+from memos_vllm.memory.group_commit import GroupCommit, Write
+from memos_vllm.memory.transactions import Tables, UserReader, UserWriter
+from memos_vllm.types import MemoryId, Principal
 
 FIRST_MAP_BYTES = 64 * 2**20
 MIN_MAP_BYTES = 2**20
@@ -34,7 +37,6 @@ DELETE_RESERVE_BYTES = 2**20
 and a full store that cannot delete could never be anything else."""
 
 LOW_DISK_BYTES = 2**20
-_MAX_READERS = 1024
 T = TypeVar("T")
 
 
@@ -44,27 +46,30 @@ class MemoryStore:
     Args:
         path: the directory, created if it is missing.
         max_map_bytes: how large the map may grow, at least ``MIN_MAP_BYTES``.
+        aging: when time moves memories; what is stored already follows at its next use.
 
     Raises:
         DataDirError: no such directory can be made or written, this process has it open already,
             it is damaged, or a newer Memos wrote it.
     """
 
-    def __init__(self, path: Path, max_map_bytes: int):
+    def __init__(self, path: Path, max_map_bytes: int, aging: Aging | None = None):
         self._path = path
         self._max_map_bytes = max(max_map_bytes, MIN_MAP_BYTES)
+        self.aging = aging or Aging()
         self._gate = Gate()
+        self._writes = GroupCommit(self._commit)
         self._pid = os.getpid()
-        self._env = _open(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
+        self._env = environment.open_for_writing(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
         try:
             self._env.reader_check()  # slots of processes that were killed
             self._dbs = self._open_tables()
-        except lmdb.MapFullError as error:
+        except StoreFull as error:
             self._env.close()
             raise DataDirError(f"the memory map of {path} is full; raise memory.max_map_bytes") from error
         except (lmdb.Error, OSError) as error:
             self._env.close()
-            raise _unusable(path, error) from error
+            raise environment.unusable(path, error) from error
         except DataDirError:
             self._env.close()
             raise
@@ -88,10 +93,13 @@ class MemoryStore:
             raise StoreError(f"the memory store {self._path} cannot be read: {error}") from error
 
     def write(self, who: Principal, work: Callable[[UserWriter], T], *, frees: bool = False) -> T:
-        """Runs ``work`` in one transaction; on return it is on disk, on any error none of it is.
+        """Runs ``work`` in a transaction; on return it is on disk, on any error none of it is.
+
+        What ``work`` raises reaches this caller alone: other writes of the same commit stand.
 
         Args:
-            work: may be called again where the map has to grow, so it must have no other effect.
+            work: may run in another writer's thread, and again where the map has to grow, so it must
+                have no other effect.
             frees: it deletes, and may use ``DELETE_RESERVE_BYTES``.
 
         Raises:
@@ -100,16 +108,51 @@ class MemoryStore:
         """
         limit_bytes = self._max_map_bytes + (DELETE_RESERVE_BYTES if frees else 0)
         try:
-            while True:
-                try:
-                    return self._try_write(who, work)
-                except lmdb.MapFullError as error:
-                    self._grow(limit_bytes, error)
-        except lmdb.Error as error:
-            raise self._failed(error) from error
+            result: T = self._writes.submit(Write(who, work, limit_bytes))
+            return result
         finally:
             if frees:
                 self._shrink_to_maximum()
+
+    def stamp(self) -> int:
+        """Another after every write, by whichever process."""
+        with self._gate.shared():
+            return self._env.info()["last_txnid"]
+
+    def due(self, now: datetime, limit: int) -> dict[Principal, list[MemoryId]]:
+        """The memories, of all users, that time moves by now; at most ``limit``, the longest overdue first."""
+        found: dict[Principal, list[MemoryId]] = {}
+        end = tables.moment_key(now)
+        with self._begin() as txn, txn.cursor(db=self._dbs["due"]) as cursor:
+            for key in islice(cursor.iternext(values=False), limit):
+                if key[:8] > end:
+                    break
+                raw = txn.get(key[8:], db=self._dbs["records"])
+                if raw is None:  # a damaged store, which ``memos doctor`` mends; the others must not wait for that
+                    continue
+                record = records.decode(raw)
+                found.setdefault(Principal(record.tenant, record.user), []).append(record.id)
+        return found
+
+    def kv_removals(self) -> list[tuple[Principal, int]]:
+        """Users and their past KV epochs whose KV may still be somewhere."""
+        with self._begin() as txn:
+            return [
+                (tables.decode_principal(raw), int.from_bytes(key[8:], "big"))
+                for key, raw in txn.cursor(db=self._dbs["kv_removals"])
+            ]
+
+    def maintain(self, work: Callable[[lmdb.Transaction, Tables], T]) -> T:
+        """Runs ``work`` on all users' tables in one transaction; errors as ``write``."""
+
+        def attempt() -> T:
+            with self._begin(write=True) as txn:
+                return work(txn, self._dbs)
+
+        try:
+            return self._grown(self._max_map_bytes + DELETE_RESERVE_BYTES, attempt)
+        except lmdb.Error as error:
+            raise self._failed(error) from error
 
     def stats(self) -> dict[str, int]:
         """Entries, and bytes of the map and of the pages in use or freed for reuse."""
@@ -122,16 +165,68 @@ class MemoryStore:
             "memories": entries["records"],
             "versions": entries["versions"],
             "sessions": entries["sessions"],
+            "links": entries["links"],
+            "snapshots": entries["snapshots"],
+            "kv_removals": entries["kv_removals"],
             "file_bytes": (info["last_pgno"] + 1) * page_bytes,
             "map_bytes": info["map_size"],
             "max_map_bytes": self._max_map_bytes,
         }
 
-    def _try_write(self, who: Principal, work: Callable[[UserWriter], T]) -> T:
+    def _commit(self, group: Sequence[Write]) -> None:
+        """One transaction for all; where that fails, one for each, so that a failure has one owner."""
+        if len(group) > 1:
+            try:
+                self._commit_together(group)
+                return
+            except (StoreError, lmdb.Error):
+                pass  # said again below, to whom it belongs
+        for write in group:
+            try:
+                write.finish(self._grown(write.limit_bytes, lambda write=write: self._try_write(write)))
+            except lmdb.Error as error:
+                failure = self._failed(error)
+                failure.__cause__ = error
+                write.finish(error=failure)
+            except Exception as error:
+                write.finish(error=error)
+
+    def _commit_together(self, group: Sequence[Write]) -> None:
+        """Each write in a child transaction, which its error takes back without the others."""
+
+        def attempt() -> list[tuple[Any, Exception | None]]:
+            outcomes: list[tuple[Any, Exception | None]] = []
+            with self._begin(write=True) as txn:
+                for write in group:
+                    try:
+                        with self._env.begin(write=True, parent=txn) as child:
+                            outcomes.append((self._run(child, write), None))
+                    except lmdb.Error:
+                        raise
+                    except Exception as error:
+                        outcomes.append((None, error))
+            return outcomes
+
+        outcomes = self._grown(min(write.limit_bytes for write in group), attempt)
+        for write, (result, error) in zip(group, outcomes, strict=True):
+            write.finish(result, error)
+
+    def _grown(self, limit_bytes: int, attempt: Callable[[], T]) -> T:
+        """Attempts again with a larger map, as long as it may grow."""
+        while True:
+            try:
+                return attempt()
+            except lmdb.MapFullError as error:
+                self._grow(limit_bytes, error)
+
+    def _try_write(self, write: Write) -> Any:
         with self._begin(write=True) as txn:
-            user = UserWriter(txn, self._dbs, who)
-            result = work(user)
-            user.finish()
+            return self._run(txn, write)
+
+    def _run(self, txn: lmdb.Transaction, write: Write) -> Any:
+        user = UserWriter(txn, self._dbs, write.who, self.aging)
+        result = write.work(user)
+        user.finish()
         return result
 
     @contextmanager
@@ -159,13 +254,13 @@ class MemoryStore:
                     f"the memory store {self._path} is full at {self._max_map_bytes} bytes and nothing of this write "
                     "was stored; delete memories or raise memory.max_map_bytes"
                 ) from error
-            self._env.set_mapsize(_whole_pages(min(2 * map_bytes, limit_bytes)))
+            self._env.set_mapsize(environment.whole_pages(min(2 * map_bytes, limit_bytes)))
 
     def _shrink_to_maximum(self) -> None:
         """Takes the reserve back; LMDB keeps what is in use."""
         if self._env.info()["map_size"] > self._max_map_bytes:
             with self._gate.alone():
-                self._env.set_mapsize(_whole_pages(self._max_map_bytes))
+                self._env.set_mapsize(environment.whole_pages(self._max_map_bytes))
 
     def _failed(self, error: lmdb.Error) -> StoreError:
         # LMDB reports a disk that fills up within a write as an input/output error.
@@ -174,78 +269,14 @@ class MemoryStore:
         return StoreError(f"the memory store {self._path} failed and nothing of this write was stored: {error}")
 
     def _open_tables(self) -> dict[str, Any]:
-        """Creates them on the first start, and refuses a schema that this version does not know."""
+        """Creates them on the first start, and brings those of an earlier version up to this one's schema."""
+        return self._grown(self._max_map_bytes, self._try_open_tables)
+
+    def _try_open_tables(self) -> dict[str, Any]:
         with self._begin(write=True) as txn:
             dbs = {
                 name: self._env.open_db(name.encode(), txn, dupsort=name in tables.SEVERAL_VALUES)
                 for name in tables.NAMES
             }
-            meta = dbs["meta"]
-            schema = int(txn.get(b"schema_version", str(tables.SCHEMA_VERSION).encode(), db=meta))
-            if schema > tables.SCHEMA_VERSION:
-                raise DataDirError(
-                    f"a newer Memos wrote {self._path} (schema {schema}, this one knows {tables.SCHEMA_VERSION}); "
-                    "upgrade Memos or choose another data_dir"
-                )
-            txn.put(b"schema_version", str(schema).encode(), db=meta)
-            txn.put(b"next_owner", b"1", db=meta, overwrite=False)
+            migrations.migrate(txn, dbs, self._path, self.aging)
         return dbs
-
-
-def _open(path: Path, map_bytes: int) -> lmdb.Environment:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        env = lmdb.open(
-            str(path),
-            map_size=_whole_pages(map_bytes),
-            max_dbs=len(tables.NAMES),
-            max_readers=_MAX_READERS,
-            mode=0o600,
-        )
-    except (lmdb.Error, OSError) as error:
-        raise _unusable(path, error) from error
-    try:
-        _check_length(env, path / "data.mdb")
-    except DataDirError:
-        env.close()
-        raise
-    return env
-
-
-def _check_length(env: lmdb.Environment, file: Path) -> None:
-    """Reading a page beyond the end of a truncated file would kill the process (SIGBUS).
-
-    A sound file may be short too, by pages that its last transaction took and gave back. So the end
-    is filled with zeros, and every table must still be readable.
-    """
-    have_bytes, want_bytes = file.stat().st_size, (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    if have_bytes >= want_bytes:
-        return
-    os.truncate(file, want_bytes)
-    try:
-        with env.begin() as txn:
-            for name in [key for key, _ in txn.cursor()]:
-                for _, value in txn.cursor(db=env.open_db(name, txn, create=False)):
-                    if name in (b"records", b"versions", b"sessions"):
-                        json.loads(value)
-    except (lmdb.Error, ValueError) as error:
-        os.truncate(file, have_bytes)
-        raise DataDirError(
-            f"{file} is damaged: {want_bytes - have_bytes} bytes are missing; restore it from a backup"
-        ) from error
-
-
-def _unusable(path: Path, error: Exception) -> DataDirError:
-    if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError, lmdb.PanicError)):
-        return DataDirError(f"{path / 'data.mdb'} is damaged or no LMDB file ({error}); restore it from a backup")
-    if "already open" in str(error):
-        return DataDirError(f"this process has the memory store {path} open already; use the one MemoryStore it has")
-    if isinstance(error, lmdb.DiskError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    ):
-        return DataDirError(f"no space left for the memory store {path}; free some or set data_dir elsewhere")
-    return DataDirError(f"cannot use {path} as the memory store: {error}; check data_dir and its permissions")
-
-
-def _whole_pages(size_bytes: int) -> int:
-    return -(-size_bytes // 4096) * 4096

@@ -1,12 +1,21 @@
 """The named databases of the store and the keys in them.
 
-    meta      schema_version, next_owner
-    owners    digest of tenant and user      -> Owner
-    records   owner, memory id               -> the record as it is now, JSON
-    versions  owner, memory id, version      -> the record as it was, JSON
-    current   owner, what the text says      -> ids of current memories that say it (several)
-    changes   owner, sequence number         -> operation, memory id; the last ``CHANGES_KEPT``
-    sessions  owner, digest of the session   -> the session's frozen memories, JSON
+    meta        schema_version, next_owner
+    owners      digest of tenant and user        -> Owner
+    records     owner, memory id                 -> the record as it is now, JSON
+    versions    owner, memory id, version        -> the record as it was, JSON
+    current     owner, what the text says        -> ids of current memories that say it (several)
+    vectors     owner, memory id                 -> its embedding
+    changes     owner, sequence number           -> operation, memory id; the last ``CHANGES_KEPT``
+    sessions    owner, digest of the session     -> the session's frozen memories, JSON
+    usage       owner, memory id                 -> Usage: how often and when it was used, when time moves it
+    due         moment, owner, memory id         -> nothing; what time moves next, of all users
+    events      owner, memory id, number         -> an event of its life, JSON; the last ``EVENTS_KEPT``
+    links       owner, link id                   -> Link, JSON
+    link_ends   owner, memory id, link id        -> which end of the link the memory is
+    snapshots   owner, snapshot id               -> Snapshot, JSON
+    snapshot_entries  owner, snapshot id, memory id -> version and standing of the memory then, JSON
+    kv_removals owner, KV epoch                  -> tenant and user, JSON; KV that is still to be removed
 
 An owner is a number given at the user's first write, so keys are short and no separator in a name
 can make two users one. Numbers are big-endian: LMDB's order is then the order of time.
@@ -15,22 +24,40 @@ can make two users one. Numbers are big-endian: LMDB's order is then the order o
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.types import Principal
 
-SCHEMA_VERSION = 1
-NAMES = ("meta", "owners", "records", "versions", "current", "changes", "sessions")
+SCHEMA_VERSION = 2
+NAMES = (
+    *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
+    *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "kv_removals"),
+)
+OF_A_MEMORY = ("versions", "vectors", "usage", "events")
+"""Keys begin with owner and memory id; cleared when the memory is removed."""
+
+OF_A_USER = (*OF_A_MEMORY, "records", "current", "sessions", "links", "link_ends", "snapshots", "snapshot_entries")
+"""Keys begin with the owner; cleared when the user's memories are. Changes and KV removals stay."""
+
 SEVERAL_VALUES = frozenset({"current"})
 
 CHANGES_KEPT = 10_000
 """Per user. An index that fell further behind is rebuilt, which costs about as much."""
 
+EVENTS_KEPT = 100
+"""Per memory."""
+
 PUT, REMOVE, CLEAR = b"P", b"R", b"C"
 
+FROM, TO = b"F", b"T"
+"""A memory as an end of a link."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _OWNER = struct.Struct(">QQQ16s")
 
 
@@ -63,12 +90,30 @@ def owner_key(who: Principal) -> bytes:
     return hashlib.sha256(b"".join(len(part).to_bytes(4, "big") + part for part in parts)).digest()
 
 
+def encode_principal(who: Principal) -> bytes:
+    return json.dumps([who.tenant, who.user]).encode()
+
+
+def decode_principal(raw: bytes) -> Principal:
+    return Principal(*json.loads(raw))
+
+
 def number_key(number: int) -> bytes:
     return number.to_bytes(8, "big")
 
 
 def version_key(version: int) -> bytes:
     return version.to_bytes(4, "big")
+
+
+def moment_key(moment: datetime) -> bytes:
+    """Sorts as time does. Before 1970 counts as 1970."""
+    return milliseconds(moment).to_bytes(8, "big")
+
+
+def milliseconds(moment: datetime) -> int:
+    """Since 1970, exactly: a float would be one off now and then, and its key would not be found again."""
+    return max((moment - _EPOCH) // timedelta(milliseconds=1), 0)
 
 
 def session_key(session: str) -> bytes:

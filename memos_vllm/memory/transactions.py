@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import lmdb
 
-from memos_vllm.memory import claims, records, sessions, tables
+from memos_vllm.core import lifecycle
+from memos_vllm.core.lifecycle import Aging, Due, Life, Move
+from memos_vllm.errors import Conflict
+from memos_vllm.memory import claims, records, sessions, tables, usage
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.sessions import Session
 from memos_vllm.memory.tables import Owner
+from memos_vllm.memory.usage import Event, Usage
 from memos_vllm.types import MemoryId, Principal
 
 Tables = Mapping[str, Any]
 """Name to handle of each named database."""
-
-
-@dataclass(slots=True)
-class Removed:
-    """What a deletion took out of LMDB, in entries."""
-
-    ids: list[MemoryId] = field(default_factory=list)
-    versions: int = 0
-    sessions: int = 0
 
 
 class UserReader:
@@ -65,49 +60,67 @@ class UserReader:
 
     def scan(self, after: uuid.UUID = records.NO_ID) -> Iterator[MemoryRecord]:
         """Records in the order of creation, from the first one after the id."""
-        for _, raw in self._range("records", b"", start=after.bytes + b"\0"):
+        for _, raw in self.rows("records", start=after.bytes + b"\0"):
             yield records.decode(raw)
 
     def versions(self, memory_id: MemoryId) -> Iterator[MemoryRecord]:
         """Earlier versions, oldest first."""
-        for _, raw in self._range("versions", uuid.UUID(memory_id).bytes):
+        for _, raw in self.rows("versions", uuid.UUID(memory_id).bytes):
             yield records.decode(raw)
 
     def holders(self, key: bytes) -> list[MemoryRecord]:
         """Current memories that say what the key stands for (``claims``), oldest first."""
-        found = (self.get(_id_of(raw)) for _, raw in self._range("current", key))
+        found = (self.get(_id_of(raw)) for _, raw in self.rows("current", key))
         return [record for record in found if record is not None]
 
     def changes_after(self, seq: int) -> Iterator[tuple[bytes, MemoryId]]:
         """Operation and memory of each later change that is still in the log."""
-        for _, raw in self._range("changes", b"", start=tables.number_key(seq + 1)):
+        for _, raw in self.rows("changes", start=tables.number_key(seq + 1)):
             yield raw[:1], _id_of(raw[1:])
 
     def session(self, name: str) -> Session | None:
-        if self._owner is None:
-            return None
-        raw = self._txn.get(self._owner.prefix + tables.session_key(name), db=self._dbs["sessions"])
+        raw = self.row("sessions", tables.session_key(name))
         return sessions.decode(raw) if raw else None
 
-    def _range(self, table: str, prefix: bytes, *, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """Key and value of each of the user's entries under a prefix."""
+    def usage(self, memory_id: MemoryId) -> Usage:
+        raw = self.row("usage", uuid.UUID(memory_id).bytes)
+        return usage.decode(raw) if raw else Usage()
+
+    def events(self, memory_id: MemoryId) -> Iterator[Event]:
+        """What happened to it, oldest first; of very many the last."""
+        for _, raw in self.rows("events", uuid.UUID(memory_id).bytes):
+            yield usage.decode_event(raw)
+
+    def row(self, table: str, key: bytes) -> bytes | None:
+        """A value of the user's, by the key without the owner."""
+        if self._owner is None:
+            return None
+        value: bytes | None = self._txn.get(self._owner.prefix + key, db=self._dbs[table])
+        return value
+
+    def rows(self, table: str, prefix: bytes = b"", *, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Key, without the owner, and value of each of the user's entries under a prefix, from ``start`` after it."""
         if self._owner is None:
             return
         prefix = self._owner.prefix + prefix
         with self._txn.cursor(db=self._dbs[table]) as cursor:
             found = cursor.set_range(prefix + start)
             while found and cursor.key().startswith(prefix):
-                yield cursor.item()
+                yield cursor.key()[8:], cursor.value()
                 found = cursor.next()
 
 
 class UserWriter(UserReader):
-    """Changes; ``finish`` is called once before the commit. Each change of a record goes to the log."""
+    """Changes; ``finish`` is called once before the commit. Each change of a record goes to the log.
+
+    Whatever changes a record also decides anew when time moves it next (``core.lifecycle.next_due``).
+    """
 
     _owner: Owner
 
-    def __init__(self, txn: lmdb.Transaction, dbs: Tables, who: Principal):
+    def __init__(self, txn: lmdb.Transaction, dbs: Tables, who: Principal, aging: Aging):
         super().__init__(txn, dbs, who)
+        self._aging = aging
         if self._owner is None:
             number = int(txn.get(b"next_owner", db=dbs["meta"]))
             txn.put(b"next_owner", str(number + 1).encode(), db=dbs["meta"])
@@ -118,99 +131,152 @@ class UserWriter(UserReader):
 
     def insert(self, now: datetime, **values: Any) -> MemoryRecord:
         """A new record, with the user's next id."""
-        self._owner.last_id = records.next_id(self._owner.last_id, now)
         record = MemoryRecord(
-            id=MemoryId(str(self._owner.last_id)),
+            id=MemoryId(str(self.new_id(now))),
             tenant=self.who.tenant,
             user=self.who.user,
             created_at=now,
             updated_at=now,
             **values,
         )
-        self._put(record)
+        self.put(record)
         return record
 
     def change(self, old: MemoryRecord, now: datetime, **values: Any) -> MemoryRecord:
         """A new version; the old one stays in the history."""
         new = replace(old, version=old.version + 1, updated_at=now, **values)
-        key = self._key(old.id)
-        self._txn.put(key + tables.version_key(old.version), records.encode(old), db=self._dbs["versions"])
-        self._forget_claims(old)
-        self._put(new)
+        key = uuid.UUID(old.id).bytes
+        self.put_row("versions", key + tables.version_key(old.version), records.encode(old))
+        if new.text != old.text:
+            self.delete_row("vectors", key)
+        self.put(new, old)
         return new
 
-    def touch(self, old: MemoryRecord, now: datetime) -> MemoryRecord:
-        """Said again: counted, but no new version."""
-        new = replace(old, uses=old.uses + 1, updated_at=now)
-        self._txn.put(self._key(new.id), records.encode(new), db=self._dbs["records"])
+    def put(self, record: MemoryRecord, old: MemoryRecord | None = None) -> None:
+        """Stores a record in the place of ``old``; without a new version, since its content is the same."""
+        self.put_row("records", uuid.UUID(record.id).bytes, records.encode(record))
+        if old is not None:
+            self.forget_claims(old)
+        if record.is_current:
+            for key in claims.keys_of(record.text):
+                self.put_row("current", key, uuid.UUID(record.id).bytes)
+        self.schedule(record, self.usage(record.id) if old is not None else Usage())
+        self._log(tables.PUT, record.id)
+
+    def move(self, old: MemoryRecord, move: Move, now: datetime, **values: Any) -> MemoryRecord:
+        """To another state, which is an event of its life and no new version.
+
+        Raises:
+            Conflict: its state does not allow it.
+        """
+        try:
+            state = lifecycle.after(old.state, move)
+        except lifecycle.IllegalMove as error:
+            raise Conflict(str(error)) from error
+        new = replace(old, state=state, updated_at=now, **values)
+        if new != old:
+            self.put(new, old)
         return new
 
-    def supersede(self, old: MemoryRecord, new: MemoryRecord, now: datetime) -> None:
-        """Takes an old record out of use. Its text did not change, so that is no new version."""
-        self._forget_claims(old)
-        self._put(replace(old, superseded_by=new.id, valid_to=now, updated_at=now))
+    def happened(self, record: MemoryRecord, kind: str, now: datetime, *, is_use: bool = False, **detail: Any) -> None:
+        """Notes an event of a memory's life; a use makes it last longer."""
+        key, known = uuid.UUID(record.id).bytes, self.usage(record.id)
+        raw = self.row("events", key + tables.number_key(known.events)) if known.events else None
+        last = usage.decode_event(raw) if raw else None
+        if last and (last.kind, last.detail) == (kind, detail):
+            event, number = replace(last, last_at=now, times=last.times + 1), known.events
+        else:
+            event, number = Event(kind, now, now, 1, detail), known.events + 1
+        self.put_row("events", key + tables.number_key(number), event.encode())
+        if number > tables.EVENTS_KEPT:
+            self.delete_row("events", key + tables.number_key(number - tables.EVENTS_KEPT))
+        new = replace(known, events=number)
+        if is_use:
+            new = replace(new, uses=known.uses + 1, last_used_at=now)
+        self.schedule(record, new, known)
 
-    def remove(self, memory_id: str) -> Removed:
-        """Takes out the record, its history and its place in sessions; nothing where there is none."""
-        removed = Removed()
-        record = self.get(memory_id)
-        if record is None:
-            return removed
-        self._txn.delete(self._key(record.id), db=self._dbs["records"])
-        self._forget_claims(record)
-        removed.ids.append(record.id)
-        removed.versions = self._clear("versions", uuid.UUID(record.id).bytes)
-        for key, raw in list(self._range("sessions", b"")):
-            session = sessions.decode(raw)
-            if record.id in session.ids:
-                self._txn.put(key, sessions.encode(session.without(record.id)), db=self._dbs["sessions"])
-                removed.sessions += 1
+    def use(self, record: MemoryRecord, kind: str, now: datetime, **detail: Any) -> MemoryRecord:
+        """It was used: activated, back from the archive if it was there, and noted."""
+        self.happened(record, kind, now, is_use=True, **detail)
+        return self.move(record, Move.USE, now)
+
+    def schedule(self, record: MemoryRecord, new: Usage, known: Usage | None = None) -> None:
+        """Puts a memory where time finds it, and its usage with that."""
+        known = new if known is None else known
+        due = lifecycle.next_due(self._aging, self.life(record, new))
+        new = replace(new, due_at=due.at if due else None)
+        identifier = uuid.UUID(record.id).bytes
+        place = self._owner.prefix + identifier
+        if known.due_at is not None:
+            self._txn.delete(tables.moment_key(known.due_at) + place, db=self._dbs["due"])
+        if new.due_at is not None:
+            self._txn.put(tables.moment_key(new.due_at) + place, b"", db=self._dbs["due"])
+        self.put_row("usage", identifier, new.encode())
+
+    def life(self, record: MemoryRecord, used: Usage) -> Life:
+        return Life(
+            record.state,
+            record.priority,
+            record.expires_at,
+            used.uses,
+            used.last_used_at or record.created_at,
+            keeps=record.pinned or record.valid_to is not None,
+        )
+
+    def due(self, record: MemoryRecord) -> Due | None:
+        """What time does to it next."""
+        return lifecycle.next_due(self._aging, self.life(record, self.usage(record.id)))
+
+    def drop(self, record: MemoryRecord) -> int:
+        """Takes a record out with all that is only about it; how many versions there were."""
+        key = uuid.UUID(record.id).bytes
+        if (due_at := self.usage(record.id).due_at) is not None:
+            self._txn.delete(tables.moment_key(due_at) + self._owner.prefix + key, db=self._dbs["due"])
+        self.delete_row("records", key)
+        self.forget_claims(record)
+        removed = {table: self.clear(table, key) for table in tables.OF_A_MEMORY}
         self._log(tables.REMOVE, record.id)
-        self._owner.kv_epoch += 1
+        return removed["versions"]
+
+    def drop_all(self) -> dict[str, int]:
+        """Takes out all that the user has; how many entries there were, by table."""
+        for key, raw in list(self.rows("usage")):
+            if (due_at := usage.decode(raw).due_at) is not None:
+                self._txn.delete(tables.moment_key(due_at) + self._owner.prefix + key, db=self._dbs["due"])
+        removed = {table: self.clear(table) for table in tables.OF_A_USER}
+        self._log(tables.CLEAR, MemoryId(str(records.NO_ID)))
         return removed
 
-    def remove_all(self) -> Removed:
-        removed = Removed([_id_of(key[8:]) for key, _ in self._range("records", b"")])
-        self._clear("records")
-        self._clear("current")
-        removed.versions = self._clear("versions")
-        removed.sessions = self._clear("sessions")
-        self._log(tables.CLEAR, MemoryId(str(records.NO_ID)))
-        self._owner.kv_epoch += 1
-        return removed
+    def forget_claims(self, record: MemoryRecord) -> None:
+        for key in claims.keys_of(record.text):
+            self.delete_row("current", key, uuid.UUID(record.id).bytes)
+
+    def new_id(self, now: datetime) -> uuid.UUID:
+        """Above all ids that the user's memories, links and snapshots ever had."""
+        self._owner.last_id = records.next_id(self._owner.last_id, now)
+        return self._owner.last_id
 
     def new_kv_epoch(self) -> None:
+        """Makes KV that may hold what was said so far unreachable; ``kv_removals`` knows it until it is gone."""
+        self.put_row("kv_removals", tables.number_key(self._owner.kv_epoch), tables.encode_principal(self.who))
         self._owner.kv_epoch += 1
 
     def put_session(self, name: str, session: Session) -> None:
-        key = self._owner.prefix + tables.session_key(name)
-        self._txn.put(key, sessions.encode(session), db=self._dbs["sessions"])
+        self.put_row("sessions", tables.session_key(name), sessions.encode(session))
 
     def drop_sessions(self, now: datetime, ttl_s: float) -> None:
         """Takes out the user's sessions that are over."""
-        for key, raw in list(self._range("sessions", b"")):
+        for key, raw in list(self.rows("sessions")):
             if sessions.decode(raw).is_over(now, ttl_s):
-                self._txn.delete(key, db=self._dbs["sessions"])
+                self.delete_row("sessions", key)
 
-    def _put(self, record: MemoryRecord) -> None:
-        self._txn.put(self._key(record.id), records.encode(record), db=self._dbs["records"])
-        if record.is_current:
-            for key in claims.keys_of(record.text):
-                self._txn.put(self._owner.prefix + key, uuid.UUID(record.id).bytes, db=self._dbs["current"])
-        self._log(tables.PUT, record.id)
+    def put_row(self, table: str, key: bytes, value: bytes) -> None:
+        self._txn.put(self._owner.prefix + key, value, db=self._dbs[table])
 
-    def _forget_claims(self, record: MemoryRecord) -> None:
-        for key in claims.keys_of(record.text):
-            self._txn.delete(self._owner.prefix + key, uuid.UUID(record.id).bytes, db=self._dbs["current"])
+    def delete_row(self, table: str, key: bytes, value: bytes = b"") -> bool:
+        return bool(self._txn.delete(self._owner.prefix + key, value, db=self._dbs[table]))
 
-    def _log(self, operation: bytes, memory_id: MemoryId) -> None:
-        self._owner.seq += 1
-        key, db = self._owner.prefix + tables.number_key(self._owner.seq), self._dbs["changes"]
-        self._txn.put(key, operation + uuid.UUID(memory_id).bytes, db=db)
-        if self._owner.seq > tables.CHANGES_KEPT:
-            self._txn.delete(self._owner.prefix + tables.number_key(self._owner.seq - tables.CHANGES_KEPT), db=db)
-
-    def _clear(self, table: str, prefix: bytes = b"") -> int:
+    def clear(self, table: str, prefix: bytes = b"") -> int:
         """Deletes the user's entries under a prefix; how many there were."""
         prefix = self._owner.prefix + prefix
         count = 0
@@ -222,8 +288,11 @@ class UserWriter(UserReader):
                 found = bool(cursor.key())
         return count
 
-    def _key(self, memory_id: MemoryId) -> bytes:
-        return self._owner.prefix + uuid.UUID(memory_id).bytes
+    def _log(self, operation: bytes, memory_id: MemoryId) -> None:
+        self._owner.seq += 1
+        self.put_row("changes", tables.number_key(self._owner.seq), operation + uuid.UUID(memory_id).bytes)
+        if self._owner.seq > tables.CHANGES_KEPT:
+            self.delete_row("changes", tables.number_key(self._owner.seq - tables.CHANGES_KEPT))
 
 
 def _id_of(raw: bytes) -> MemoryId:

@@ -50,14 +50,16 @@ def path_template(root: Path, identity: str, chunk: str, tag: bytes) -> str:
     return str(root / identity / chunk[:2] / f"{chunk}.{tag.hex() or '-'}.r{{rank}}.safetensors")
 
 
-def scan(root: Path) -> list[FoundChunk]:
-    """All chunks under ``root``, whole or not. Removes temporary files; leaves files that are not ours."""
+def scan(root: Path, clean: bool = True) -> list[FoundChunk]:
+    """All chunks under ``root``, whole or not. Removes temporary files if it may ``clean``; leaves files that are
+    not ours."""
     found: dict[tuple[str, str, bytes], FoundChunk] = {}
     for directory in _subdirectories(root, _DIRECTORY):
         for fan_out in _subdirectories(directory, _FAN_OUT):
             for entry in list(os.scandir(fan_out)):
                 if entry.name.startswith(".") and entry.name.endswith(TEMPORARY_SUFFIX):
-                    os.unlink(entry.path)
+                    if clean:
+                        os.unlink(entry.path)
                 elif match := _FILE.fullmatch(entry.name):
                     tag = b"" if match["tag"] == "-" else bytes.fromhex(match["tag"])
                     name = (directory.name, match["chunk"], tag)

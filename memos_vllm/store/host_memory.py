@@ -27,6 +27,8 @@ class RowGroup:
 
     matrix: Tensor  # uint8 [rows of the segment, block_bytes]
     rows: Sequence[int]
+    pinned: bool = False
+    """Page-locked: a kernel on the device may use it, and a copy runs beside others."""
 
 
 class HostMemory:
@@ -45,7 +47,7 @@ class HostMemory:
         self.num_slots, self.block_bytes = num_slots, block_bytes
         self._slots_per_segment = slots_per_segment or max(1, SEGMENT_BYTES // block_bytes)
         self._segments: dict[int, Tensor] = {}
-        self._pinned: list[Tensor] = []
+        self._pinned: dict[int, Tensor] = {}
         self._pin, self._device = pin and device.type == "cuda", device
         self._lock = threading.Lock()
 
@@ -63,14 +65,15 @@ class HostMemory:
             while end < len(slots) and slots[end] // self._slots_per_segment == number:
                 end += 1
             first = number * self._slots_per_segment
-            groups.append(RowGroup(self._segment(number), [slot - first for slot in slots[begin:end]]))
+            segment = self._segment(number)
+            groups.append(RowGroup(segment, [slot - first for slot in slots[begin:end]], number in self._pinned))
             begin = end
         return groups
 
     def close(self) -> None:
         """Unlocks the pages. No copy may be running."""
         with self._lock:
-            for segment in self._pinned:
+            for segment in self._pinned.values():
                 torch.cuda.cudart().cudaHostUnregister(segment.data_ptr())
             self._pinned.clear()
             self._segments.clear()
@@ -80,26 +83,25 @@ class HostMemory:
             if number not in self._segments:
                 first = number * self._slots_per_segment
                 assert 0 <= first < self.num_slots, "no such slot"
-                self._segments[number] = self._allocate(min(self._slots_per_segment, self.num_slots - first))
+                segment = self._allocate(min(self._slots_per_segment, self.num_slots - first))
+                if self._pin and self._page_lock(segment):
+                    self._pinned[number] = segment
+                self._segments[number] = segment
             return self._segments[number]
 
     def _allocate(self, num_rows: int) -> Tensor:
         pages = mmap.mmap(-1, num_rows * self.block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer faults at first use
-        segment = torch.frombuffer(pages, dtype=torch.uint8).view(num_rows, self.block_bytes)
-        if self._pin:
-            self._page_lock(segment)
-        return segment
+        return torch.frombuffer(pages, dtype=torch.uint8).view(num_rows, self.block_bytes)
 
-    def _page_lock(self, segment: Tensor) -> None:
-        portable = 1  # cudaHostRegisterPortable
+    def _page_lock(self, segment: Tensor) -> bool:
+        flags = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped: kernels read and write it too
         # The guard keeps an I/O thread from opening a context on GPU 0.
         with torch.cuda.device(self._device):
-            error = torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), segment.numel(), portable)
+            error = torch.cuda.cudart().cudaHostRegister(segment.data_ptr(), segment.numel(), flags)
         if int(error) == 0:
-            self._pinned.append(segment)
-            return
+            return True
         self._pin = False
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self._device)  # takes the error, which this thread's next kernel would raise
@@ -109,6 +111,7 @@ class HostMemory:
             int(error),
             len(self._pinned),
         )
+        return False
 
 
 def tensors(groups: Sequence[RowGroup]) -> list[Tensor]:

@@ -66,6 +66,11 @@ class SlotTable:
         self._entries: dict[BlockKey, _Entry] = {}
         self._evictable: OrderedDict[BlockKey, None] = OrderedDict()  # READY and unpinned, oldest use first
 
+    @property
+    def num_used(self) -> int:
+        """Slots that are not free, whatever their state."""
+        return self.num_slots - len(self._free)
+
     def __len__(self) -> int:
         """Keys that ``lookup`` finds; counted one by one."""
         return sum(entry.state is SlotState.READY for entry in self._entries.values())

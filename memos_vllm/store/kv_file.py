@@ -8,7 +8,8 @@ apart, and the library wants one contiguous tensor, so it would double the memor
 nor cuts its work into pieces that a load can overtake; and a partial read into memory that exists
 (``preadv``) needs the offset of the data, which the library hides. A test holds both to each other.
 
-Rows are anything that yields uint8 tensors of ``block_bytes`` in CPU memory: a matrix, or a list.
+Rows are anything that yields uint8 tensors of ``block_bytes`` in CPU memory: a matrix, or a list. A reader
+also takes rows in several parts, and then reads a block straight to where its parts belong.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from xxhash import xxh3_64_hexdigest
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
-from memos_vllm.errors import KVFileCorrupt, KVFileMismatch
+from memos_vllm.errors import KVChecksumMismatch, KVFileCorrupt, KVFileMismatch
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.types import BlockKey
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
     Rows = Tensor | Sequence[Tensor]
 
+Row = Sequence[np.ndarray]
+"""A block's memory: one-dimensional parts of uint8, in the order of the file."""
+
 PIECE_BYTES = 8 * 2**20
 """Work between two points at which a load may overtake a write."""
 
@@ -40,7 +45,14 @@ TEMPORARY_SUFFIX = ".tmp"
 _MAX_HEADER_BYTES = 16 * 2**20  # a bit flip in the length must not allocate the whole memory
 _DATA_ALIGNMENT = 4096  # so that a reader may use O_DIRECT or GPUDirect Storage
 _MAX_BUFFERS = 1024  # IOV_MAX
+_CACHED_BYTES = 2**20
+"""What is read before it is checked: so much is still in the core's own cache then.
+
+On a Xeon with 2 MiB of it, one thread read and checked 64 MiB from the page cache at 5.1 GB/s in such
+steps, at 3.9 GB/s in one.
+"""
 _Item = TypeVar("_Item")
+_Buffer = TypeVar("_Buffer", memoryview, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +128,12 @@ def read_blocks(
         OSError: the file cannot be opened or read.
     """
     with ChunkReader(path, identity, rank) as reader:
-        reader.read(positions, keys, out)
+        reader.read(positions, keys, rows_of(out))
+
+
+def rows_of(rows: Rows) -> list[Row]:
+    """Each row as one part."""
+    return [[row.numpy()] for row in rows]
 
 
 class ChunkReader:
@@ -132,27 +149,35 @@ class ChunkReader:
             self.close()
             raise
 
-    def read(self, positions: Sequence[int], keys: Sequence[BlockKey], out: Rows) -> None:
-        header, rows = self.header, _buffers(out)
-        assert len(positions) == len(keys) == len(rows)
+    def check(self, positions: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        """Raises KVFileMismatch unless the file says that it holds ``keys`` at ``positions``."""
+        held = self.header.keys
         for position, key in zip(positions, keys, strict=True):
-            if not 0 <= position < len(header.keys) or header.keys[position] != key:
+            if not 0 <= position < len(held) or held[position] != key:
                 raise KVFileMismatch(f"{self.path} does not hold block {key.hex()} at position {position}")
-        if any(row.nbytes != header.block_bytes for row in rows):
-            raise KVFileMismatch(f"{self.path} has blocks of {header.block_bytes} bytes, not {rows[0].nbytes}")
+
+    def read(self, positions: Sequence[int], keys: Sequence[BlockKey], rows: Sequence[Row]) -> None:
+        header = self.header
+        assert len(positions) == len(keys) == len(rows)
+        self.check(positions, keys)
+        for row in rows:
+            if (row_bytes := sum(part.nbytes for part in row)) != header.block_bytes:
+                raise KVFileMismatch(f"{self.path} has blocks of {header.block_bytes} bytes, not {row_bytes}")
         begin = 0
         while begin < len(rows):
+            most = max(1, min(_CACHED_BYTES // header.block_bytes, _MAX_BUFFERS // len(rows[begin])))
             end = begin + 1
-            while end < len(rows) and end - begin < _MAX_BUFFERS and positions[end] == positions[end - 1] + 1:
+            while end < len(rows) and end - begin < most and positions[end] == positions[end - 1] + 1:
                 end += 1
             offset = header.data_offset + positions[begin] * header.block_bytes
-            _read_all(self._fd, rows[begin:end], offset, self.path)
+            _read_all(self._fd, [part for row in rows[begin:end] for part in row], offset, self.path)
+            for position, row in zip(positions[begin:end], rows[begin:end], strict=True):
+                if _checksum(row) != header.checksums[position]:
+                    raise KVChecksumMismatch(
+                        f"{self.path}: the checksum of block {header.keys[position].hex()} at position {position} "
+                        "does not match"
+                    )
             begin = end
-        for position, key, row in zip(positions, keys, rows, strict=True):
-            if xxh3_64_hexdigest(row) != header.checksums[position]:
-                raise KVFileCorrupt(
-                    f"{self.path}: the checksum of block {key.hex()} at position {position} does not match"
-                )
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -191,9 +216,13 @@ def check_owner(header: Header, path: str | os.PathLike[str], identity: KVIdenti
 
 def pieces(items: Sequence[_Item], item_bytes: int) -> Iterator[Sequence[_Item]]:
     """Cuts ``items`` into parts of at most ``PIECE_BYTES``, but at least one item."""
-    step = max(1, PIECE_BYTES // item_bytes)
+    step = items_per_piece(item_bytes)
     for begin in range(0, len(items), step):
         yield items[begin : begin + step]
+
+
+def items_per_piece(item_bytes: int) -> int:
+    return max(1, PIECE_BYTES // item_bytes)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
@@ -259,7 +288,16 @@ def _write_all(fd: int, buffers: Sequence[memoryview]) -> None:
             rest = _after(rest, os.writev(fd, rest))
 
 
-def _read_all(fd: int, buffers: Sequence[memoryview], offset: int, path: str | os.PathLike[str]) -> None:
+def _checksum(row: Row) -> str:
+    if len(row) == 1:
+        return xxh3_64_hexdigest(row[0])
+    digest = xxh3_64()
+    for part in row:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _read_all(fd: int, buffers: Sequence[np.ndarray], offset: int, path: str | os.PathLike[str]) -> None:
     rest = list(buffers)
     while rest:
         count = os.preadv(fd, rest, offset)
@@ -269,7 +307,7 @@ def _read_all(fd: int, buffers: Sequence[memoryview], offset: int, path: str | o
         rest = _after(rest, count)
 
 
-def _after(buffers: list[memoryview], count: int) -> list[memoryview]:
+def _after(buffers: list[_Buffer], count: int) -> list[_Buffer]:
     """What is left of ``buffers`` after their first ``count`` bytes."""
     for index, buffer in enumerate(buffers):
         if count < buffer.nbytes:

@@ -1,118 +1,141 @@
-"""The way between paged blocks and host rows; its two implementations and nothing else know the device.
+"""The way between paged blocks and host rows: in CPU memory one pass, on a device through its streams.
 
-One thread (the copy thread of the transfer worker) calls a link. A call copies one piece and returns
-when the bytes have arrived, so whoever sees it return may publish, free or reuse both sides.
+A call copies one piece, and says through ``landed`` when its bytes have arrived; whoever is told may
+publish, free or reuse both sides, and nobody before.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memos_vllm.kernels.kv_copy import BlockCopier
+from memos_vllm.store.copy_planner import CopyPlan, Direction
+from memos_vllm.store.cuda_device import CudaDevice
+from memos_vllm.store.fragments import fragment_views
 from memos_vllm.store.host_memory import RowGroup
+from memos_vllm.store.kv_file import Row, items_per_piece
+from memos_vllm.store.pipeline import Device, Landed, LoadPipeline, Method, SavePipeline
+
+logger = logging.getLogger(__name__)
 
 
 class Link(ABC):
-    block_bytes: int
     device: torch.device
+    row_bytes: int
+    """Of one block off the GPU."""
+    in_place: bool
+    """Whether a call copies in the caller's thread, any thread, and returns when it has landed."""
 
     @abstractmethod
-    def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: torch.cuda.Event | None) -> None:
-        """Blocks to rows, in order. Starts after the event: what writes the blocks is finished then."""
+    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
+        """Rows to blocks, in order. Starts after the event: nothing uses the blocks' old content then.
+
+        Raises:
+            Exception: nothing is under way, and ``landed`` is not called.
+        """
 
     @abstractmethod
-    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: torch.cuda.Event | None) -> None:
-        """Rows to blocks, in order. Starts after the event: nothing uses the blocks' old content then."""
+    def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: Any, landed: Landed) -> None:
+        """Blocks to rows, in order. Starts after the event: what writes the blocks is finished then.
+
+        Raises:
+            Exception: as ``load``.
+        """
+
+    def memory(self, block_ids: Sequence[int]) -> list[Row] | None:
+        """The blocks' own bytes, to read a file into; None if that cannot be done."""
+        return None
+
+    def close(self, timeout_s: float) -> bool:
+        """Lets what is under way land. False if the device does not answer."""
+        return True
 
 
 class CpuLink(Link):
     """Blocks in CPU memory: one pass, row by row where rows lie apart."""
 
-    def __init__(self, planes: Sequence[Tensor]) -> None:
-        self._copier = BlockCopier(planes)
-        self.block_bytes, self.device = self._copier.block_bytes, self._copier.device
+    in_place = True
 
-    def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: torch.cuda.Event | None) -> None:
-        begin = 0
-        for group in groups:
-            end = begin + len(group.rows)
-            self._copier.gather(block_ids[begin:end], group.matrix, group.rows)
-            begin = end
+    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor]) -> None:
+        self._copier = copier
+        fragments = fragment_views(planes) if copier.row_bytes == copier.block_bytes else None
+        self._fragments = None if fragments is None else [fragment.numpy() for fragment in fragments]
+        self.row_bytes, self.device = copier.row_bytes, copier.device
 
-    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: torch.cuda.Event | None) -> None:
+    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
         begin = 0
         for group in groups:
             end = begin + len(group.rows)
             self._copier.scatter(group.matrix, block_ids[begin:end], group.rows)
             begin = end
+        landed(None)
+
+    def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: Any, landed: Landed) -> None:
+        begin = 0
+        for group in groups:
+            end = begin + len(group.rows)
+            self._copier.gather(block_ids[begin:end], group.matrix, group.rows)
+            begin = end
+        landed(None)
+
+    def memory(self, block_ids: Sequence[int]) -> list[Row] | None:
+        if self._fragments is None:
+            return None
+        return [[fragment[block] for fragment in self._fragments] for block in block_ids]
 
 
-class CudaLink(Link):
-    """Blocks on a GPU: DMA between rows and a staging buffer, scatter or gather behind it.
-
-    Both run on one stream of the lowest priority, so the stream itself orders the reuse of the staging
-    buffer, and the forward pass goes first. The event at the end is waited for on the host.
+class DeviceLink(Link):
+    """Blocks on a device: a pipeline per direction. One thread loads, one saves.
 
     Args:
-        piece_blocks: rows of the staging buffer, the most that one call may copy.
+        torch_device: where ``device`` is.
+        row_bytes: of one block off the device.
+        fragments: how many pieces of memory a block is on the device.
+        plan: which method is the fastest for how many fragments.
     """
 
-    def __init__(self, planes: Sequence[Tensor], piece_blocks: int) -> None:
-        self._copier = BlockCopier(planes)
-        self.block_bytes, self.device = self._copier.block_bytes, self._copier.device
-        self._piece_blocks = piece_blocks
-        self._stream = torch.cuda.Stream(self.device, priority=0)  # torch's range is -5 (first) to 0 (last)
-        self._staging: Tensor | None = None  # uint8 [piece_blocks, block_bytes], at the first use
-        self._done = torch.cuda.Event(blocking=True)
+    in_place = False
 
-    def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: torch.cuda.Event | None) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            staged = self._begin(len(block_ids), after)
-            self._copier.gather(block_ids, staged)
-            for host, device in _spans(groups, staged):
-                host.copy_(device, non_blocking=True)
-            self._finish()
+    def __init__(
+        self, device: Device, torch_device: torch.device, row_bytes: int, fragments: int, plan: CopyPlan
+    ) -> None:
+        self.row_bytes, self.device = row_bytes, torch_device
+        self._fragments, self._plan, self._methods = fragments, plan, device.methods
+        self._loads = LoadPipeline(device, "memos-load-landing")
+        self._saves = SavePipeline(device, "memos-save-landing")
 
-    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: torch.cuda.Event | None) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            staged = self._begin(len(block_ids), after)
-            for host, device in _spans(groups, staged):
-                device.copy_(host, non_blocking=True)
-            self._copier.scatter(staged, block_ids)
-            self._finish()
+    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
+        self._loads.issue(groups, block_ids, after, self._method(Direction.LOAD, groups, len(block_ids)), landed)
 
-    def _begin(self, num_blocks: int, after: torch.cuda.Event | None) -> Tensor:
-        assert num_blocks <= self._piece_blocks
-        if after is not None:
-            self._stream.wait_event(after)
-        if self._staging is None:
-            self._staging = torch.empty(self._piece_blocks, self.block_bytes, dtype=torch.uint8, device=self.device)
-        return self._staging[:num_blocks]
+    def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: Any, landed: Landed) -> None:
+        self._saves.issue(groups, block_ids, after, self._method(Direction.SAVE, groups, len(block_ids)), landed)
 
-    def _finish(self) -> None:
-        self._done.record(self._stream)
-        self._done.synchronize()
+    def _method(self, direction: Direction, groups: Sequence[RowGroup], num_blocks: int) -> Method:
+        allowed = self._methods
+        if not all(group.pinned for group in groups):
+            allowed -= {Method.DIRECT}
+        size_bytes = self.row_bytes // self._fragments
+        return self._plan.choose(direction, size_bytes, self._fragments * num_blocks, allowed)
+
+    def close(self, timeout_s: float) -> bool:
+        ended = [pipeline.close(timeout_s / 2) for pipeline in (self._loads, self._saves)]
+        return all(ended)
 
 
-def _spans(groups: Sequence[RowGroup], staged: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Runs of adjacent host rows beside their rows of ``staged``: one DMA each."""
-    spans = []
-    done = 0
-    for group in groups:
-        begin, rows = 0, group.rows
-        while begin < len(rows):
-            end = begin + 1
-            while end < len(rows) and rows[end] == rows[end - 1] + 1:
-                end += 1
-            count = end - begin
-            spans.append((group.matrix[rows[begin] : rows[begin] + count], staged[done : done + count]))
-            begin, done = end, done + count
-    return spans
-
-
-def link_for(planes: Sequence[Tensor], piece_blocks: int) -> Link:
-    return CudaLink(planes, piece_blocks) if planes[0].device.type == "cuda" else CpuLink(planes)
+def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> Link:
+    """The link to ``planes``, which ``copier`` copies."""
+    copier.warm_up()
+    if copier.device.type != "cuda":
+        return CpuLink(copier, planes)
+    piece_blocks = items_per_piece(copier.row_bytes)
+    fragment = (copier.row_bytes // len(planes), piece_blocks * len(planes))
+    device = CudaDevice(copier, planes, piece_blocks)
+    methods = {each.value: plan.choose(each, *fragment, device.methods).value for each in Direction}
+    logger.info("KV copies in pieces of %d x %d bytes: %s", fragment[1], fragment[0], methods)
+    return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from memos_vllm.store import tags
+from memos_vllm.store.copy_totals import ROUTES, CopyTotals, Route, route_of
 from memos_vllm.store.disk_index import DiskIndex, PlannedChunk
 from memos_vllm.store.host_pool import SlotState, SlotTable
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
@@ -77,6 +78,10 @@ class _Pending:
     ranks_left: int = 0
     errors: list[str] = field(default_factory=list)
     corrupt: bool = False
+    checksum_failed: bool = False
+    size_bytes: int = 0
+    seconds: float = 0.0
+    """Of the slowest rank so far."""
 
 
 @dataclass(slots=True)
@@ -90,6 +95,10 @@ class TransferTotals:
     failed_ops: int = 0
     skipped_blocks: int = 0
     """Blocks that were not saved because no tier had room for them."""
+    corrupt_files: int = 0
+    """Chunks whose file was damaged, foreign or gone on some rank."""
+    checksum_failures: int = 0
+    """Those of them in which a block's checksum did not match."""
 
 
 class TierManager:
@@ -110,6 +119,7 @@ class TierManager:
         self.slots = slots
         self.disk = disk
         self.totals = TransferTotals()
+        self.copies: dict[Route, CopyTotals] = {route: CopyTotals() for route in ROUTES}
         self._chunk_blocks = chunk_blocks
         self._block_bytes = block_bytes
         self._world_size = world_size
@@ -137,6 +147,10 @@ class TierManager:
                 break
             num_blocks += 1
         return Match(num_blocks, num_host, pending)
+
+    def holds(self, key: BlockKey) -> bool:
+        """Whether a tier has the block, ready to be loaded."""
+        return self.match([key]).num_blocks == 1
 
     def is_on_its_way(self, key: BlockKey) -> bool:
         """Whether a copy of the block to the GPU is under way."""
@@ -242,13 +256,17 @@ class TierManager:
         for result in results:
             pending = self._pending[result.op_id]
             pending.ranks_left -= 1
+            pending.size_bytes += result.nbytes
+            pending.seconds = max(pending.seconds, result.seconds)
             if not result.ok:
                 pending.errors.append(result.error or "unknown error")
                 pending.corrupt |= result.corrupt
+                pending.checksum_failed |= result.checksum_failed
             if pending.ranks_left:
                 continue
             del self._pending[result.op_id]
             finished.add(result.op_id)
+            self._count_copy(pending)
             if pending.errors:
                 failed.add(result.op_id)
                 self.totals.failed_ops += 1
@@ -264,6 +282,14 @@ class TierManager:
                 case Read() as read:
                     self._read(pending, read)
         return Completion(released, finished, failed), follow_up
+
+    def _count_copy(self, pending: _Pending) -> None:
+        copies = self.copies[route_of(pending.operation)]
+        copies.size_bytes += pending.size_bytes
+        copies.seconds += pending.seconds
+        copies.failed_ops += bool(pending.errors)
+        self.totals.corrupt_files += pending.corrupt
+        self.totals.checksum_failures += pending.checksum_failed
 
     def _saved(self, pending: _Pending, save: Save) -> list[Op]:
         if pending.errors or self.is_forgotten(pending.tag):
@@ -336,6 +362,11 @@ class TierManager:
         self._pending[pending.operation.op_id] = pending
 
     # -- control --------------------------------------------------------------------------------
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block over all ranks."""
+        return self._block_bytes
 
     @property
     def num_in_flight(self) -> int:

@@ -75,6 +75,8 @@ class Result:
     """From the first piece's start to the end; pieces of operations that overtook it are inside."""
     corrupt: bool = False
     """The file itself is damaged, foreign or gone; otherwise this attempt failed and another may not."""
+    checksum_failed: bool = False
+    """It is damaged in that a block's checksum does not match."""
 
 
 def path_for_rank(path: str, rank: int) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memos_vllm.core.predictor import Predictor
+from memos_vllm.core import snapshot
+from memos_vllm.core.predictor import STATE_VERSION, Predictor
 from memos_vllm.core.scenes import (
     Closed,
     Event,
@@ -282,7 +284,18 @@ def test_what_a_shared_scene_led_to_is_forgotten_with_its_owner() -> None:
     assert b"ada" not in predictor.to_bytes()
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff\xfe", b'{"version": 99}', b'{"version": 1, "hazard": 3}'])
+def text(**state: Any) -> bytes:
+    return snapshot.to_bytes(state)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"{}", b"[]", b"\xff\xfe", b'{"version": 1, "hazard": 3}', b'{"parts": 1}\n'),
+        *(text(), text(version=99), text(version=STATE_VERSION, hazard=3), text(version=[1])),
+        *(b'{"parts": 1}\n' + line for line in (b"3", b"[[], false, 1]", b"[[1], true, 1]", b'[["a", "b"], 0, 0]')),
+    ],
+)
 def test_a_state_that_is_none_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError):
         Predictor.from_bytes(data)
@@ -291,7 +304,8 @@ def test_a_state_that_is_none_is_refused(data: bytes) -> None:
 def test_the_state_is_json() -> None:
     predictor = predictor_with("a", owner="ada")
     turn(predictor, "a", 0)
-    assert json.loads(predictor.to_bytes())["version"] == 1
+    first, version, *rest = map(json.loads, predictor.to_bytes().splitlines())
+    assert first == {"parts": 1 + len(rest)} and version == [["version"], False, STATE_VERSION]
 
 
 def test_ten_thousand_scenes_cost_little() -> None:

@@ -27,8 +27,8 @@ def policy_with(**probabilities: float) -> ResidencyPolicy:
 
 
 def add(policy: ResidencyPolicy, name: str, blocks: list[str], probability: float) -> None:
-    policy.predictor.add(Scene(name))
-    policy.predictor.observe(WillUse(name, 0, probability), 0)
+    policy.values.add(Scene(name))
+    policy.values.observe(WillUse(name, 0, probability), 0)
     policy.track(name, blocks)
     policy.update()
 
@@ -44,15 +44,15 @@ def test_the_least_probable_goes_first_and_from_its_end() -> None:
 def test_a_shared_block_is_worth_the_sum_of_its_scenes() -> None:
     policy = policy_with(a=0.9, b=0.1)
     assert policy.value("system0") == pytest.approx(policy.value("a0") + policy.value("b0"))
-    assert policy.value("a0") == policy.value("a3") == policy.predictor.value("a")
+    assert policy.value("a0") == policy.value("a3") == policy.values.value("a")
     assert policy.value("nobody's") == 0
 
 
 def test_values_follow_the_predictor() -> None:
     policy = policy_with(a=0.9, b=0.1)
     policy.resident(chain("a") + chain("b"))
-    policy.predictor.observe(Closed("a"), 1)
-    policy.predictor.observe(Typing("b"), 1)
+    policy.values.observe(Closed("a"), 1)
+    policy.values.observe(Typing("b"), 1)
     policy.update()
     assert policy.coldest(1) == ["a3"] and policy.value("a0") == 0
     policy.check_integrity()
@@ -148,7 +148,7 @@ def test_what_nobody_contains_any_more_goes_first_and_is_forgotten() -> None:
     policy = policy_with(a=0.9, b=0.5)
     policy.resident(chain("a") + chain("b"))
     policy.forget("a")
-    policy.predictor.remove("a")
+    policy.values.remove("a")
     policy.update()
     assert policy.evict(4) == ["a3", "a2", "a1", "a0"]
     assert policy.tree.segment_of("a0") is None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.serving import Server, serve
+from memos_vllm.integration.metrics import series_key
 
 APP, ALICE, BOB = "app-key", "alice-key", "bob-key"
 CONFIG = f"""
@@ -78,13 +81,23 @@ class Memos:
             return client.request(method, path, **options)
 
     def settle(self) -> dict[str, Any]:
-        """Waits until no copy is under way; the status of activation memory."""
+        """Waits until no copy is under way and nothing is left to be built; the status of activation memory."""
         deadline = time.monotonic() + 60
         while True:
-            status = self.call("GET", "/v1/memos/status").json()["kv"]
-            if not status["in_flight"]:
-                return status
-            assert time.monotonic() < deadline, f"copies do not end: {status}"
+            status = self.call("GET", "/v1/memos/status").json()
+            if not status["kv"]["in_flight"] and not status["build"]["pending"]:
+                return status["kv"]
+            assert time.monotonic() < deadline, f"copies or builds do not end: {status}"
+
+    def metrics(self) -> dict[str, float]:
+        """Our series on /metrics, summed over models and engines: name and own label values by ``series_key``."""
+        out: Counter[str] = Counter()
+        for family in text_string_to_metric_families(self.call("GET", "/metrics").text):
+            for sample in family.samples:
+                if sample.name.startswith("memos:"):
+                    own = [value for name, value in sample.labels.items() if name not in ("model_name", "engine")]
+                    out[series_key(sample.name, *own)] += sample.value
+        return out
 
     def drop(self, *tiers: str) -> None:
         for tier in tiers:
@@ -112,6 +125,7 @@ def stock_answers(recall_model: Path) -> dict[str, Any]:
         return {
             "openapi": client.get("/openapi.json").json(),
             "plain": [plain_answer(client, server.model, body) for body in PLAIN_REQUESTS],
+            "metrics": client.get("/metrics").text,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any
 
@@ -36,6 +37,38 @@ def test_add_read_change_list_search_delete(memos: Memos, key: str) -> None:
     assert "pilot" not in memos.answer(key, "What is my job?")
 
 
+def test_a_batch_is_stored_whole(memos: Memos, key: str) -> None:
+    batch = {"memories": [{"text": f"Ferry {i} leaves at seven.", "tags": ["ferry"]} for i in range(50)]}
+    added = memos.call("POST", "/v1/memories", key, json=batch).json()["data"]
+    assert memos.call("GET", "/v1/memories?tag=ferry", key).json()["data"] == added and len(added) == 50
+    batch["memories"][1]["text"] = " "
+    refused = memos.call("POST", "/v1/memories", key, json=batch)
+    assert refused.status_code == 400 and "memories[1]" in refused.json()["error"]["message"]
+    assert len(memos.call("GET", "/v1/memories?tag=ferry", key).json()["data"]) == 50
+
+
+def test_a_use_is_noted_with_its_scene(memos: Memos, key: str) -> None:
+    path = f"/v1/memories/{memos.call('POST', '/v1/memories', key, json={'text': 'My job is baker.'}).json()['id']}"
+    memos.chat(key, "What is my job?", {"session": "s", "remember": False})
+    deadline = time.monotonic() + 60
+    while not (log := memos.call("GET", path + "/log", key).json()["data"]):  # noted after the answer
+        assert time.monotonic() < deadline
+    (event,) = log
+    assert (event["kind"], event["where"], event["session"]) == ("recalled", "long_lived", "s")
+    cube = memos.call("GET", path + "/cube", key).json()
+    assert cube["payload"]["scenes"] == [event["scene"]] and cube["header"]["governance"]["state"] == "activated"
+
+
+def test_a_snapshot_brings_back_what_was_changed(memos: Memos, key: str) -> None:
+    memory = memos.call("POST", "/v1/memories", key, json={"text": "My job is baker."}).json()["id"]
+    snapshot = memos.call("POST", "/v1/memories/snapshots", key, json={"name": "before"}).json()["id"]
+    memos.call("PATCH", f"/v1/memories/{memory}", key, json={"text": "My job is pilot."})
+    assert memos.answer(key, "What is my job?") == "Your job is pilot."
+    done = memos.call("POST", f"/v1/memories/snapshots/{snapshot}/rollback", key).json()
+    assert done["restored"] == [memory]
+    assert memos.answer(key, "What is my job?") == "Your job is baker."
+
+
 def test_nobody_else_sees_or_touches_it(memos: Memos, key: str) -> None:
     added = memos.call("POST", "/v1/memories", key, json={"text": "My job is baker."}).json()
     path = f"/v1/memories/{added['id']}"
@@ -66,6 +99,8 @@ def test_deleting_makes_the_kv_unreachable_and_says_so(memos: Memos, key: str) -
         ("POST", "/v1/memories", {"json": {"text": "x", "colour": 1}}, 400, "'colour'"),
         ("POST", "/v1/memories", {"json": {"text": " "}}, 400, "text"),
         ("POST", "/v1/memories", {"json": {"text": "x", "type": "poem"}}, 400, "poem"),
+        ("POST", "/v1/memories", {"json": {"memories": [], "text": "x"}}, 400, "'text' stands beside 'memories'"),
+        ("POST", "/v1/memories", {"json": {"memories": [{"txt": "x"}]}}, 400, "memories.0.text"),
         ("POST", "/v1/memories", {"content": b"{"}, 400, "JSON"),
         ("POST", "/v1/memories/search", {"json": {"query": "x", "top_k": 0}}, 400, "'top_k'"),
         ("PATCH", "/v1/memories/unknown", {"json": {"text": "x"}}, 404, "unknown"),

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import serve
+from memos_vllm.integration.metrics import Source
 from tests.e2e.conftest import Memos, cached_tokens
+from tests.e2e.test_metrics import FIRST_TOKENS, metrics_with, moved
 
 pytestmark = pytest.mark.e2e
 
@@ -48,6 +50,25 @@ def test_every_tier_serves_both_ranks(parallel: Memos) -> None:
         assert loaded.choices[0].message.content == right
     totals = parallel.settle()["totals"]
     assert totals["loaded_host_blocks"] and totals["loaded_disk_blocks"] and not totals["failed_ops"]
+
+
+def test_metrics_add_up_over_ranks_and_api_processes(parallel: Memos) -> None:
+    before = parallel.metrics()
+    for index in range(8):  # connections are spread over the processes
+        key = f"key-{uuid.uuid4().hex}"
+        parallel.call("POST", "/v1/memories", key, json={"text": f"My lucky number is {index}."})
+        parallel.chat(key, QUESTION, {"remember": False})
+    status = parallel.call("GET", "/v1/memos/status").json()
+    exported = metrics_with(parallel, status["summary"])
+    assert moved(before, exported, "memos:memories_stored_total", "api") == 8
+    assert moved(before, exported, "memos:recall_seconds_count") == 8
+    assert sum(moved(before, exported, FIRST_TOKENS, source) for source in Source) == 8
+
+    parallel.settle()
+    kv, summary = (parallel.call("GET", "/v1/memos/status").json()[part] for part in ("kv", "summary"))
+    block_bytes = summary["tiers"]["host"]["limit_bytes"] / kv["host"]["capacity_blocks"]
+    saved = next(copies for copies in summary["copies"] if copies["path"] == "gpu_to_host")
+    assert saved["bytes"] == kv["totals"]["saved_blocks"] * block_bytes > 0, "both ranks, each block once"
 
 
 def test_api_processes_see_each_others_memories(parallel: Memos) -> None:

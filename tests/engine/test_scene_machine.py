@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration import salts, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
-from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, SCENE_PARAM
+from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM
 from memos_vllm.integration.scheduler_side import PREFETCH_PATIENCE_S, SchedulerSide
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
 from tests.store.store_factories import make_identity
@@ -93,19 +94,27 @@ def hash_function() -> Any:
     return sha256
 
 
-def make_request(name: str, token_ids: list[int], salt: str | None, scene: str | None) -> Any:
-    from vllm import SamplingParams
+def block_hasher() -> Any:
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+
+    return get_request_block_hasher(BLOCK_SIZE, hash_function())
+
+
+def make_request(
+    name: str, token_ids: list[int], salt: str | None, scene: str | None = None, build: str | None = None
+) -> Any:
+    from vllm import SamplingParams
     from vllm.v1.request import Request
 
-    extra = {"kv_transfer_params": {SCENE_PARAM: scene}} if scene else None
+    params = {param: value for param, value in ((SCENE_PARAM, scene), (BUILD_PARAM, build)) if value}
+    extra = {"kv_transfer_params": params} if params else None
     return Request(
         name,
         token_ids,
         SamplingParams(max_tokens=1000, extra_args=extra),
         None,
         cache_salt=salt,
-        block_hasher=get_request_block_hasher(BLOCK_SIZE, hash_function()),
+        block_hasher=block_hasher(),
     )
 
 
@@ -142,6 +151,8 @@ class SceneMachine(RuleBasedStateMachine):
         )
         vllm_config = SimpleNamespace(
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE, enable_prefix_caching=True),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, long_prefill_token_threshold=0),
+            model_config=SimpleNamespace(max_model_len=1024),
             parallel_config=SimpleNamespace(
                 data_parallel_rank=0, data_parallel_index=0, decode_context_parallel_size=1, world_size=WORLD_SIZE
             ),
@@ -229,7 +240,7 @@ class SceneMachine(RuleBasedStateMachine):
         """vLLM's own allocation; granted exactly if the plain pool would grant it."""
         request, before = live.request, self.referenced()
         busy = {block for item in self.under_way.values() for block in getattr(item.operation, "block_ids", ())}
-        held, kept = len(live.block_ids), set(self.scenes.queue._part_of)
+        held, kept = len(live.block_ids), set(self.scenes.queue._hash_of)
         total = request.num_computed_tokens + num_local + num_loaded + num_new_tokens
         hit_ids = hits.get_block_ids()[0] if hits is not None else []
         needed = max(0, -(-total // BLOCK_SIZE) - held - len(hit_ids)) + sum(block not in before for block in hit_ids)
@@ -298,9 +309,37 @@ class SceneMachine(RuleBasedStateMachine):
             assert live.state == "running", "there was room"
             self.end(live)
 
-    def add(self, token_ids: list[int], salt: str | None, scene: str | None) -> None:
+    @rule(user=st.integers(0, USERS - 1), path=st.sampled_from(PATHS), scene=st.sampled_from(SCENES))
+    def declare(self, user: int, path: Sequence[int], scene: str) -> None:
+        """A prefix that perhaps no request had is a scene from now on."""
+        token_ids = [token for index, branch in enumerate(path) for token in (branch, index)]
+        salt = f"memos:user{user}-{self.epochs[user]}"
+        payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "like": "", "lora": None}
+        engine = SimpleNamespace(request_block_hasher=block_hasher())
+        assert self.side.handle("declare", payload, engine)["blocks"] == len(path)
+
+    @precondition(lambda self: len(self.lives) < MAX_REQUESTS)
+    @rule(planner=st.sampled_from("pq"), num_blocks=st.integers(1, 4))
+    def build(self, planner: str, num_blocks: int) -> None:
+        """An API process runs the next piece, if there is one now."""
+        payload = {"planner": planner, "piece_tokens": num_blocks * BLOCK_SIZE, "declared": []}
+        piece = self.side.handle("build", payload)["piece"]
+        if piece is None:
+            return
+        note_event("a piece was built")
+        self.add(piece["token_ids"], piece["salt"], build=piece["build"])
+        live = self.lives[-1]
+        kept = {each.block_id for each in self.pool.blocks if self.scenes.queue.is_kept(each)}
+        num_resident = self.kv.get_computed_blocks(live.request)[1] // BLOCK_SIZE
+        self.try_schedule(live)
+        assert live.state == "running", "it was claimed because there is room and nothing to wait for"
+        assert not set(live.block_ids[num_resident:]) & kept, "it took a block that is expected"
+        assert len(live.block_ids) - num_resident <= num_blocks, "the piece is longer than it may be"
+
+    def add(self, token_ids: list[int], salt: str | None, scene: str | None = None, build: str | None = None) -> None:
         self.num_requests += 1
-        self.lives.append(Live(make_request(f"r{self.num_requests}", token_ids, salt, scene)))
+        self.lives.append(Live(make_request(f"r{self.num_requests}", token_ids, salt, scene, build)))
+        self.side.added(self.lives[-1].request)
         self.note_hashes(self.lives[-1])
 
     def note_hashes(self, live: Live) -> None:
@@ -318,6 +357,8 @@ class SceneMachine(RuleBasedStateMachine):
         num_loaded, is_async = self.side.match(request, num_local)
         if num_loaded is None:
             return
+        builds = self.side._builds
+        assert not builds.is_build(request) or not builds._live, "a piece shares a step with a live request"
         assert is_async == (num_loaded > 0) and num_local + num_loaded < request.num_tokens
         num_new = 0 if is_async else request.num_tokens - num_local
         if not self.allocate(live, num_new, hits, num_local, num_loaded):
@@ -453,12 +494,38 @@ class SceneMachine(RuleBasedStateMachine):
 
     # -- the API processes' part ----------------------------------------------------------------
 
-    @rule(planner=st.sampled_from("pq"), scenes=st.permutations(SCENES), num=st.integers(0, len(SCENES)))
-    def expect(self, planner: str, scenes: list[str], num: int) -> None:
+    @rule(
+        planner=st.sampled_from("pq"),
+        scenes=st.permutations(SCENES),
+        num=st.integers(0, len(SCENES)),
+        num_busy=st.sampled_from([0, 0, 0, 1, 2]),
+    )
+    def expect(self, planner: str, scenes: list[str], num: int, num_busy: int) -> None:
         told = [(float(num - index), scene) for index, scene in enumerate(["nobody's", *scenes][: num + 1])]
-        self.side.handle("expect", {"planner": planner, "scenes": told})
+        self.side.handle("expect", {"planner": planner, "scenes": told, "busy": scenes[:num_busy]})
         if self.scenes.num_loading_blocks:
             note_event("a prefetch is under way")
+
+    @rule(scene_id=st.sampled_from(SCENES), others=st.booleans())
+    def what_is_expected_comes(self, scene_id: str, others: bool) -> None:
+        """With nothing else to do, every expected block that is anywhere gets onto the GPU."""
+        self.settle()
+        told = [(1.0, scene_id)] + [(0.1, each) for each in SCENES if others and each != scene_id]
+        self.side.handle("expect", {"planner": "q", "scenes": []})
+        self.side.handle("expect", {"planner": "p", "scenes": told})
+        self.settle()
+        scene = self.scenes.known.get(scene_id)
+        if scene is None:
+            return
+        there = [self.scenes._resident(of) is not None for of in scene.hashes]
+        first = there.index(False) if False in there else len(there)
+        if first:
+            note_event("an expected scene came")
+        assert not self.tiers.match(scene.keys[first:]).num_blocks
+        kept = {
+            self.scenes.queue._hash_of[block.block_id] for block in self.pool.blocks if self.scenes.queue.is_kept(block)
+        }
+        assert set(scene.hashes[:first]) <= kept
 
     @rule(user=st.integers(0, USERS - 1), really=SOMETIMES)
     def forget(self, user: int, really: bool) -> None:
@@ -468,7 +535,7 @@ class SceneMachine(RuleBasedStateMachine):
         held = self.referenced()
         known = {
             bytes(of)
-            for scene in self.scenes._scenes.values()
+            for scene in self.scenes.known
             if scene.request.cache_salt == salt
             for of in scene.request.block_hashes[: scene.num_blocks]
         }
@@ -538,7 +605,7 @@ class SceneMachine(RuleBasedStateMachine):
         assert {block.block_id for block in free} | self.referenced() == set(range(1, NUM_BLOCKS))
         assert self.pool.get_num_free_blocks() == USABLE - len(self.referenced())
         assert self.scenes.num_loading_blocks <= IN_FLIGHT_SHARE * NUM_BLOCKS
-        assert set(self.scenes._expected) <= self.scenes._scenes.keys()
+        assert all(scene_id in self.scenes.known for scene_id in self.scenes._places)
 
     @invariant()
     def references_are_those_of_requests_and_copies(self) -> None:
@@ -572,7 +639,8 @@ class SceneMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_forgotten_stay_forgotten(self) -> None:
-        assert not {scene.request.cache_salt for scene in self.scenes._scenes.values()} & self.forgotten
+        assert not {scene.request.cache_salt for scene in self.scenes.known} & self.forgotten
+        assert not {content.salt for content in self.side._builds._contents.values()} & self.forgotten
         tags = {salts.tag(salt) for salt in self.forgotten}
         found = {
             self.tiers._host_tags[key] for key in self.tiers._host_tags if self.tiers.slots.lookup(key) is not None
@@ -584,7 +652,7 @@ class SceneMachine(RuleBasedStateMachine):
             self.settle()
             self.side.shutdown()
             assert not self.side.has_work
-            assert self.side.match(make_request("late", [1] * 9, "memos:late", None), 0) == (0, False)
+            assert self.side.match(make_request("late", [1] * 9, "memos:late"), 0) == (0, False)
         finally:
             if self.tiers is not None:
                 self.tiers.disk.close()
@@ -603,6 +671,60 @@ def test_a_request_that_ends_after_a_deletion_registers_no_scene() -> None:
         machine.side.handle("forget", {"salt": "memos:user0-0"})
         machine.end(live)
         assert machine.side.handle("scene", {"scene": SCENES[0]})["state"] == "unknown"
+    finally:
+        machine.teardown()
+
+
+def test_blocks_beyond_the_share_that_may_be_kept_come_back_once_there_is_room() -> None:
+    machine = SceneMachine()
+    try:
+        asked = [(0, PATHS[2]), (0, PATHS[3]), (1, PATHS[2]), (1, PATHS[3])]
+        for scene_id, (user, path) in zip(SCENES, asked, strict=True):
+            machine.turn(user, path, scene_id)
+        machine.settle()
+        told = [(1.0 / (1 + index), scene_id) for index, scene_id in enumerate(SCENES)]
+        machine.side.handle("expect", {"planner": "p", "scenes": told})
+        num_asked = sum(len(path) for _, path in asked)
+        assert machine.scenes.queue.num_kept_blocks == int(KEEP_SHARE * NUM_BLOCKS) < num_asked
+        machine.side.handle("expect", {"planner": "p", "scenes": told[-1:]})
+        assert machine.scenes.queue.num_kept_blocks == len(asked[-1][1])
+    finally:
+        machine.teardown()
+
+
+def test_a_valuable_scene_takes_the_place_of_less_valuable_blocks() -> None:
+    machine = SceneMachine()
+    try:
+        machine.turn(1, PATHS[3], SCENES[3])
+        machine.empty_the_gpu()
+        for scene_id, (user, path) in zip(SCENES, [(0, PATHS[2]), (0, PATHS[3]), (1, PATHS[2])], strict=False):
+            machine.turn(user, path, scene_id)
+        machine.settle()
+        told = [(0.2, SCENES[0]), (0.15, SCENES[1]), (0.1, SCENES[2])]
+        machine.side.handle("expect", {"planner": "p", "scenes": told})
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[3]), *told]})
+        machine.settle()
+        states = {each: machine.side.handle("scene", {"scene": each})["state"] for each in SCENES}
+        assert states == dict.fromkeys([SCENES[0], SCENES[1], SCENES[3]], "ready") | {SCENES[2]: "stored"}
+        machine.conservation()
+    finally:
+        machine.teardown()
+
+
+def test_what_failed_to_load_is_loaded_when_it_is_expected_again() -> None:
+    machine = SceneMachine()
+    try:
+        machine.turn(0, PATHS[0], SCENES[0])
+        machine.empty_the_gpu()
+        for ok in (False, True):
+            machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+            machine.collect()
+            (item,) = machine.under_way.values()
+            for rank in range(WORLD_SIZE):
+                machine.end_copy(item, rank, ok)
+            machine.collect()
+            assert not machine.under_way, "a load that failed is not repeated unasked"
+        assert machine.side.handle("scene", {"scene": SCENES[0]})["state"] == "ready"
     finally:
         machine.teardown()
 

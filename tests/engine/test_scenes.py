@@ -28,7 +28,8 @@ def expect(engine: Engine, *scenes: str) -> None:
 
 
 def tell(engine: Engine, *scenes: str) -> None:
-    engine.side.handle("expect", {"planner": "p", "scenes": [(-float(i), scene) for i, scene in enumerate(scenes)]})
+    told = [(1.0 / (1 + i), scene) for i, scene in enumerate(scenes)]
+    engine.side.handle("expect", {"planner": "p", "scenes": told})
 
 
 def totals(engine: Engine) -> dict[str, int]:

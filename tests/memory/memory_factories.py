@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
+from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
 from memos_vllm.types import Principal
@@ -38,9 +39,11 @@ def make_service(
     *,
     clock: Callable[[], datetime] | None = None,
     max_map_bytes: int = GIB,
+    embedder: Embedder | None = None,
     **config: Any,
 ) -> MemoryService:
-    return MemoryService(MemoryStore(path, max_map_bytes), MemoryConfig(**config), count_words, clock or Clock())
+    store = MemoryStore(path, max_map_bytes)
+    return MemoryService(store, MemoryConfig(**config), count_words, clock or Clock(), embedder)
 
 
 def says(text: Any) -> list[dict[str, Any]]:

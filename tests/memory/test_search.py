@@ -1,4 +1,4 @@
-"""Search: analysis, BM25, and an index that follows the change log."""
+"""Search: BM25 end to end, and an index that follows the change log."""
 
 from __future__ import annotations
 
@@ -6,41 +6,12 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memos_vllm.errors import RequestError
-from memos_vllm.memory import search as search_module
+from memos_vllm.memory import indexes as indexes_module
 from memos_vllm.memory import tables
-from memos_vllm.memory.analysis import query_terms, terms
 from memos_vllm.memory.service import MemoryService
 from tests.memory.memory_factories import ALICE, BOB, texts
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Drinking drinks", ["drink", "drink"]),
-        ("The ＤＲＩＮＫ of Alice's cat", ["drink", "alic", "cat"]),
-        ("Straße naïve", ["strass", "naïve"]),
-        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
-        ("乌龙茶 x", ["乌", "龙", "茶", "乌龙", "龙茶", "x"]),
-        ("version 2 of snake_case", ["version", "2", "snake_cas"]),
-        ("... !?", []),
-    ],
-)
-def test_terms(text: str, expected: list[str]) -> None:
-    assert list(terms(text)) == expected
-
-
-def test_query_terms_are_pairs_unless_single() -> None:
-    assert query_terms("乌龙茶 乌龙茶") == ["乌龙", "龙茶"]
-    assert query_terms("茶") == ["茶"]
-
-
-@given(st.text())
-def test_a_text_has_the_terms_that_ask_for_it(text: str) -> None:
-    assert set(query_terms(text)) <= set(terms(text))
 
 
 def test_scores_are_bm25(service: MemoryService) -> None:
@@ -50,7 +21,11 @@ def test_scores_are_bm25(service: MemoryService) -> None:
     idf = math.log(1 + (2 - 1 + 0.5) / (1 + 0.5))
     expected = idf * 2 * 2.2 / (2 + 1.2 * (1 - 0.75 + 0.75 * 3 / 2.5))
     assert hit.score == pytest.approx(expected)
-    assert hit.why == {"method": "bm25", "terms": {"tea": pytest.approx(expected)}}
+    assert hit.why == {
+        "method": "bm25",
+        "retrievers": {"lexical": {"rank": 1, "score": pytest.approx(expected)}},
+        "terms": {"tea": pytest.approx(expected)},
+    }
 
 
 def test_finds_by_stem_and_ranks_by_relevance(service: MemoryService) -> None:
@@ -118,7 +93,7 @@ def test_a_followed_index_equals_a_built_one(make: Callable[..., MemoryService])
         if i % 7 == 6:
             service.delete(ALICE, ids[i - 1])
         followed = service.search(ALICE, "tea cat changed", top_k=100)
-    service._indexes = search_module.Indexes()
+    service._indexes = indexes_module.Indexes()
     assert service.search(ALICE, "tea cat changed", top_k=100) == followed
 
 
@@ -134,12 +109,30 @@ def test_an_index_that_fell_behind_the_log_is_rebuilt(service: MemoryService, mo
 
 
 def test_only_the_last_users_indexes_are_held(service: MemoryService) -> None:
-    service._indexes = search_module.Indexes(max_users=1)
+    service._indexes = indexes_module.Indexes(max_users=1)
     service.add(ALICE, "tea")
     service.add(BOB, "tea")
     for who in (ALICE, BOB, ALICE):
         assert texts(service.search(who, "tea")) == ["tea"]
         assert service.stats()["indexed_users"] == 1
+
+
+def test_an_old_memory_that_came_back_keeps_its_place(service: MemoryService) -> None:
+    first, middle, last = (service.add(ALICE, "tea").id for _ in range(3))
+    service.life.merge(ALICE, last, [middle])
+    assert [hit.record.id for hit in service.search(ALICE, "tea")] == [last, first]
+    service.life.set_state(ALICE, middle, "activated")
+    assert [hit.record.id for hit in service.search(ALICE, "tea")] == [last, middle, first]
+
+
+def test_the_indexes_held_have_a_limit_in_memories(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexes_module, "MAX_INDEXED_MEMORIES", 3)
+    for who in (ALICE, BOB):
+        service.add_many(who, [{"text": "tea"}] * 4)
+    for who in (ALICE, BOB):
+        assert len(service.search(who, "tea")) == 4
+    service.search(BOB, "tea")
+    assert service.stats()["indexed_users"] == 1
 
 
 def test_of_a_huge_query_beginning_and_end_count(service: MemoryService) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from memos_vllm.store.copy_totals import CopyTotals
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotCounts, SlotState, SlotTable
 from memos_vllm.store.manager import ForgetReport, Match, Pending, TierManager
@@ -689,3 +691,28 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# -- what the operator sees -------------------------------------------------------------------------
+
+
+def test_a_copy_moves_the_bytes_of_all_ranks_in_the_time_of_the_slowest(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers(world_size=2)
+    put_on_host(tiers, 1, 2)
+    load, prefetch = (tiers.plan_load(make_keys(1, 2), (11, 12), prefetch=each)[0] for each in (False, True))
+    tiers.complete([replace(result(load), nbytes=10, seconds=2.0), replace(result(load), nbytes=10, seconds=3.0)])
+    tiers.complete([replace(result(prefetch), nbytes=10, seconds=4.0)])
+    assert tiers.copies["host_to_gpu", "request"] == CopyTotals(size_bytes=20, seconds=3.0)
+    assert tiers.copies["host_to_gpu", "prefetch"] == CopyTotals(), "the other rank has not reported"
+    tiers.complete([result(prefetch, ok=False)])
+    assert tiers.copies["host_to_gpu", "prefetch"] == CopyTotals(size_bytes=11, seconds=4.0, failed_ops=1)
+
+
+def test_a_damaged_file_counts_once_whatever_the_ranks_say(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers(world_size=2)
+    put_on_disk(tiers, 1)
+    (read,) = tiers.plan_load(make_keys(1), (11,))
+    damaged = replace(result(read, ok=False, corrupt=True), checksum_failed=True)
+    tiers.complete([damaged, damaged])
+    assert (tiers.totals.corrupt_files, tiers.totals.checksum_failures) == (1, 1)
+    assert tiers.copies["disk_to_gpu", "request"].failed_ops == 1

@@ -29,6 +29,8 @@ def test_default_yaml_states_the_defaults() -> None:
         ("kv:\n  host_bytes: many", ["'kv.host_bytes'", "write for example 4GiB"]),
         ("kv:\n  host_bytes: -1", ["'kv.host_bytes'", "negative"]),
         ("kv:\n  save: sometimes", ["'kv.save'"]),
+        ("kv:\n  store_dtype: int4", ["'kv.store_dtype'", "'int4'"]),
+        ("kv:\n  store_dtype: fp8\n  save: all", ["'kv'", "approximate", "save: memory"]),
         ("identity:\n  keys:\n    k: {user: alice}", ["'identity.keys.k.tenant'", "required"]),
         ("- a\n- b", ["must be a mapping", "list"]),
         ("a: [1, 2", ["not valid YAML", "line"]),

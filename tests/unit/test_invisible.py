@@ -25,10 +25,12 @@ print(json.dumps({
     "options": sorted(parser._option_string_actions),
     "openapi": app.openapi(),
     "routes": [[getattr(route, "path", ""), route.name] for route in app.routes],
+    "middleware": [each.cls.__name__ for each in app.user_middleware],
     "wrapped": hasattr(EngineArgs.create_engine_config, "__wrapped__"),
     "platform": sorted(vars(current_platform)),
     "threads": sorted(thread.name for thread in threading.enumerate()),
     "modules": sorted(name for name in sys.modules if name.startswith("memos_vllm")),
+    "metrics": sorted(__import__("prometheus_client").REGISTRY._names_to_collectors),
     "environment": sorted(name for name in __import__("os").environ if "MEMOS" in name or name == "VLLM_PLUGINS"),
 }))
 """
@@ -62,3 +64,4 @@ def test_with_the_flag_it_is(without_plugin: dict) -> None:
     assert "--plugin" in seen["options"]
     assert "/v1/memories" in seen["openapi"]["paths"] and "/v1/memories" not in without_plugin["openapi"]["paths"]
     assert seen["wrapped"] and not without_plugin["wrapped"]
+    assert set(seen["middleware"]) - set(without_plugin["middleware"]) == {"LiveRequests"}

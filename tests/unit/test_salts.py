@@ -28,6 +28,16 @@ def test_a_clients_salt_narrows_and_is_forgotten_with_the_users() -> None:
     assert len(narrowed) <= 128, "vLLM's limit"
 
 
+def test_an_approximate_store_is_a_salt_of_its_own_under_the_users_tag() -> None:
+    salt = salts.salt_of(b"s", Principal("t", "u"), 0)
+    approximate = salts.of_store(salt, "fp8")
+    assert salts.of_store(salt, "auto") == salt != approximate
+    assert salts.is_memory_salt(approximate) and salts.tag(approximate) == salts.tag(salt)
+    narrowed = salts.combine(approximate, "mine")
+    assert narrowed != salts.combine(salt, "mine") and salts.tag(narrowed) == salts.tag(salt)
+    assert len(narrowed) <= 128, "vLLM's limit"
+
+
 def test_a_client_cannot_claim_a_memory_salt() -> None:
     with pytest.raises(RequestError):
         salts.check_client_salt("memos:" + "0" * 64)

@@ -1,0 +1,253 @@
+"""Every kernel against its plain-torch reference on the GPU that is there: one command, pass or fail.
+
+    python -m benchmarks.kernel_check [--device cuda]
+
+Copies and fp8 must be equal bit for bit; a shift must stay within the bound that kernels/rotary.py
+derives. All layouts, dtypes and options are run, with rows in the GPU's memory and in page-locked host
+memory, with one program and many, and with a block that lies more than 4 GiB behind the first. What
+would be overwritten by a wrong address is filled beforehand and compared as well.
+
+Needs neither Hypothesis nor pytest. ``--device cpu`` checks the loops for CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memos_vllm.kernels import rotary
+from memos_vllm.kernels.heads import HeadShape, HeadView, heads_of
+from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, planes_of
+from memos_vllm.kernels.reference import (
+    gather_fp8_reference,
+    gather_reference,
+    rotate,
+    scatter_heads_reference,
+    scatter_reference,
+)
+from memos_vllm.kernels.rotary import RotaryShift
+from memos_vllm.store.host_memory import HostMemory
+from tests.kernels.kernel_factories import BLOCKS, DTYPES, LAYOUTS, MLA, ODD_LAYOUTS, POISON, VALUE_DTYPES, bits
+
+TOKENS, HEADS = 16, 4
+IDS = [9, 1, 2, 0, 8, 7, 3]
+FAR_BLOCKS = 2**20 + 1
+ROTATED = [(80, 80, 0), (128, 128, 0), (128, 32, 8)]  # head size, rotated elements, the first of them
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[], float]
+    """The largest error as a share of the bound: 0 where all is equal, infinite where it had to be and is not."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    device = parser.parse_args(argv).device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("kernel_check: there is no GPU; --device cpu checks the loops for CPU", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}")
+    failed = checked = 0
+    for case in cases(device):
+        checked += 1
+        share = case.run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if not share <= 1:
+            failed += 1
+            print(f"FAILED {case.name}: error is {share:.3g} of the bound", flush=True)
+        elif share:
+            print(f"ok     {case.name}: error is {share:.3f} of the bound", flush=True)
+    print(f"{checked} cases, {failed} failed")
+    return 1 if failed else 0
+
+
+def cases(device: str) -> Iterator[Case]:
+    memories = ["device", "pinned"] if device == "cuda" else ["device"]
+    layouts = {**LAYOUTS, "mla": MLA}
+    for memory in memories:
+        for name in [*layouts, *ODD_LAYOUTS]:
+            for dtype in DTYPES:
+                yield Case(f"copy, {name}, {dtype}, {memory}", lambda n=name, d=dtype, m=memory: _copy(device, n, d, m))
+        for name in layouts:
+            for dtype in VALUE_DTYPES:
+                for size in [576] if name == "mla" else [64, 80, 128, 256]:
+                    yield Case(
+                        f"fp8, {name}, heads of {size}, {dtype}, {memory}",
+                        lambda n=name, d=dtype, s=size, m=memory: _fp8(device, n, d, s, m),
+                    )
+    for name in layouts:
+        for dtype in VALUE_DTYPES:
+            for size, rotary_dim, first in (
+                [(576, 64, 512)] if name == "mla" else [(80, 80, 0), (128, 128, 0), (128, 32, 8)]
+            ):
+                for style in ("neox", "gptj"):
+                    for fp8 in (False, True):
+                        shift = RotaryShift.by(-1234, _frequencies(rotary_dim), style, first)
+                        yield Case(
+                            f"{style} shift of {rotary_dim}, {name}, heads of {size}, {dtype}{', fp8' * fp8}",
+                            lambda n=name, d=dtype, s=size, x=shift, f=fp8: _shift(device, n, d, s, x, f),
+                        )
+    yield Case("copy to and from the host pool", lambda: _host_pool(device))
+    yield Case("copy of a block behind 4 GiB", lambda: _far(device))
+
+
+def _copy(device: str, name: str, dtype: torch.dtype, memory: str) -> float:
+    def make(*shape: int) -> Tensor:
+        return _anything(*shape, dtype=dtype, device=device)
+
+    layouts = {**LAYOUTS, "mla": MLA}
+    caches = layouts[name].caches(make, TOKENS, HEADS, 24) if name in layouts else ODD_LAYOUTS[name](make)
+    planes = planes_of(caches, BLOCKS)
+    copier = BlockCopier(planes)
+    share = 0.0
+    for gap, programs in [(0, 8), (16, 1), (13, 1000)]:
+        rows = _rows(len(IDS), copier.row_bytes + gap, device, memory)
+        expected = rows.clone()
+        copier.gather(IDS, rows[:, : copier.row_bytes], num_programs=programs)
+        _wait(device)
+        gather_reference(planes, IDS, expected[:, : copier.row_bytes])
+        share = max(share, _differs(rows, expected))
+
+        chunk = rows[:, : copier.row_bytes]
+        chunk.copy_(_anything(*chunk.shape, dtype=torch.uint8, device="cpu"))
+        before = [plane.clone() for plane in planes]
+        copier.scatter(chunk, IDS, num_programs=programs)
+        found = [plane.clone() for plane in planes]
+        for plane, old in zip(planes, before, strict=True):
+            plane.copy_(old)
+        scatter_reference(chunk.to(device), planes, IDS)
+        share = max([share, *(_differs(plane, new) for plane, new in zip(planes, found, strict=True))])
+    return share
+
+
+def _fp8(device: str, name: str, dtype: torch.dtype, head_size: int, memory: str) -> float:
+    caches, heads, copier = _store(device, name, head_size, dtype, True, _anything)
+    rows = _rows(len(IDS), copier.row_bytes, device, memory)
+    expected = rows.clone()
+    copier.gather(IDS, rows)
+    _wait(device)
+    gather_fp8_reference(heads, copier.layout, IDS, expected)
+    share = _differs(rows, expected)
+
+    before = [cache.clone() for cache in caches]
+    copier.scatter(rows, IDS)
+    found = [cache.clone() for cache in caches]
+    for cache, old in zip(caches, before, strict=True):
+        cache.copy_(old)
+    scatter_heads_reference(rows.to(device), heads, copier.layout, IDS)
+    for cache, new in zip(caches, found, strict=True):
+        share = max(share, _differs(cache.isnan(), new.isnan()), _differs(cache.nan_to_num(0), new.nan_to_num(0)))
+    return share
+
+
+def _shift(device: str, name: str, dtype: torch.dtype, head_size: int, shift: RotaryShift, fp8: bool) -> float:
+    _, heads, copier = _store(device, name, head_size, dtype, fp8, _normal)
+    rows = _rows(len(IDS), copier.row_bytes, device, "device")
+    copier.gather(IDS, rows)
+    copier.scatter(rows, IDS)  # fp8: from here on another round trip changes nothing
+    plain = [head.view.clone() for head in heads]
+    copier.scatter(rows, IDS, shift=shift)
+    share = 0.0
+    for head, old in zip(heads, plain, strict=True):
+        if not head.is_key:
+            share = max(share, _differs(head.view, old))
+            continue
+        exact, limit = old.double(), torch.zeros_like(old, dtype=torch.float64)
+        exact[IDS] = rotate(exact[IDS], shift)
+        parts = zip(shift.pairs(exact[IDS]), shift.pairs(limit), strict=True)
+        first, second = shift.pairs(old[IDS].double())
+        for result, part in parts:
+            part[IDS] = rotary.error_bound(first, second, result, dtype)
+        off = (head.view.double() - exact).abs()
+        share = max(share, float(torch.where(off == 0, 0.0, off / limit).max()))
+    return share
+
+
+def _host_pool(device: str) -> float:
+    """Slots in any order, where the transfer engine keeps KV; on a GPU the kernel reaches them over the link."""
+    cache = _anything(2, BLOCKS, TOKENS, HEADS, 64, dtype=torch.bfloat16, device=device)
+    planes = planes_of([cache], BLOCKS)
+    copier = BlockCopier(planes)
+    host = HostMemory(64, copier.row_bytes, True, torch.device(device))
+    slots = [40, 3, 4, 63, 0, 17, 18]
+    [group] = host.groups(slots)
+    copier.gather(IDS, group.matrix, group.rows)
+    _wait(device)
+    expected = _rows(len(IDS), copier.row_bytes, device, "device")
+    gather_reference(planes, IDS, expected)
+    share = _differs(group.matrix[slots], expected)
+    before = cache.clone()
+    cache[:, IDS] = 0
+    copier.scatter(group.matrix, IDS, group.rows)
+    _wait(device)
+    host.close()
+    return max(share, _differs(cache, before))
+
+
+def _far(device: str) -> float:
+    planes = planes_of([torch.empty(FAR_BLOCKS, 4096, dtype=torch.uint8, device=device)], FAR_BLOCKS)
+    copier = BlockCopier(planes)
+    chunk = _anything(1, copier.row_bytes, dtype=torch.uint8, device=device)
+    copier.scatter(chunk, [FAR_BLOCKS - 1])
+    rows = _rows(1, block_bytes(planes), device, "device")
+    copier.gather([FAR_BLOCKS - 1], rows)
+    return max(_differs(rows, chunk), _differs(planes[0][FAR_BLOCKS - 1], chunk[0]))
+
+
+def _store(
+    device: str, name: str, head_size: int, dtype: torch.dtype, fp8: bool, make: Callable[..., Tensor]
+) -> tuple[list[Tensor], list[HeadView], BlockCopier]:
+    layout = {**LAYOUTS, "mla": MLA}[name]
+    num_heads = 1 if name == "mla" else HEADS
+    caches = layout.caches(lambda *shape: make(*shape, dtype=dtype, device=device), TOKENS, num_heads, head_size)
+    planes = planes_of(caches, BLOCKS)
+    heads = heads_of(caches, BLOCKS, HeadShape(num_heads, head_size, layout.order))
+    return caches, heads, BlockCopier(planes, heads, fp8)
+
+
+def _anything(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Random bits."""
+    width = torch.empty(0, dtype=dtype).element_size()
+    return torch.randint(0, 256, (*shape[:-1], shape[-1] * width), dtype=torch.uint8).view(dtype).to(device)
+
+
+def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape).to(dtype).to(device)
+
+
+def _rows(num_rows: int, row_bytes: int, device: str, memory: str) -> Tensor:
+    if memory == "pinned":
+        return torch.full((num_rows, row_bytes), POISON, dtype=torch.uint8).pin_memory()
+    return torch.full((num_rows, row_bytes), POISON, dtype=torch.uint8, device=device)
+
+
+def _frequencies(rotary_dim: int) -> Tensor:
+    return 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+
+
+def _differs(found: Tensor, expected: Tensor) -> float:
+    return 0.0 if torch.equal(bits(found).cpu(), bits(expected).cpu()) else float("inf")
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

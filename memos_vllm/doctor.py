@@ -1,0 +1,112 @@
+"""``memos doctor DATA_DIR``: whether what is stored agrees with itself.
+
+    memos doctor DIR             looks at every entry of plaintext memory and at the index of KV files
+    memos doctor DIR --repair    mends what can be mended; the server must not run
+    memos doctor DIR --compact   rewrites the memory store without free pages; the server must not run
+
+Exit status: 0 all is well (now), 1 something is wrong, 2 it could not be examined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from memos_vllm import data_dir
+from memos_vllm.config import MemoryConfig
+from memos_vllm.errors import DataDirError, DataDirInUse, MemosError
+from memos_vllm.memory import maintenance
+from memos_vllm.memory.checks import Problem, Report
+from memos_vllm.store.examination import KVReport, examine_kv
+
+CLEAN, PROBLEMS, FAILED = 0, 1, 2
+_SHOWN = 20
+"""Problems of one table that are printed; the rest is counted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="memos doctor")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="the server's data_dir")
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    parser.add_argument("--compact", action="store_true", help="make the memory store as small as its content")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    root = arguments.data_dir.expanduser().absolute()
+    try:
+        if not root.is_dir():
+            raise DataDirError(f"there is no directory {root}; name the data_dir of a server")
+        if not (arguments.repair or arguments.compact):
+            return _examine(root)
+        with data_dir.exclusive(root):
+            status = _repair(root) if arguments.repair else _examine(root)
+            if arguments.compact:
+                _compact(root, status)
+            return status
+    except DataDirInUse as error:
+        print(f"memos doctor: {error}; only an examination may run beside it", file=sys.stderr)
+    except MemosError as error:
+        print(f"memos doctor: {error}", file=sys.stderr)
+    return FAILED
+
+
+def _examine(root: Path) -> int:
+    report = maintenance.examine(data_dir.memory_dir(root))
+    kv = examine_kv(root / "kv")
+    _show(report, kv)
+    return PROBLEMS if report.problems or kv.problems else CLEAN
+
+
+def _repair(root: Path) -> int:
+    mended, report = maintenance.repair(data_dir.memory_dir(root), MemoryConfig().max_map_bytes)
+    kv = examine_kv(root / "kv", repair=True)
+    _print(mended, "mended: ")
+    _show(report, kv)
+    return PROBLEMS if report.problems or kv.problems else CLEAN
+
+
+def _compact(root: Path, status: int) -> None:
+    if status != CLEAN:
+        raise DataDirError("not compacted: something is wrong with the store; --repair it first")
+    before, after = maintenance.compact(data_dir.memory_dir(root))
+    print(f"compacted: {before:,} bytes before, {after:,} now")
+
+
+def _show(report: Report, kv: KVReport) -> None:
+    _print(report.problems)
+    for line in kv.mended:
+        print(f"mended: {line}")
+    for line in kv.problems:
+        print(line)
+    for line in kv.notes:
+        print(f"note: {line}")
+    counts = ", ".join(f"{report.counts[table]:,} {table}" for table in sorted(report.counts))
+    print(f"memory: {counts or 'nothing stored'}; kv: {kv.chunks:,} chunks, {kv.blocks:,} blocks")
+    num_problems = len(report.problems) + len(kv.problems)
+    print("all is well" if not num_problems else f"{num_problems} problems")
+
+
+def _print(problems: Sequence[Problem], prefix: str = "") -> None:
+    seen: Counter[str] = Counter()
+    for problem in problems:
+        seen[problem.table] += 1
+        if seen[problem.table] <= _SHOWN:
+            hint = "" if prefix else " (--repair can mend it)" if problem.repair else " (cannot be mended)"
+            print(f"{prefix}{problem.table} {problem.where}: {problem.text}{hint}")
+    for table, number in seen.items():
+        if number > _SHOWN:
+            print(f"{prefix}{table}: {number - _SHOWN} more")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

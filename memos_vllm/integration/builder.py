@@ -1,0 +1,222 @@
+"""The builder: computes expected scenes that no tier holds, while the engine has nothing else to do.
+
+    idle       no request in this process, and by the engine's word none of another
+    declare    starts of next sessions that changed with their user's memory (``session_start``)
+    claim      the engine names the next piece of the most valuable scene that is absent (``scene_builds``)
+    build      an ordinary vLLM request computes it: one token of output, the user's salt, lowest priority
+    give way   a live request comes: the piece is aborted before the request is even read
+
+One builder lives in each API process; the engine lets one of them build at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from memos_vllm.config import BuildConfig
+from memos_vllm.integration import engine_channel
+from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.session_start import SessionStart, SessionStarts
+from memos_vllm.types import Principal
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+logger = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S = 1.0
+"""How soon a change of memory by another process, or the end of another process's requests, is noticed."""
+
+PIECE_PATIENCE_S = 10.0
+"""A piece that takes longer waits behind other processes' requests, or for a paused engine; it is given up."""
+
+LOWEST_PRIORITY = 2**31 - 1
+"""vLLM schedules small numbers first."""
+
+_READING = ("GET", "HEAD", "OPTIONS")
+_HINTS = "/v1/scenes"
+
+
+class SceneBuilder:
+    """Owned by the API process's event loop.
+
+    Args:
+        planner: knows what is expected; it wakes the builder whenever it has told the engine.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        config: BuildConfig,
+        planner: ScenePlanner,
+        starts: SessionStarts,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        vllm_config = engine.vllm_config
+        # With several engines nobody knows which of them gets the user's next request.
+        self.enabled = config.enabled and planner.enabled and vllm_config.parallel_config.data_parallel_size == 1
+        self._engine = engine
+        self._config = config
+        self._planner = planner
+        self._starts = starts
+        self._now = now
+        self._priority = LOWEST_PRIORITY if vllm_config.scheduler_config.policy == "priority" else 0
+        self._num_live = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._woken = asyncio.Event()
+        self._stamp: int | None = None
+        self._working = False
+        self._task: asyncio.Task[None] | None = None
+        self._piece: asyncio.Task[None] | None = None
+        if self.enabled:
+            planner.on_told = self.wake
+
+    # -- what happens ---------------------------------------------------------------------------
+
+    async def live_started(self) -> None:
+        """A request came. Returns when the abort of the current piece is on its way to the engine, ahead of it."""
+        self._num_live += 1
+        self._idle.clear()
+        if (piece := self._piece) is not None:
+            piece.cancel()
+            await asyncio.wait({piece})
+
+    def live_ended(self) -> None:
+        self._num_live -= 1
+        if not self._num_live:
+            self._idle.set()
+
+    def turn_seen(self, start: SessionStart, scene_id: str) -> None:
+        """A turn of the session with this scene came, and shows how the user's next session starts."""
+        self._starts.seen(start, scene_id)
+        self.wake()
+
+    def forget(self, who: Principal) -> None:
+        self._starts.forget(self._planner.start_id(who))
+
+    def wake(self) -> None:
+        """What is expected, or what is absent, may have changed."""
+        if not self.enabled:
+            return
+        self._woken.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-builder")
+
+    def status(self) -> dict[str, bool]:
+        """``pending``: something may have to be built, or is being built."""
+        pending = self._task is not None and (self._planner.busy or self._working or self._has_news())
+        return {"enabled": self.enabled, "pending": pending}
+
+    def _has_news(self) -> bool:
+        return self._woken.is_set() or self._stamp != self._starts.stamp()
+
+    # -- what follows ---------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while not self._engine.errored:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), CHECK_INTERVAL_S)
+            await self._idle.wait()
+            if not self._has_news():
+                continue
+            self._working, self._stamp = True, self._starts.stamp()
+            self._woken.clear()
+            try:
+                again = await self._work()
+            except Exception:
+                # Building only makes requests cheap; they must not depend on it.
+                logger.exception("a scene could not be built")
+                again = True
+            if again:
+                self._woken.set()
+                if self._idle.is_set():
+                    await asyncio.sleep(CHECK_INTERVAL_S)
+            self._working = False
+
+    async def _work(self) -> bool:
+        """Declares what has changed and builds what is absent, while the engine is idle; whether something is left."""
+        if declared := await self._starts.declare_changed(self._planner.told):
+            self._planner.starts_declared(declared)
+        while self._idle.is_set():
+            if await self._engine.is_sleeping():
+                return True
+            reply = await self._claim()
+            if (piece := reply.get("piece")) is None:
+                return bool(reply.get("busy") or reply.get("unknown"))
+            await self._build(piece)
+        return True  # it gave way
+
+    async def _claim(self) -> dict[str, Any]:
+        payload = {
+            "planner": self._planner.name,
+            "piece_tokens": self._config.piece_tokens,
+            "declared": self._starts.declared(self._planner.told),
+        }
+        (reply,) = await engine_channel.call(self._engine, "build", payload)
+        self._starts.lost(reply.get("unknown", ()))
+        return reply
+
+    async def _build(self, piece: dict[str, Any]) -> None:
+        """Runs one piece, unless a live request comes; then leaves the engine alone for its share of the time."""
+        if not self._idle.is_set():
+            return
+        started = self._now()
+        self._piece = asyncio.create_task(self._generate(piece))
+        try:
+            done, _ = await asyncio.wait({self._piece}, timeout=PIECE_PATIENCE_S)
+            if not done:
+                self._piece.cancel()
+                await asyncio.wait({self._piece})
+            if not self._piece.cancelled():
+                self._piece.result()
+        finally:
+            self._piece = None
+        share = self._config.busy_share
+        await asyncio.sleep((self._now() - started) * (1 - share) / share)
+
+    async def _generate(self, piece: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            extra_args={"kv_transfer_params": {BUILD_PARAM: piece["build"]}},
+        )
+        async for _ in self._engine.generate(
+            {"prompt_token_ids": piece["token_ids"], "cache_salt": piece["salt"]},
+            params,
+            f"memos-build-{piece['build']}",
+            lora_request=LoRARequest(**piece["lora"]) if piece["lora"] else None,
+            priority=self._priority,
+        ):
+            pass
+
+
+class LiveRequests:
+    """ASGI middleware: tells the builder of every request that may need the engine, or change memory.
+
+    Reading and hints do neither, and an open WebSocket is no running request.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        state = getattr(scope["app"].state, "memos", None) if scope["type"] == "http" else None
+        if state is None or scope["method"] in _READING or scope["path"].startswith(_HINTS):
+            await self._app(scope, receive, send)
+            return
+        try:
+            await state.builder.live_started()
+            await self._app(scope, receive, send)
+        finally:
+            state.builder.live_ended()

@@ -1,0 +1,47 @@
+"""What nobody waits for: time moves memories, and KV that a deletion left behind is removed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from memos_vllm.memory.life import TEND_BATCH
+
+if TYPE_CHECKING:
+    from memos_vllm.integration.state import MemosState
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 60.0
+
+
+class Caretaker:
+    """One per API process. Several do no harm: what one has done, the others do not find.
+
+    It begins at once, so that deletions that a crash interrupted are finished at the start.
+    """
+
+    def __init__(self, state: MemosState) -> None:
+        self._state = state
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-caretaker")
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.look_after()
+            except Exception:
+                # Nothing of it is lost: LMDB lists what is due and what is to be removed until it is done.
+                logger.exception("looking after the memories failed; it is tried again in %.0f s", INTERVAL_S)
+            await asyncio.sleep(INTERVAL_S)
+
+    async def look_after(self) -> None:
+        while (await asyncio.to_thread(self._state.service.life.tend)).seen >= TEND_BATCH:
+            pass
+        for who in await asyncio.to_thread(self._state.service.users_with_past_kv):
+            removed = await self._state.forget_kv(who)
+            if any(removed.values()):
+                logger.info("KV of past epochs of %s was removed: %s", who, removed)

@@ -1,0 +1,117 @@
+"""What the engine knows of scenes: what finished requests have shown."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+from memos_vllm.integration import salts
+from memos_vllm.store import tags
+from memos_vllm.types import BlockKey
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+MAX_KNOWN_BLOCKS = 1_000_000
+"""Blocks over all known scenes; about 200 bytes each. The scenes used least recently are forgotten first."""
+
+
+class SceneState(StrEnum):
+    UNKNOWN = "unknown"
+    """No finished request has shown what the scene is."""
+    ABSENT = "absent"
+    """In no tier; only a prefill can bring it."""
+    STORED = "stored"
+    """Off the GPU, at least in part."""
+    LOADING = "loading"
+    READY = "ready"
+    """Every block is in the GPU's prefix cache."""
+
+
+@dataclass(slots=True)
+class Shown:
+    """What is kept of the request that showed a scene: as much as publishing its blocks takes."""
+
+    block_hashes: list[Any]
+    cache_salt: str | None
+    lora_request: LoRARequest | None
+
+
+@dataclass(slots=True, eq=False)
+class Scene:
+    scene_id: str
+    request: Shown | Request
+    keys: list[BlockKey]
+    """One per full block."""
+    hashes: list[bytes]
+    """vLLM's hashes with group id, one per full block."""
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.keys)
+
+    def tags(self) -> frozenset[bytes]:
+        """By whose deletion it goes."""
+        return tags.parts(salts.tag_of(self.request.cache_salt, self.request.lora_request))
+
+    def num_shared_blocks(self, request: Request) -> int:
+        """Leading blocks that a request has in common with the scene."""
+        num_shared = 0
+        for ours, theirs in zip(self.request.block_hashes[: self.num_blocks], request.block_hashes, strict=False):
+            if ours != theirs:
+                break
+            num_shared += 1
+        return num_shared
+
+
+@dataclass(slots=True)
+class KnownScenes:
+    """By id, the one that was shown least recently first.
+
+    Args:
+        max_blocks: over all scenes.
+        keep_requests: vLLM's events of cached blocks tell tokens and more; without them hashes are enough.
+    """
+
+    keep_requests: bool
+    max_blocks: int = MAX_KNOWN_BLOCKS
+    num_blocks: int = 0
+    _scenes: OrderedDict[str, Scene] = field(default_factory=OrderedDict)
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __contains__(self, scene_id: str) -> bool:
+        return scene_id in self._scenes
+
+    def __iter__(self) -> Iterator[Scene]:
+        return iter(self._scenes.values())
+
+    def get(self, scene_id: str) -> Scene | None:
+        return self._scenes.get(scene_id)
+
+    def show(self, scene_id: str, request: Request, keys: Sequence[BlockKey]) -> Scene:
+        """The request's full blocks are what the scene is from now on."""
+        self.remove(scene_id)
+        block_hashes = list(request.block_hashes[: len(keys)])
+        shown = request if self.keep_requests else Shown(block_hashes, request.cache_salt, request.lora_request)
+        hashes = [make_block_hash_with_group_id(of, 0) for of in block_hashes]
+        scene = self._scenes[scene_id] = Scene(scene_id, shown, list(keys), hashes)
+        self.num_blocks += scene.num_blocks
+        return scene
+
+    def remove(self, scene_id: str) -> None:
+        if (scene := self._scenes.pop(scene_id, None)) is not None:
+            self.num_blocks -= scene.num_blocks
+
+    def overdue(self) -> str | None:
+        """The scene to forget next, if there are too many blocks."""
+        if self.num_blocks <= self.max_blocks or len(self._scenes) < 2:
+            return None
+        return next(iter(self._scenes))

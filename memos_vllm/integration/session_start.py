@@ -1,0 +1,176 @@
+"""What a user's next session will start with: system prompt and long-lived memory, before any request of it.
+
+    seen       each turn shows how the application's prompts start: system prompt, tools, template options
+    prepare    long-lived memory as it is now, chosen and assembled as for a session's first turn
+    render     by vLLM's own chat endpoint, twice with different questions: what both begin with is the start
+    declare    the engine hashes it and knows it as a scene, to be loaded or built like any other
+
+A start is declared anew when the application's part or the user's memory has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from memos_vllm.integration import engine_channel, salts
+from memos_vllm.memory.assembly import Message, assemble
+from memos_vllm.memory.service import MemoryService
+from memos_vllm.types import Principal
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+logger = logging.getLogger(__name__)
+
+MAX_USERS = 1000
+"""Whose starts are known; those who came last."""
+
+_QUESTIONS = ("a", "1")
+"""Any two that share no first token."""
+
+_RENDERED = {
+    "model", "tools", "tool_choice", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort",
+    "add_special_tokens", "mm_processor_kwargs",
+}  # fmt: skip
+"""Fields of a request that decide how it is rendered. Of one that is missing here an old value may be used, for
+a start that no request then has; nothing is wrong by that."""
+
+
+@dataclass(slots=True)
+class SessionStart:
+    """One user's."""
+
+    who: Principal
+    request: ChatCompletionRequest
+    """The last one, without its conversation."""
+    lead: list[Message]
+    """Its messages before the first of the user."""
+    client_salt: str | None
+    serving: OpenAIServingChat
+    scene_id: str
+    like: str = ""
+    """The scene of the last request, whose adapter the next session gets."""
+    lora: dict[str, Any] | None = None
+    declared: tuple[int, int] | None = None
+    """The user's memory (``seq``, KV epoch) as of the last declaration."""
+    num_blocks: int = 0
+    """What the engine made of it."""
+
+    def same_prompt(self, other: SessionStart) -> bool:
+        mine, theirs = (each.request.model_dump(include=_RENDERED) for each in (self, other))
+        return (self.lead, self.client_salt, mine) == (other.lead, other.client_salt, theirs)
+
+
+def start_of(
+    who: Principal,
+    request: ChatCompletionRequest,
+    messages: Sequence[Message],
+    serving: OpenAIServingChat,
+    scene_id: str,
+) -> SessionStart:
+    """What a request shows, before memory and our salt are put into it.
+
+    Args:
+        messages: as the client sent them.
+        scene_id: of the user's next session.
+    """
+    bare = request.model_copy(update={"messages": [], "cache_salt": None, "kv_transfer_params": None, "n": 1})
+    lead = [dict(message) for message in takewhile(lambda each: each.get("role") in ("system", "developer"), messages)]
+    return SessionStart(who, bare, lead, request.cache_salt, serving, scene_id)
+
+
+class SessionStarts:
+    """Owned by the API process's event loop.
+
+    Args:
+        salt_of: the ``cache_salt`` of a user's requests in a KV epoch.
+    """
+
+    def __init__(self, engine: EngineClient, service: MemoryService, salt_of: Callable[[Principal, int], str]) -> None:
+        self._engine = engine
+        self._service = service
+        self._salt_of = salt_of
+        self._starts: OrderedDict[str, SessionStart] = OrderedDict()
+
+    def seen(self, start: SessionStart, scene_id: str) -> None:
+        """A turn came.
+
+        Args:
+            scene_id: of its own session.
+        """
+        known = self._starts.pop(start.scene_id, None)
+        if known is not None and known.same_prompt(start):
+            start = known  # with what is declared of it
+        start.like = scene_id
+        self._starts[start.scene_id] = start
+        if len(self._starts) > MAX_USERS:
+            self._starts.popitem(last=False)
+
+    def forget(self, scene_id: str) -> None:
+        self._starts.pop(scene_id, None)
+
+    def declared(self, scene_ids: Sequence[str]) -> list[str]:
+        """Of these scenes, those that the engine should know as starts."""
+        return [each for each in scene_ids if (start := self._starts.get(each)) and start.num_blocks]
+
+    def lost(self, scene_ids: Sequence[str]) -> None:
+        """The engine does not know these any more."""
+        for scene_id in scene_ids:
+            if (start := self._starts.get(scene_id)) is not None:
+                start.declared, start.num_blocks = None, 0
+
+    def stamp(self) -> int:
+        """Changes whenever any user's memory did."""
+        return self._service.stamp()
+
+    async def declare_changed(self, scene_ids: Sequence[str]) -> dict[str, int]:
+        """Declares those of these starts that have changed since; their size in blocks."""
+        declared: dict[str, int] = {}
+        for start, version in await asyncio.to_thread(self._changed, scene_ids):
+            # Before the work: a start that cannot be rendered is not tried again until it has changed.
+            start.declared, start.num_blocks = version, 0
+            prepared = await asyncio.to_thread(self._service.prepare, start.who)
+            texts = [record.text for record in prepared.long_lived]
+            token_ids = await _render(start, assemble(start.lead, texts))
+            if not token_ids or self._starts.get(start.scene_id) is not start:
+                continue
+            if (prepared.seq, prepared.kv_epoch) != version:
+                start.declared = None  # changed meanwhile
+                continue
+            # The salt of this very text: a deletion from now on finds it, before or after it is built.
+            salt = salts.combine(self._salt_of(start.who, prepared.kv_epoch), start.client_salt)
+            payload = {"scene": start.scene_id, "token_ids": token_ids, "salt": salt, "like": start.like}
+            (reply,) = await engine_channel.call(self._engine, "declare", {**payload, "lora": start.lora})
+            if reply.get("blocks"):
+                start.num_blocks, start.lora = reply["blocks"], reply["lora"]
+                declared[start.scene_id] = start.num_blocks
+        return declared
+
+    def _changed(self, scene_ids: Sequence[str]) -> list[tuple[SessionStart, tuple[int, int]]]:
+        """With the version of the user's memory as of now."""
+        starts = [start for scene_id in scene_ids if (start := self._starts.get(scene_id)) is not None]
+        versions = [self._service.memory_version(start.who) for start in starts]
+        return [each for each in zip(starts, versions, strict=True) if each[0].declared != each[1]]
+
+
+async def _render(start: SessionStart, head: list[Message]) -> list[int]:
+    """Tokens that a first turn has in front of its question; none if vLLM refuses the request."""
+    rendered: list[list[int]] = []
+    for question in _QUESTIONS:
+        messages = [*head, {"role": "user", "content": question}]
+        result = await start.serving.render_chat_request(start.request.model_copy(update={"messages": messages}))
+        if not isinstance(result, tuple):
+            logger.info("the next session of a user cannot be prepared: %s", result)
+            return []
+        rendered.append(list(result[1][0]["prompt_token_ids"]))
+    one, other = rendered
+    return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]

@@ -1,0 +1,172 @@
+"""Retrieval: from a question to the memories that may answer it.
+
+The index ranks by words, times and vectors (``search``); links between memories bring in what they lead to,
+and a hit may come with what was said around it. The question is embedded before any transaction begins: an
+embedder may be slow, or away, and then the words decide alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+
+from memos_vllm.errors import EmbedderError, StoreError
+from memos_vllm.memory import links
+from memos_vllm.memory.embedders import Embedder
+from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.indexes import Indexes
+from memos_vllm.memory.neighbours import WEIGHT_PER_STEP
+from memos_vllm.memory.query import Match, Query
+from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.results import Hit
+from memos_vllm.memory.search import UserIndex, text_of
+from memos_vllm.memory.store import MemoryStore
+from memos_vllm.memory.transactions import UserReader, UserWriter
+from memos_vllm.memory.vectors import Vector
+from memos_vllm.types import MemoryId, Principal
+
+logger = logging.getLogger(__name__)
+
+_EMBED_BATCH = 1024
+
+RETRY_AFTER_S = 30.0
+"""An embedder that failed is left alone for so long: a server that is away would cost every question its
+time-out."""
+
+
+class Retrieval:
+    """
+    Args:
+        embedder: None for words, times and links alone.
+        monotonic_s: a clock that never goes back; tests set it.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        indexes: Indexes,
+        embedder: Embedder | None = None,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ):
+        self._store = store
+        self._indexes = indexes
+        self._embedder = embedder
+        self._monotonic_s = monotonic_s
+        self._left_alone_until_s = -math.inf
+
+    def query(self, who: Principal, text: str, asked_at: datetime) -> Query:
+        """A question with its embedding; not within a transaction. Embeds what is new of the user's before."""
+        return Query(text, asked_at, self._embed_query(who, text) if self._embedder and text.strip() else None)
+
+    def hits(
+        self, user: UserReader, index: UserIndex, query: Query, top_k: int, wanted: Filter, context: int = 0
+    ) -> list[Hit]:
+        """The best memories that the filter lets through, best first.
+
+        Args:
+            context: how many memories before and after each hit, in its conversation, come with it.
+        """
+        matches = index.rank(query, top_k, wanted)
+        matches = self._with_linked(user, index, matches, query, wanted)[:top_k]
+        may_stand_around = Filter(archived=wanted.archived, for_prompt=wanted.for_prompt)
+        allows = index.allowing(may_stand_around, query.asked_at) if context else None
+        found = []
+        for match in matches:
+            record = user.get(match.id)
+            if record is None:  # deleted between this transaction and the index
+                continue
+            sides = index.around(match.id, context) if allows else ((), ())
+            before, after = (_records(user, filter(allows, side)) for side in sides)
+            found.append(Hit(record, match.score, match.why, before, after))
+        return found
+
+    def embed_new(self, who: Principal) -> int:
+        """Embeds the user's memories that have no vector, and stores the vectors; how many.
+
+        Raises:
+            EmbedderError: the embedder failed; what was embedded before is kept.
+        """
+        count = 0
+        while self._embedder is not None:
+            with self._store.read(who) as user, self._indexes.current(user) as index:
+                missing = list(index.without_vector().items())[:_EMBED_BATCH]
+            if not missing:
+                break
+            rows = self._embedder.embed([text for _, text in missing])
+            vectors = {memory_id: row for (memory_id, _), row in zip(missing, rows, strict=True)}
+            texts = dict(missing)
+            with self._store.read(who) as user, self._indexes.current(user) as index:
+                now_missing = index.without_vector()
+                vectors = {id: row for id, row in vectors.items() if now_missing.get(id) == texts[id]}
+                index.put_vectors(vectors)
+            if self._embedder.is_stored:
+                self._keep(who, vectors, texts)
+            count += len(vectors)
+        return count
+
+    def prepare(self, who: Principal) -> bool:
+        """Embeds what is new of the user's, so that the next query need not; False if the embedder failed."""
+        if self._monotonic_s() < self._left_alone_until_s:
+            return False
+        try:
+            self.embed_new(who)
+        except EmbedderError as error:
+            self._leave_alone(error)
+            return False
+        return True
+
+    def _embed_query(self, who: Principal, text: str) -> Vector | None:
+        assert self._embedder is not None
+        try:
+            return self._embedder.embed_query(text) if self.prepare(who) else None
+        except EmbedderError as error:
+            self._leave_alone(error)
+            return None
+
+    def _leave_alone(self, error: EmbedderError) -> None:
+        logger.warning("memory is searched by words alone for %g s: %s", RETRY_AFTER_S, error)
+        self._left_alone_until_s = self._monotonic_s() + RETRY_AFTER_S
+
+    def _keep(self, who: Principal, vectors: Mapping[MemoryId, Vector], texts: Mapping[MemoryId, str]) -> None:
+        embedder = self._embedder
+        assert embedder is not None
+
+        def put(user: UserWriter) -> None:
+            for memory_id, vector in vectors.items():
+                record = user.get(memory_id)
+                if record is not None and text_of(record) == texts[memory_id]:  # it may have changed meanwhile
+                    user.put_row("vectors", uuid.UUID(memory_id).bytes, embedder.encode(vector))
+
+        try:
+            self._store.write(who, put)
+        except StoreError as error:  # they are made again after a restart
+            logger.warning("vectors could not be kept: %s", error)
+
+    def _with_linked(
+        self, user: UserReader, index: UserIndex, matches: list[Match], query: Query, wanted: Filter
+    ) -> list[Match]:
+        """Adds what the matches are linked with, one step away, at the weight of a neighbour one step away."""
+        known = {match.id for match in matches}
+        allows = None
+        linked: dict[MemoryId, Match] = {}
+        for match in matches:
+            for link in links.of(user, match.id):
+                other = link.target if link.source == match.id else link.source
+                if other in known or other in linked or not link.is_valid(query.asked_at):
+                    continue
+                allows = allows or index.allowing(wanted, query.asked_at)
+                if allows(other):
+                    why = {**match.why, "retrievers": {"link": {"from": match.id, "type": link.type}}, "terms": {}}
+                    linked[other] = Match(other, match.score * WEIGHT_PER_STEP, why)
+        if not linked:
+            return matches
+        return sorted([*matches, *linked.values()], key=lambda match: -match.score)
+
+
+def _records(user: UserReader, ids: Iterable[MemoryId]) -> tuple[MemoryRecord, ...]:
+    found = (user.get(memory_id) for memory_id in ids)
+    return tuple(record for record in found if record is not None)

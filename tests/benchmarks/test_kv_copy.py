@@ -1,0 +1,120 @@
+"""The copy benchmark: its rows, and that wrong bytes have no speed. Nothing here looks at a time."""
+
+import json
+
+import pytest
+
+from benchmarks import kv_copy, kv_copy_gpu, kv_copy_table
+from benchmarks.kv_copy_rig import PLANES, Shape, paired
+from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
+from memos_vllm.store.link import CpuLink
+from memos_vllm.store.pipeline import Method
+
+
+def run(tmp_path):
+    path = str(tmp_path / "r.json")
+    code = kv_copy.main(["--preset", "smoke", "--repeats", "1", "--json", path, "--directory", str(tmp_path)])
+    return code, json.loads((tmp_path / "r.json").read_text())
+
+
+def test_a_run_writes_a_row_per_direction_and_size(tmp_path, capsys):
+    code, run_ = run(tmp_path)
+    rows = run_["rows"]
+    assert code == 0 and run_["benchmark"] == "kv_copy" and run_["flags"]["failures"] == []
+    found = {(row["direction"], row.get("cache"), row["fragment_bytes"]) for row in rows}
+    directions = [("load", None), ("save", None), ("both", None)]
+    directions += [(direction, cache) for direction in ("disk", "promote") for cache in ("warm", "cold")]
+    assert found == {(*direction, size) for direction in directions for size in (4096, 65536)}
+    for row in rows:
+        assert row["arm"] == "engine" and row["fragments"] * row["fragment_bytes"] == 4 * 2**20
+        assert row["gb_per_s"] > 0 and row["limit_gb_per_s"] > 0 and row["share"] > 0
+    assert "no targets" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("link_call", ["load", "memory"])
+def test_wrong_bytes_have_no_speed_and_end_in_code_1(tmp_path, monkeypatch, capsys, link_call):
+    """One byte of one block: on the way from the host slots, or from the file."""
+    if link_call == "load":
+        load = CpuLink.load
+
+        def harmed(self, groups, block_ids, after, landed):
+            groups[0].matrix[groups[0].rows[0], 0] ^= 1
+            load(self, groups, block_ids, after, landed)
+
+        monkeypatch.setattr(CpuLink, "load", harmed)
+    else:
+        memory = CpuLink.memory
+        monkeypatch.setattr(CpuLink, "memory", lambda self, ids: memory(self, [ids[-1], *ids[1:-1], ids[0]]))
+    code, run_ = run(tmp_path)
+    assert code == 1 and run_["rows"] == [] and len(run_["flags"]["failures"]) == 2
+    assert "wrong bytes" in capsys.readouterr().out
+
+
+def test_a_share_is_the_median_over_pairs_that_take_turns(monkeypatch):
+    calls, clock = [], iter([0, 2, 10, 11, 20, 21, 30, 34, 40, 42, 50, 51])  # limit, ours; ours, limit; ...
+    monkeypatch.setattr("benchmarks.kv_copy_rig.time.perf_counter", lambda: float(next(clock)))
+    pairs = paired(lambda: calls.append("ours"), lambda: calls.append("limit"), 3, lambda: calls.append("before"))
+    arms = ["limit", "ours", "ours", "limit", "limit", "ours"]
+    assert calls == [call for arm in arms for call in ("before", arm)]
+    assert pairs.share == 2.0 and pairs.seconds == 1.0 and pairs.limit_seconds == 2.0
+
+
+def gpu_row(arm, direction, size, speed, share):
+    shape = Shape(size, 64 * 2**20 // size)
+    return {
+        "arm": arm, "direction": direction, "fragment_bytes": size, "fragments": shape.fragments,
+        "gb_per_s": speed, "limit_gb_per_s": 50.0, "share": share,
+    }  # fmt: skip
+
+
+def test_the_verdict_on_a_gpu_names_every_point_that_is_slower_than_vllm():
+    rows = [
+        gpu_row("engine", "load", 4096, 20.0, 0.4),  # below the smallest size with a target
+        gpu_row("engine", "load", 8192, 46.0, 0.92),
+        gpu_row("engine", "load", 65536, 44.0, 0.88),
+        gpu_row("engine", "both", 65536, 80.0, 1.6),
+        gpu_row("vllm_dma", "load", 8192, 5.0, 0.1),
+        gpu_row("vllm_triton", "load", 8192, 45.0, 0.9),
+        gpu_row("vllm_dma", "load", 65536, 48.0, 0.96),
+        {"arm": "decode", "direction": "interference", "itl_p99_ratio": 1.2},
+    ]
+    lines = kv_copy_table.verdict(rows)
+    assert "missed" in lines[0] and "below 0.9 at 64 KiB, worst 0.88" in lines[0]
+    assert "0.88 to 0.92" in lines[0]
+    assert "met" in lines[1] and "both ways" in lines[1]
+    assert "1 of 2 points" in lines[2] and "load 64 KiB x 1024: 44.0 to 48.0" in lines[3]
+    assert "missed" in lines[4] and "1.200" in lines[4]
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_method_alone_is_always_taken(method):
+    plan = kv_copy_gpu.only(method)
+    assert {plan.choose(direction, 2**power, 100) for direction in Direction for power in (12, 21)} == {method}
+
+
+def test_the_plan_says_what_is_taken():
+    measured = [
+        Measured(Direction.LOAD, method, 4096, 8, speed) for method, speed in zip(Method, (1, 9, 2), strict=True)
+    ]
+    table = kv_copy_table.plan_table(CopyPlan(measured), "a GPU")
+    assert [next(iter(column.cells)) for column in table.columns] == [
+        "load",
+        "4 KiB",
+        "8",
+        "1.0",
+        "9.0",
+        "2.0",
+        "direct",
+    ]
+
+
+def test_on_cpu_there_is_nothing_to_plan(capsys, monkeypatch):
+    monkeypatch.setattr(kv_copy, "has_gpu", lambda: False)
+    assert kv_copy.main(["--plan"]) == 0
+    assert "one way to copy" in capsys.readouterr().out
+
+
+def test_a_shape_is_whole_blocks():
+    shape = Shape(4096, 32 * PLANES)
+    assert shape.num_blocks == 32 and shape.block_bytes * shape.num_blocks == shape.size_bytes

@@ -1,0 +1,314 @@
+"""The builder's order of events, against an engine that is played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memos_vllm.config import BuildConfig, MemoryConfig, PredictionConfig
+from memos_vllm.integration import builder as builder_module
+from memos_vllm.integration.builder import LOWEST_PRIORITY, LiveRequests, SceneBuilder
+from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.session_start import SessionStart, SessionStarts, start_of
+from memos_vllm.memory.service import MemoryService
+from memos_vllm.memory.store import MemoryStore
+from memos_vllm.types import Principal
+
+WHO = Principal("shop", "alice")
+PIECE = {"build": "b", "scene": "s", "token_ids": [1, 2], "salt": "memos:x", "lora": None}
+
+
+class Engine:
+    """An engine client: hands out pieces, and runs them until it is told otherwise."""
+
+    def __init__(self, policy: str = "fcfs", engines: int = 1) -> None:
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=engines),
+            scheduler_config=SimpleNamespace(policy=policy),
+        )
+        self.errored = False
+        self.engine_core = self
+        self.pieces: list[dict[str, Any]] = []
+        self.events: list[str] = []
+        self.declared: list[dict[str, Any]] = []
+        self.priorities: list[int] = []
+        self.happened = asyncio.Condition()
+        self.finish = asyncio.Event()
+
+    async def is_sleeping(self) -> bool:
+        return False
+
+    async def call_utility_async(self, _: str, op: str, payload: dict[str, Any]) -> dict[str, Any]:
+        if op == "declare":
+            self.declared.append(payload)
+            return {"enabled": True, "blocks": len(payload["token_ids"]), "lora": None}
+        if op == "build":
+            await self.note("claim")
+            return {"busy": False, "unknown": [], "piece": self.pieces.pop(0) if self.pieces else None}
+        return {"enabled": True, "blocks": {}}
+
+    async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[None]:
+        self.priorities.append(options["priority"])
+        await self.note("piece")
+        try:
+            await self.finish.wait()
+        except asyncio.CancelledError:
+            await self.note("aborted")
+            raise
+        await self.note("built")
+        yield None
+
+    async def note(self, event: str) -> None:
+        async with self.happened:
+            self.events.append(event)
+            self.happened.notify_all()
+
+    async def until(self, *events: str) -> None:
+        async with self.happened:
+            await asyncio.wait_for(self.happened.wait_for(lambda: self.events == list(events)), 30)
+
+
+class Serving:
+    """vLLM's chat endpoint, whose tokens are characters."""
+
+    async def render_chat_request(self, request: Any) -> Any:
+        text = "".join(f"<{message['role']}>{message['content']}" for message in request.messages)
+        return [], [{"prompt_token_ids": [ord(each) for each in text]}]
+
+
+class Parts:
+    """A builder and what it works with."""
+
+    def __init__(self, folder: Path, engine: Engine, config: BuildConfig | None = None) -> None:
+        self.engine = engine
+        self.service = MemoryService(MemoryStore(folder / "memory", 2**24), MemoryConfig())
+        self.planner = ScenePlanner(engine, PredictionConfig(), folder / "predictor.json")
+        self.starts = SessionStarts(engine, self.service, self.salt)
+        self.builder = SceneBuilder(engine, config or BuildConfig(busy_share=1.0), self.planner, self.starts)
+
+    def salt(self, who: Principal, kv_epoch: int) -> str:
+        return f"memos:{kv_epoch}"
+
+    def turn(self, system: str = "Be brief.", session: str = "one") -> SessionStart:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello!"}]
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        request = ChatCompletionRequest(model="m", messages=messages)
+        start = start_of(WHO, request, messages, Serving(), self.planner.start_id(WHO))
+        self.starts.seen(start, self.planner.scene_id(WHO, session))
+        return start
+
+    async def declare(self) -> list[str]:
+        """Texts of the starts that are declared now."""
+        known = len(self.engine.declared)
+        await self.starts.declare_changed([self.planner.start_id(WHO)])
+        return ["".join(map(chr, each["token_ids"])) for each in self.engine.declared[known:]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., None]:
+    def run(play: Callable[[Parts], Awaitable[None]], config: BuildConfig | None = None, **options: Any) -> None:
+        async def whole() -> None:
+            parts = Parts(tmp_path, Engine(**options), config)
+            try:
+                await play(parts)
+            finally:
+                if parts.builder._task is not None:
+                    parts.builder._task.cancel()
+
+        asyncio.run(whole())
+
+    return run
+
+
+def test_a_live_request_goes_on_when_the_piece_is_aborted(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        engine, builder = parts.engine, parts.builder
+        engine.pieces += [PIECE, PIECE]
+        builder.wake()
+        await engine.until("claim", "piece")
+        await builder.live_started()
+        await engine.note("live")
+        assert engine.events == ["claim", "piece", "aborted", "live"]
+        engine.finish.set()
+        builder.live_ended()
+        await engine.until("claim", "piece", "aborted", "live", "claim", "piece", "built", "claim")
+
+    run(play)
+
+
+def test_nothing_is_claimed_while_a_request_is_there(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        await parts.builder.live_started()
+        await parts.builder.live_started()
+        parts.builder.wake()
+        parts.builder.live_ended()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert parts.engine.events == [] and parts.builder.status()["pending"]
+        parts.builder.live_ended()
+        await parts.engine.until("claim")
+
+    run(play)
+
+
+def test_a_claim_that_a_request_overtook_is_not_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(parts: Parts) -> None:
+        engine, builder = parts.engine, parts.builder
+        engine.pieces.append(PIECE)
+        original = builder._claim
+
+        async def claim() -> Any:
+            reply = await original()
+            await builder.live_started()
+            return reply
+
+        monkeypatch.setattr(builder, "_claim", claim)
+        assert await builder._work() is True
+        assert engine.events == ["claim"]
+
+    run(play)
+
+
+def test_a_piece_has_the_lowest_priority_where_vllm_knows_priorities(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        parts.engine.finish.set()
+        parts.engine.pieces.append(PIECE)
+        parts.builder.wake()
+        await parts.engine.until("claim", "piece", "built", "claim")
+        assert parts.engine.priorities == [LOWEST_PRIORITY]
+
+    run(play, policy="priority")
+
+
+def test_a_piece_that_does_not_come_back_is_given_up(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is paused, or busy for another process."""
+    monkeypatch.setattr(builder_module, "PIECE_PATIENCE_S", 0.0)
+
+    async def play(parts: Parts) -> None:
+        parts.engine.pieces.append(PIECE)
+        parts.builder.wake()
+        await parts.engine.until("claim", "piece", "aborted", "claim")
+
+    run(play)
+
+
+@pytest.mark.parametrize(
+    ("config", "engines"), [(BuildConfig(enabled=False), 1), (BuildConfig(), 2)], ids=["off", "several_engines"]
+)
+def test_nothing_starts_where_building_is_off(run: Any, config: BuildConfig, engines: int) -> None:
+    async def play(parts: Parts) -> None:
+        parts.builder.wake()
+        parts.planner.on_told()
+        assert parts.builder._task is None
+        assert parts.builder.status() == {"enabled": False, "pending": False}
+
+    run(play, config, engines=engines)
+
+
+def test_requests_count_but_reading_and_hints_do_not(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        app = SimpleNamespace(state=SimpleNamespace(memos=SimpleNamespace(builder=parts.builder)))
+        seen: list[bool] = []
+
+        async def inner(scope: Any, receive: Any, send: Any) -> None:
+            seen.append(not parts.builder._idle.is_set())
+            if scope.get("fails"):
+                raise RuntimeError
+
+        requests = LiveRequests(inner)
+        for method, path in [
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/v1/completions"),
+            ("DELETE", "/v1/memories"),
+            ("GET", "/v1/memories"),
+            ("POST", "/v1/scenes"),
+        ]:
+            await requests({"type": "http", "method": method, "path": path, "app": app}, None, None)
+        assert seen == [True, True, True, False, False]
+        with pytest.raises(RuntimeError):
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": app, "fails": True}
+            await requests(scope, None, None)
+        assert parts.builder._idle.is_set()
+
+    run(play)
+
+
+def test_a_start_is_declared_when_it_changed_and_only_then(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        parts.turn()
+        assert await parts.declare() == ["<system>Be brief.<user>"]
+        parts.turn()
+        assert await parts.declare() == []
+        parts.service.add(WHO, "Likes tea.")
+        assert await parts.declare() == ["<system>Be brief.\n\nWhat you remember about this user:\n- Likes tea.<user>"]
+        parts.turn("Be kind.")
+        (text,) = await parts.declare()
+        assert text.startswith("<system>Be kind.")
+        parts.starts.lost([parts.planner.start_id(WHO)])
+        assert len(await parts.declare()) == 1
+
+    run(play)
+
+
+def test_a_start_has_the_salt_of_the_memory_in_it(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion while the start is rendered must not put the old text under the new salt, nor lose the start."""
+
+    async def play(parts: Parts) -> None:
+        record = parts.service.add(WHO, "Likes tea.")
+        parts.turn()
+        original = parts.service.prepare
+
+        def deleted_meanwhile(who: Principal) -> Any:
+            parts.service.delete(who, record.id)
+            return original(who)
+
+        monkeypatch.setattr(parts.service, "prepare", deleted_meanwhile)
+        assert await parts.declare() == []
+        monkeypatch.setattr(parts.service, "prepare", original)
+        assert await parts.declare() == ["<system>Be brief.<user>"]
+        assert [each["salt"] for each in parts.engine.declared] == ["memos:1"]
+
+    run(play)
+
+
+def test_a_forgotten_user_has_no_start(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        parts.turn()
+        parts.builder.forget(WHO)
+        assert await parts.declare() == []
+
+    run(play)
+
+
+def test_an_adapter_travels_with_its_scene() -> None:
+    from vllm.lora.request import LoRARequest
+
+    from memos_vllm.integration.scene_builds import SceneBuilds
+
+    scene = SimpleNamespace(scene_id="s", num_blocks=2)
+    table = SimpleNamespace(
+        expected=[scene],
+        is_resident=lambda *_: False,
+        is_absent=lambda *_: True,
+        has_room=lambda *_: True,
+    )
+    builds = SceneBuilds(table, block_size=2, max_step_tokens=64, max_scene_tokens=64)
+    adapter = LoRARequest("style", 7, "/adapters/style")
+    request = SimpleNamespace(
+        mm_features=[], prompt_embeds=None, prompt_token_ids=[1, 2, 3, 4], all_token_ids=[1, 2, 3, 4, 5],
+        cache_salt="memos:x", lora_request=adapter,
+    )  # fmt: skip
+    builds.show("s", request, 2)
+    piece = builds.claim("p", 64)["piece"]
+    assert piece["token_ids"] == [1, 2, 3, 4] and LoRARequest(**piece["lora"]) == adapter
+    assert builds.lora_of("s", otherwise=None) == adapter
+    assert builds.lora_of("unknown", otherwise=adapter) == adapter
+
+    builds.show("s", SimpleNamespace(**{**vars(request), "mm_features": ["image"]}), 2)
+    assert builds.claim("p", 64)["piece"] is None, "tokens alone would compute something else"

@@ -1,0 +1,161 @@
+"""The CUDA layer with the calls of torch.cuda replaced by ones that run at once on CPU memory.
+
+It holds what needs no GPU: which bytes go where, by which method, and that page-locking is lazy, in
+pieces, and does without where the system refuses. The order of the calls is test_pipeline's.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
+from memos_vllm.kernels.reference import gather_reference
+from memos_vllm.store import cuda_device, host_memory
+from memos_vllm.store.copy_planner import CopyPlan, Direction
+from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
+from memos_vllm.store.host_memory import HostMemory
+from memos_vllm.store.link import DeviceLink
+from memos_vllm.store.pipeline import Method
+
+BLOCKS, PIECE = 12, 4
+CPU = torch.device("cpu")
+
+
+class Registered:
+    """cudart with a limit on locked memory."""
+
+    def __init__(self, limit_bytes=2**40):
+        self.segments, self.limit_bytes = {}, limit_bytes
+
+    def cudaHostRegister(self, pointer, size_bytes, flags):
+        if sum(self.segments.values()) + size_bytes > self.limit_bytes:
+            return 2
+        self.segments[pointer] = size_bytes
+        return 0
+
+    def cudaHostUnregister(self, pointer):
+        del self.segments[pointer]
+        return 0
+
+
+@pytest.fixture
+def cudart(monkeypatch):
+    cudart = Registered()
+
+    class Event:
+        def __init__(self, blocking=False):
+            assert blocking
+
+        def record(self, stream):
+            pass
+
+        def synchronize(self):
+            pass
+
+    class Stream:
+        def __init__(self, device, priority):
+            pass
+
+        def wait_event(self, event):
+            assert isinstance(event, Event)
+
+    fake = SimpleNamespace(
+        Event=Event,
+        Stream=Stream,
+        device=lambda device: contextlib.nullcontext(),
+        stream=lambda stream: contextlib.nullcontext(),
+        current_stream=lambda device: SimpleNamespace(synchronize=lambda: None),
+        cudart=lambda: cudart,
+    )
+    monkeypatch.setattr(cuda_device.torch, "cuda", fake)
+    return cudart
+
+
+def pinned_memory(num_slots, row_bytes):
+    memory = HostMemory(num_slots, row_bytes, True, CPU)
+    memory._pin = True  # what a GPU as its device would have decided
+    return memory
+
+
+def make_planes():
+    planes = planes_of([torch.zeros(2, BLOCKS, 5, 8) for _ in range(3)], BLOCKS)
+    for plane in planes:
+        plane.random_()
+    return planes
+
+
+@pytest.mark.parametrize("method", Method)
+def test_every_method_moves_the_same_bytes(cudart, monkeypatch, method):
+    monkeypatch.setattr(CopyPlan, "choose", lambda self, direction, size, count, allowed: method)
+    monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 3 * 960)
+    planes = make_planes()
+    copier = BlockCopier(planes)
+    link = DeviceLink(CudaDevice(copier, planes, PIECE), CPU, copier.row_bytes, len(planes), CopyPlan())
+    host = pinned_memory(8, copier.row_bytes)
+    blocks, slots, errors = [3, 4, 9, 0], [6, 1, 2, 3], []
+    expected = torch.empty(4, copier.row_bytes, dtype=torch.uint8)
+    gather_reference(planes, blocks, expected)
+    event = torch.cuda.Event(blocking=True)
+    link.save(blocks, host.groups(slots), event, errors.append)
+    link.load(host.groups(slots), [5, 6, 7, 8], event, errors.append)
+    assert link.close(60.0) and errors == [None, None]
+    arrived = torch.empty_like(expected)
+    gather_reference(planes, [5, 6, 7, 8], arrived)
+    assert torch.equal(arrived, expected)
+
+
+def test_pages_are_locked_segment_by_segment_as_they_are_used_and_unlocked_at_the_end(cudart, monkeypatch):
+    monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 3 * 100)
+    memory = pinned_memory(10, 100)
+    assert cudart.segments == {}
+    assert [group.pinned for group in memory.groups([0, 9])] == [True, True]
+    assert sorted(cudart.segments.values()) == [100, 300]
+    memory.close()
+    assert cudart.segments == {}
+
+
+def test_where_no_more_can_be_locked_the_rest_is_pageable_and_never_goes_through_a_kernel(cudart, monkeypatch, caplog):
+    monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 3 * 960)
+    cudart.limit_bytes = 3 * 960
+    planes = make_planes()
+    memory = pinned_memory(9, 960)
+    groups = memory.groups([0, 3, 6])
+    assert [group.pinned for group in groups] == [True, False, False]
+    assert caplog.text.count("ulimit -l") == 1
+    asked = []
+    monkeypatch.setattr(
+        CopyPlan, "choose", lambda self, direction, size, count, allowed: (asked.append(allowed), Method.STAGED)[1]
+    )
+    link = DeviceLink(CudaDevice(BlockCopier(planes), planes, PIECE), CPU, 960, len(planes), CopyPlan())
+    link.save([0], groups[:1], None, lambda error: None)
+    link.save([0, 1], groups[:2], None, lambda error: None)
+    assert link.close(60.0)
+    assert Method.DIRECT in asked[0] and Method.DIRECT not in asked[1]
+
+
+def test_fragments_are_offered_only_where_a_block_is_contiguous(cudart):
+    planes = make_planes()
+    assert Method.DMA in CudaDevice(BlockCopier(planes), planes, PIECE).methods
+    apart = [plane.transpose(1, 2) for plane in planes]
+    assert CudaDevice(BlockCopier(apart), apart, PIECE).methods == {Method.STAGED, Method.DIRECT}
+
+
+def test_the_planner_measures_every_method(cudart):
+    measure = CopyMeasure(CPU)
+    for direction in Direction:
+        for method in (Method.STAGED, Method.DMA):
+            assert measure(direction, method, 4096, 16) > 0
+        assert measure(direction, Method.DIRECT, 4096, 16) == 0, "the memory is not page-locked: no kernel may read it"
+    measure.close()
+
+
+def test_without_memory_to_measure_everything_is_staged_and_the_next_start_measures(cudart, monkeypatch, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_device, "machine_name", lambda device: "a GPU")
+    monkeypatch.setattr(CopyMeasure, "__call__", full)
+    assert plan_of(CPU, tmp_path).choose(Direction.LOAD, 4096, 8) is Method.STAGED
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,284 @@
+"""The planner keeps what was learned over restarts, and never holds the event loop for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memos_vllm.config import PredictionConfig
+from memos_vllm.core import snapshot
+from memos_vllm.core.predictor import Predictor
+from memos_vllm.core.scenes import TurnEnded, Typing
+from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.types import Principal
+
+USERS = 300
+MAX_LINE_BYTES = 64_000
+
+
+class Engine:
+    """Takes what it is told."""
+
+    engine_core: Any
+
+    def __init__(self) -> None:
+        self.engine_core = self
+        self.told: list[dict[str, Any]] = []
+
+    async def call_utility_async(self, method: str, op: str, payload: dict[str, Any]) -> dict[str, Any]:
+        self.told.append(payload)
+        return {"blocks": {}}
+
+
+class Clock:
+    now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def user(number: int) -> Principal:
+    return Principal("shop", f"user-{number}")
+
+
+def named(number: int) -> str:
+    """How the file names a user."""
+    return f'"{user(number)}"'
+
+
+def a_turn(planner: ScenePlanner, number: int, session: str | None = None) -> None:
+    scene_id = planner.turn_started(user(number), session)
+    planner.turn_ended(scene_id)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[ScenePlanner], Awaitable[None]]], ScenePlanner]:
+    """Runs a test's coroutine with a planner that has learned from many users, and whose own loop stands still."""
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+    def run(body: Callable[[ScenePlanner], Awaitable[None]]) -> ScenePlanner:
+        planner = ScenePlanner(Engine(), PredictionConfig(), tmp_path / "predictor.json", clock)  # type: ignore[arg-type]
+
+        async def main() -> None:
+            for round_ in range(3):
+                for number in range(USERS):
+                    clock.now += 1.0
+                    a_turn(planner, number, f"session {round_ % 2}")
+            assert planner._task is not None
+            planner._task.cancel()
+            await body(planner)
+
+        asyncio.run(main())
+        return planner
+
+    return run
+
+
+async def at_once(function: Callable[..., None], *args: Any) -> None:
+    function(*args)
+
+
+async def saving(planner: ScenePlanner, meanwhile: Callable[[int], None] = lambda turn: None) -> int:
+    """Saves; calls ``meanwhile`` in every turn that the event loop gets; how many there were.
+
+    The file is written at once, so that only the turns count that it gets while it is not.
+    """
+    save = asyncio.ensure_future(planner.save_in_slices())
+    turn = 0
+    while not save.done():
+        await asyncio.sleep(0)
+        meanwhile(turn)
+        turn += 1
+    await save
+    return turn
+
+
+def test_the_event_loop_gets_its_turn_after_every_part(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, in_turn = [], Counter()
+    parts = snapshot.parts
+
+    def counted(state: Any, path: tuple[str, ...] = ()) -> Iterator[snapshot.Part]:
+        for part in parts(state, path):
+            if not path:  # each part once, however deep it lies
+                copied.append(len(part[2]) if part[1] else 1)
+            yield part
+
+    monkeypatch.setattr(snapshot, "parts", counted)
+
+    async def body(planner: ScenePlanner) -> None:
+        turns = await saving(planner, lambda turn: in_turn.update({turn: sum(copied) - in_turn.total()}))
+        assert in_turn.total() > 5 * USERS and max(in_turn.values()) <= 512, "records copied in one turn"
+        lines = (tmp_path / "predictor.json").read_bytes().splitlines()
+        num_parts = len(lines) - 1
+        assert num_parts > 5 * USERS / snapshot.PART_RECORDS
+        assert turns >= num_parts, "each part is encoded in a turn of its own"
+        assert max(map(len, lines)) < MAX_LINE_BYTES, "a table must be an iterator, or it is one large part"
+
+    run(body)
+
+
+def test_what_is_saved_is_of_one_moment_and_nothing_is_missed(run: Any, tmp_path: Path, clock: Clock) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        planner._predictor.advance(clock.now)
+        before = planner._predictor.to_bytes()
+        undisturbed = Predictor.from_bytes(before)
+        happened = []
+
+        def meanwhile(turn: int) -> None:
+            clock.now += 0.5
+            number = turn % USERS
+            scene_id = planner.scene_id(user(number), "session 1")
+            assert planner.explain(scene_id) is not None
+            for event in (Typing(scene_id), TurnEnded(scene_id)):
+                happened.append((clock.now, event))
+                planner.observe(event)
+            a_turn(planner, USERS + turn)  # a new user every time: tables grow while they are copied
+
+        assert await saving(planner, meanwhile) > 20
+        saved = (tmp_path / "predictor.json").read_bytes()
+        assert saved == before
+        assert Predictor.from_bytes(saved).to_bytes() == undisturbed.to_bytes()
+        assert len(planner._predictor) > len(undisturbed) + 20, "what happened meanwhile was learned after that"
+        assert not planner._events and planner._copied_at is None
+
+    run(body)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_collection_holds_a_save_and_collection_goes_on_after_it(
+    run: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    encode, enabled = snapshot.encode, []
+
+    def seen(part: snapshot.Part) -> bytes:
+        enabled.append(gc.isenabled())
+        if fails:
+            raise ValueError
+        return encode(part)
+
+    async def body(planner: ScenePlanner) -> None:
+        monkeypatch.setattr(snapshot, "encode", seen)
+        with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+            await planner.save_in_slices()
+
+    run(body)
+    assert enabled and not any(enabled) and gc.isenabled()
+
+
+def test_a_save_teaches_and_unteaches_nothing(run: Any, clock: Clock) -> None:
+    """The same events with a save between them and without one end in the same state."""
+
+    async def body(planner: ScenePlanner) -> None:
+        planner._predictor.advance(clock.now)
+        other = Predictor.from_bytes(planner._predictor.to_bytes())
+        events = [(clock.now + turn, Typing(planner.scene_id(user(turn % USERS), "session 1"))) for turn in range(40)]
+
+        def meanwhile(turn: int) -> None:
+            if turn < len(events):
+                clock.now = events[turn][0]
+                planner.observe(events[turn][1])
+
+        await saving(planner, meanwhile)
+        for now, event in events:
+            other.observe(event, now)
+        assert planner._predictor.to_bytes() == other.to_bytes()
+
+    run(body)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 10, 40])
+def test_who_is_forgotten_while_it_saves_is_not_in_the_file(run: Any, tmp_path: Path, at: int) -> None:
+    path = tmp_path / "predictor.json"
+
+    async def body(planner: ScenePlanner) -> None:
+        await saving(planner)
+        assert named(7) in path.read_text()
+        await saving(planner, lambda turn: planner.forget(user(7)) if turn == at else None)
+        if planner._saved_at < 0:  # it was copied already; the planner saves again at once
+            await planner.save_in_slices()
+        assert named(7) not in path.read_text()
+        assert named(8) in path.read_text()
+        assert [each.name for each in tmp_path.iterdir()] == ["predictor.json"]
+
+    run(body)
+
+
+def test_a_deletion_is_written_down_without_being_asked(run: Any, tmp_path: Path) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        await saving(planner)
+        planner._task = None
+        planner.forget(user(7))
+        while named(7) in (tmp_path / "predictor.json").read_text():
+            await asyncio.sleep(0)
+
+    run(lambda planner: asyncio.wait_for(body(planner), 60))
+
+
+def test_with_prediction_off_a_deletion_is_written_down_too(tmp_path: Path, clock: Clock, run: Any) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        planner.save()
+
+    run(body)
+    engine = Engine()
+
+    async def off() -> None:
+        config = PredictionConfig(enabled=False)
+        planner = ScenePlanner(engine, config, tmp_path / "predictor.json", clock)  # type: ignore[arg-type]
+        planner.forget(user(7))
+        while named(7) in (tmp_path / "predictor.json").read_text():
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(off(), 60))
+    assert not engine.told
+
+
+def test_a_save_that_fails_leaves_the_last_one(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        await saving(planner)
+        before = (tmp_path / "predictor.json").read_bytes()
+        a_turn(planner, 0)
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            await planner.save_in_slices()
+            planner.save()
+        assert (tmp_path / "predictor.json").read_bytes() == before
+
+    run(body)
+
+
+def test_a_torn_file_is_a_new_start(run: Any, tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "predictor.json"
+
+    async def body(planner: ScenePlanner) -> None:
+        await planner.save_in_slices()
+
+    run(body)
+    whole = path.read_bytes()
+    for end in (0, len(whole) // 2, whole.rindex(b"\n", 0, -1) + 1):
+        path.write_bytes(whole[:end])
+        planner = ScenePlanner(Engine(), PredictionConfig(), path, clock)  # type: ignore[arg-type]
+        assert len(planner._predictor) == 0
+    path.write_bytes(whole)
+    assert len(ScenePlanner(Engine(), PredictionConfig(), path, clock)._predictor) == 2 * USERS  # type: ignore[arg-type]
