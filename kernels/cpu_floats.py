@@ -6,7 +6,8 @@ Numba widens integer arithmetic to 64 bits; the casts keep it at 32, which doubl
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .cpu_jit import njit
 
 F32, U8, U16, U32 = np.float32, np.uint8, np.uint16, np.uint32
 

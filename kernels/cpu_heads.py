@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .cpu_copy import CpuCopy
@@ -34,6 +33,7 @@ from .cpu_floats import (
     to_e4m3,
     to_float16,
 )
+from .cpu_jit import njit
 from .heads import HeadView
 from .rotary import RotaryShift
 from .rows import RowLayout
