@@ -27,6 +27,10 @@ class MemoryMetrics:
     def recalled(self, recall: Recall) -> None:
         self._series[series_key("memos:memories_recalled_total", "long_lived")].inc(len(recall.long_lived))
         self._series[series_key("memos:memories_recalled_total", "late")].inc(len(recall.late))
+        self._series["memos:source_passages_total"].inc(len(recall.sources))
+
+    def source_failed(self, reason: str) -> None:
+        self._series[series_key("memos:source_failures_total", reason)].inc()
 
     def searched(self) -> None:
         self._series["memos:memory_searches_total"].inc()

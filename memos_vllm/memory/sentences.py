@@ -31,7 +31,7 @@ _SHORTENED = frozenset(
 
 def split(text: str) -> list[str]:
     """The sentences of a text, in order, stripped, without bullets; nothing else is left out."""
-    return [sentence for unit in _units(text) for sentence in _sentences(unit)]
+    return [sentence for unit in _units(text) for sentence in of_line(unit)]
 
 
 def _units(text: str) -> Iterator[str]:
@@ -63,7 +63,8 @@ def _continues(line: str, content: str) -> bool:
     return content[0].islower() or (len(line) >= _WRAPPED_LINE_CHARS and not _END.search(line.rstrip()[-3:]))
 
 
-def _sentences(unit: str) -> Iterator[str]:
+def of_line(unit: str) -> Iterator[str]:
+    """The sentences of one line, stripped."""
     quotes = [match.span() for match in _QUOTE.finditer(unit)]
     start = 0
     for match in _END.finditer(unit):
