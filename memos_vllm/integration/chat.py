@@ -35,7 +35,7 @@ from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.messages import last_user_text
 from memos_vllm.memory.recall import with_sources
 from memos_vllm.memory.results import Recall
-from memos_vllm.memory.sources.gathering import Gathered
+from memos_vllm.memory.sources.gathering import Gathering
 from memos_vllm.types import Principal
 
 logger = logging.getLogger(__name__)
@@ -207,8 +207,15 @@ def next_start(
 
 async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState, adapter: Choice | None) -> Recall:
     """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
+    asked = None
+    if turn.options.recall and turn.options.sources:  # they are searched while memory is recalled
+        asked = state.sources.begin(turn.who, last_user_text(turn.messages))
     await state.wait_for_writes(turn.who)
     recall, salt = await asyncio.to_thread(_recall, turn, state)
+    if asked is not None:
+        recall = await _with_sources(recall, asked, state)
+    if turn.options.recall:
+        state.metrics.recalled(recall)
     if adapter is not None and adapter.instead_of:
         recall = without(recall, adapter.instead_of)
     request.messages = assemble(
@@ -234,16 +241,13 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     if not turn.options.recall:
         return Recall((), ()), salt
     with state.metrics.recalling():
-        # Sources are searched while memory is recalled.
-        asked = state.sources.begin(turn.who, last_user_text(turn.messages)) if turn.options.sources else None
         recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
-        if asked is not None:
-            recall = _beside(recall, asked.finish(), state)
-    state.metrics.recalled(recall)
     return recall, salt
 
 
-def _beside(recall: Recall, gathered: Gathered, state: MemosState) -> Recall:
+async def _with_sources(recall: Recall, asked: Gathering, state: MemosState) -> Recall:
+    with state.metrics.waiting_for_sources():
+        gathered = await asked.finish()
     for reason in gathered.failures:
         state.metrics.source_failed(reason)
     late_tokens, share = state.config.memory.late_tokens, state.config.sources.share

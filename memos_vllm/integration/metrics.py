@@ -137,6 +137,11 @@ API_METRICS = (
         ("reason",),
         _one(*FAILURES),
     ),
+    Metric(
+        "memos:source_wait_seconds",
+        Kind.HISTOGRAM,
+        "Time a chat request waited for outside sources once memory was recalled.",
+    ),
     Metric("memos:memory_searches_total", Kind.COUNTER, "Searches over /v1/memories/search."),
     Metric("memos:recall_seconds", Kind.HISTOGRAM, "Time a chat request spent on recalling memories."),
 )

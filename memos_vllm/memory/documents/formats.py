@@ -30,12 +30,12 @@ def content_type(declared: str | None, name: str) -> tuple[str, str | None]:
         DocumentError: it is none that can be read; 415.
     """
     header = Message()
-    header["content-type"] = declared or "application/octet-stream"
-    said = header.get_content_type()
+    header["content-type"] = declared or ""
+    said = (declared or "").partition(";")[0].strip().lower()
     found = SUFFIXES.get(PurePath(name).suffix.lower()) if said in _SAYS_NOTHING else _TYPES.get(said)
     if found is None:
         raise DocumentError(
-            f"cannot read {name!r} ({said}); send {', '.join(dict.fromkeys(_TYPES.values()))} as the content type, "
+            f"cannot read {name!r} ({said or 'no content type'}); send {', '.join(dict.fromkeys(_TYPES.values()))} as the content type, "
             f"or a name that ends in {', '.join(SUFFIXES)}",
             status=415,
         )
@@ -62,7 +62,7 @@ def _blocks(data: bytes, type: str, charset: str | None, pdf_timeout_s: float) -
     if type == PDF:
         return isolated.read_pdf(data, pdf_timeout_s)
     if type == HTML:
-        return html.read(data, charset)
+        return html.read(_decode(data, charset).encode() if charset else data)
     return (markdown if type == MARKDOWN else plain).read(clean(_decode(data, charset)))
 
 

@@ -20,25 +20,25 @@ _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _SPACE = regex.compile(r"\s+")
 
 
-def read(data: bytes, charset: str | None) -> Iterator[Block]:
+def read(data: bytes) -> Iterator[Block]:
     """
     Args:
-        charset: as the sender said it; else the bytes' own mark, UTF-8, or what the page says.
+        data: in UTF-8, or in the charset that the page itself names.
 
     Raises:
-        DocumentError: the charset is unknown, or there is no element in it.
+        DocumentError: it is nested beyond the parser's limit of 2,048 elements, or cannot be read at all.
     """
     from lxml import etree
 
-    if charset is None and _is_utf8(data):
-        charset = "utf-8"
+    charset = "utf-8" if _is_utf8(data) else None
+    parser = etree.HTMLParser(encoding=charset, remove_comments=True, remove_pis=True, huge_tree=True)
     try:
-        parser = etree.HTMLParser(encoding=charset, remove_comments=True, remove_pis=True, huge_tree=True)
         root = etree.fromstring(data, parser)
-    except LookupError as error:
-        raise DocumentError(f"unknown charset {charset!r}; use utf-8") from error
     except (etree.ParseError, ValueError) as error:
         raise DocumentError(f"the HTML cannot be read: {error}") from error
+    for problem in parser.error_log:
+        if problem.type_name == "ERR_RESOURCE_LIMIT":  # what follows would be lost in silence
+            raise DocumentError(f"the HTML cannot be read whole: {problem.message}")
     if root is None:
         return iter(())
     main = root.findall(".//main")

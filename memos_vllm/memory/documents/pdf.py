@@ -42,6 +42,8 @@ def read(data: bytes) -> Iterator[Block]:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise DocumentError("the PDF is encrypted; send it without its password")
+        if not reader.pages:
+            raise DocumentError("the PDF has no pages; it is damaged")
         if len(reader.pages) > MAX_PAGES:
             raise DocumentError(f"the PDF has more than {MAX_PAGES} pages; split it", status=413)
         yield from _blocks(reader)

@@ -17,6 +17,9 @@ from memos_vllm.memory import sentences
 from memos_vllm.memory.documents.blocks import Block
 from memos_vllm.memory.segmentation import UNSPACED
 
+VERSION = 1
+"""Of these rules and of how formats are read; another one reads the folders of sources again."""
+
 SHORT_SHARE = 4
 """A block of fewer words than one of this many of the limit is short."""
 

@@ -32,21 +32,26 @@ class FileState:
         return self.is_settled and (self.mtime_ns, self.size_bytes) == (found.mtime_ns, found.size_bytes)
 
 
-def load(path: Path, indexed: Collection[str]) -> dict[str, FileState]:
-    """Without those that should be in the index and are not; empty where the file cannot be read: all is then
-    read again.
+def load(path: Path, indexed: Collection[str], edition: str) -> dict[str, FileState]:
+    """Without those that should be in the index and are not.
+
+    Empty where nothing can be read, or files were cut otherwise than in this ``edition``: all are then read again.
     """
     try:
-        states = {name: FileState(**values) for name, values in json.loads(path.read_text()).items()}
+        kept = json.loads(path.read_text())
+        if kept["edition"] != edition:
+            return {}
+        states = {name: FileState(**values) for name, values in kept["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         logger.warning("%s cannot be read, so all files are: %s", path, error)
         return {}
     return {name: state for name, state in states.items() if state.problem is not None or name in indexed}
 
 
-def save(path: Path, states: dict[str, FileState]) -> None:
+def save(path: Path, states: dict[str, FileState], edition: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({name: asdict(state) for name, state in states.items()}))
+    files = {name: asdict(state) for name, state in states.items()}
+    temporary.write_text(json.dumps({"edition": edition, "files": files}))
     os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -9,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from memos_vllm.config import FolderConfig
-from memos_vllm.errors import MemosError, RequestError, SourceError
+from memos_vllm.config import DocumentsConfig, FolderConfig
+from memos_vllm.errors import MemosError, NotFound, RequestError, SourceError
+from memos_vllm.memory.documents import pieces
 from memos_vllm.memory.results import Hit, Passage
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.sources import contract, file_states, scan
@@ -26,7 +28,7 @@ class FolderSource:
     Args:
         service: over the sources' store; it holds nobody's memories.
         state_path: where it is kept what the files were when they were read.
-        max_bytes: of one file.
+        documents: how large a file may be, and how it is cut.
         time_ns: the wall clock, as files' times are given.
     """
 
@@ -36,7 +38,7 @@ class FolderSource:
         deadline_s: float,
         service: MemoryService,
         state_path: Path,
-        max_bytes: int,
+        documents: DocumentsConfig,
         time_ns: Callable[[], int] = time.time_ns,
     ):
         self.name = config.name
@@ -46,7 +48,8 @@ class FolderSource:
         self._service = service
         self._owner = Principal("folder", config.name)
         self._state_path = state_path
-        self._max_bytes = max_bytes
+        self._max_bytes = documents.max_bytes
+        self._edition = f"{pieces.VERSION} {documents.piece_words}"
         self._time_ns = time_ns
         self._states: dict[str, FileState] | None = None
         self._problem: str | None = None
@@ -81,16 +84,18 @@ class FolderSource:
         Files whose size and time are as they were are not opened. A folder that cannot be read keeps what is
         known of it.
         """
-        documents = self._service.documents
+        unknown: set[str] = set()
         if self._states is None:
-            self._states = file_states.load(self._state_path, set(documents.names(self._owner)))
+            indexed = set(self._service.documents.names(self._owner))
+            self._states = file_states.load(self._state_path, indexed, self._edition)
+            unknown = indexed - self._states.keys()
         before = dict(self._states)
         try:
             found = self._files()
         except OSError as error:
             self._say(f"cannot be read: {error.strerror or error}")
             return
-        for name in {*self._states, *documents.names(self._owner)} - found.keys():
+        for name in {*self._states, *unknown} - found.keys():
             self._forget(name)
             self._states.pop(name, None)
         for name, file in found.items():
@@ -138,13 +143,13 @@ class FolderSource:
         self._states[file.name] = FileState(file.mtime_ns, file.size_bytes, digest, is_settled, problem)
 
     def _forget(self, name: str) -> None:
-        if name in self._service.documents.names(self._owner):
+        with contextlib.suppress(NotFound):  # it never was in the index
             self._service.documents.delete(self._owner, name)
 
     def _keep_states(self) -> None:
         assert self._states is not None
         try:
-            file_states.save(self._state_path, self._states)
+            file_states.save(self._state_path, self._states, self._edition)
         except OSError as error:  # they are read again after a restart
             logger.warning("source %s: %s cannot be written: %s", self.name, self._state_path, error)
 

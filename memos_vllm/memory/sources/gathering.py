@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -73,26 +73,31 @@ class Gathering:
         self._monotonic_s = monotonic_s
         self._began_s = monotonic_s()
 
-    def finish(self) -> Gathered:
-        """Waits until every source has answered or its deadline has passed; never fails."""
-        answers: list[Sequence[Passage]] = []
-        failures: list[str] = []
-        for asked, question in self._questions:
-            left_s = self._began_s + asked.source.deadline_s - self._monotonic_s()
-            try:
-                if question is None:
-                    failures.append("busy")
-                else:
-                    answers.append(question.result(max(0.0, left_s)))
-                    continue
-            except NotInTime:
-                failures.append("late")
-            except Exception as error:  # whatever a source does, the chat goes on
-                failures.append("error")
-                asked.failed(error)
-            asked.failures[failures[-1]] += 1
-        ranked = chain.from_iterable(zip_longest(*answers))
-        return Gathered(tuple(passage for passage in ranked if passage is not None), tuple(failures))
+    async def finish(self) -> Gathered:
+        """Waits until every source has answered or its deadline has passed; no thread does. Never fails."""
+        answers = await asyncio.gather(*(self._answer(*question) for question in self._questions))
+        ranked = chain.from_iterable(zip_longest(*(passages for passages, _ in answers)))
+        return Gathered(
+            tuple(passage for passage in ranked if passage is not None),
+            tuple(failure for _, failure in answers if failure is not None),
+        )
+
+    async def _answer(
+        self, asked: _Asked, question: Future[Sequence[Passage]] | None
+    ) -> tuple[Sequence[Passage], str | None]:
+        """What a source found, or why there is nothing."""
+        left_s = self._began_s + asked.source.deadline_s - self._monotonic_s()
+        try:
+            if question is not None:
+                return await asyncio.wait_for(asyncio.wrap_future(question), max(0.0, left_s)), None
+            failure = "busy"
+        except TimeoutError:
+            failure = "late"
+        except Exception as error:  # whatever a source does, the chat goes on
+            failure = "error"
+            asked.failed(error)
+        asked.failures[failure] += 1
+        return (), failure
 
 
 class _Asked:

@@ -36,9 +36,7 @@ def open_sources(
         store = MemoryStore(path, config.memory.max_map_bytes, NEVER)
         service = MemoryService(store, config.memory, count_tokens, embedder=embedder, keeps_editions=False)
         folders = [
-            FolderSource(
-                folder, wanted.deadline_s, service, path / f"{folder.name}.json", config.memory.documents.max_bytes
-            )
+            FolderSource(folder, wanted.deadline_s, service, path / f"{folder.name}.json", config.memory.documents)
             for folder in wanted.folders
         ]
         Refresher(folders, path / "refreshing.lock").start()
