@@ -51,9 +51,9 @@ class Folder:
         self.service = MemoryService(
             self.store, MemoryConfig(documents=self.documents), count_words, keeps_editions=False
         )
-        config = FolderConfig(name="books", path=self.root, **self.config)
+        folder = FolderConfig(name="books", path=self.root, **self.config)
         states = self._store_path / "books.json"
-        self.source = FolderSource(config, 1.0, self.service, states, self.documents, lambda: self.is_later << 62)
+        self.source = FolderSource(folder, 1.0, self.service, states, self.documents, lambda: self.is_later << 62)
 
     def reopen(self) -> None:
         self.store.close()

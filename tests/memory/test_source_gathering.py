@@ -31,6 +31,7 @@ class Fake:
     deadline_s: float = 30.0
     users: Sequence[Principal] = (ALICE,)
     may_answer: threading.Event = field(default_factory=threading.Event)
+    meets: threading.Barrier | None = None
     asked: list[str] = field(default_factory=list)
 
     def serves(self, who: Principal) -> bool:
@@ -39,6 +40,8 @@ class Fake:
     def search(self, query: str, top_k: int) -> Sequence[Passage]:
         self.asked.append(query)
         self.may_answer.wait(30)
+        if self.meets is not None:
+            self.meets.wait(10)
         if self.error is not None:
             raise self.error
         return [passage(text, self.name) for text in self.found[:top_k]]
@@ -67,14 +70,9 @@ def test_the_best_of_each_come_first() -> None:
 
 
 def test_they_are_asked_at_once() -> None:
-    first, second = Fake("a", ["a1"]), Fake("b", ["b1"])
-    sources = Sources([first, second])
-    question = sources.begin(ALICE, "tea?")
-    # The first answers only once the second was asked: one after the other would never end.
-    second.search = lambda query, top_k: first.may_answer.set() or []  # type: ignore[method-assign,func-returns-value]
-    second.may_answer.set()
-    first.may_answer.set()
-    assert [each.text for each in asyncio.run(question.finish()).passages] == ["a1", "b1"]
+    both = threading.Barrier(2)  # neither answers before the other was asked
+    gathered = ask(Sources([ready("a", "a1", meets=both), ready("b", "b1", meets=both)]))
+    assert [each.text for each in gathered.passages] == ["a1", "b1"]
 
 
 def test_only_those_that_serve_the_user() -> None:

@@ -34,8 +34,9 @@ def content_type(declared: str | None, name: str) -> tuple[str, str | None]:
     said = (declared or "").partition(";")[0].strip().lower()
     found = SUFFIXES.get(PurePath(name).suffix.lower()) if said in _SAYS_NOTHING else _TYPES.get(said)
     if found is None:
+        types = ", ".join(dict.fromkeys(_TYPES.values()))
         raise DocumentError(
-            f"cannot read {name!r} ({said or 'no content type'}); send {', '.join(dict.fromkeys(_TYPES.values()))} as the content type, "
+            f"cannot read {name!r} ({said or 'no content type'}); send {types} as the content type, "
             f"or a name that ends in {', '.join(SUFFIXES)}",
             status=415,
         )
