@@ -153,6 +153,7 @@ def test_what_a_document_says_the_user_has_not_said(service: MemoryService) -> N
     claim = "My job is pilot."
     service.documents.put(ALICE, "ann.txt", claim.encode())
     (said,) = service.remember(ALICE, says("My job is baker."))
+    assert said.supersedes is None and texts(service.documents.get(ALICE, "ann.txt")[1]) == [claim]
     (same,) = service.remember(ALICE, says(claim))
     assert said.type == same.type == "fact" and same.supersedes == said.id
     service.documents.delete(ALICE, "ann.txt")

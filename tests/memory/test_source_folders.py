@@ -177,6 +177,7 @@ def test_links_do_not_lead_outside(folder: Folder, tmp_path: Path) -> None:
     folder.write(".hidden/heron.txt", "heron")
     (folder.root / "heron.txt").symlink_to(folder.root / ".hidden" / "heron.txt")
     folder.refresh()
+    assert folder.read == ["heron.txt"]
     assert folder.found("secret") == [] and folder.found("heron") == ["heron.txt"]
 
 

@@ -91,6 +91,27 @@ def test_what_comes_too_late_is_left_out() -> None:
     assert sources.status() == [{"name": "slow", "failures": {"late": 1}}, {"name": "fast", "failures": {}}]
 
 
+def test_the_deadline_counts_from_the_start_of_the_recall() -> None:
+    seconds = [100.0]
+    slow, fast = Fake("slow", ["s1"]), ready("fast", "f1")
+    sources = Sources([slow, fast], monotonic_s=lambda: seconds[0])
+
+    async def ask_late() -> Gathered:
+        question = sources.begin(ALICE, "tea?")
+        (_, answer) = question._questions[1]
+        assert answer is not None and answer.result(10)
+        seconds[0] += slow.deadline_s
+        finishing = asyncio.create_task(question.finish())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert finishing.done(), "nothing is left to wait for"
+        return finishing.result()
+
+    gathered = asyncio.run(ask_late())
+    slow.may_answer.set()
+    assert [each.text for each in gathered.passages] == ["f1"] and gathered.failures == ("late",)
+
+
 @pytest.mark.parametrize("error", [SourceError("away"), RuntimeError("a bug")])
 def test_one_that_fails_is_left_alone_for_a_while(error: Exception) -> None:
     seconds = [100.0]

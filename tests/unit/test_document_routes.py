@@ -107,6 +107,11 @@ def test_without_a_length_nothing_is_read(client: TestClient) -> None:
     assert response.status_code == 411 and "Content-Length" in response.json()["error"]["message"]
 
 
+def test_too_long_a_request_is_refused_before_it_is_read(client: TestClient) -> None:
+    response = put(client, b"x", "name=x.txt", **{"content-length": str(2**40)})
+    assert response.status_code == 413 and "max_bytes" in response.json()["error"]["message"]
+
+
 def test_a_form_without_a_file(client: TestClient) -> None:
     response = client.post(PATH, files={"wrong": ("x.md", b"x")})
     assert response.status_code == 400 and "'file'" in response.json()["error"]["message"]

@@ -88,9 +88,12 @@ class Gathering:
         """What a source found, or why there is nothing."""
         left_s = self._began_s + asked.source.deadline_s - self._monotonic_s()
         try:
-            if question is not None:
+            if question is None:
+                failure = "busy"
+            elif question.done():  # also where recalling memory took longer than the deadline
+                return question.result(), None
+            else:
                 return await asyncio.wait_for(asyncio.wrap_future(question), max(0.0, left_s)), None
-            failure = "busy"
         except TimeoutError:
             failure = "late"
         except Exception as error:  # whatever a source does, the chat goes on
