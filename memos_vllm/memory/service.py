@@ -69,7 +69,7 @@ class MemoryService:
         self.life = MemoryLife(store, now)
         self._prepared = PreparedChoices()
         self.documents = Library(
-            store, config.documents, now, self._receipt, self._retrieval.prepare, keeps_history=keeps_editions
+            store, config.documents, now, self._receipt, self._take_in, keeps_history=keeps_editions
         )
 
     def add(
@@ -368,6 +368,12 @@ class MemoryService:
         chosen = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens), now)
         self._prepared.put(user.who, user.seq, [record.id for record in chosen])
         return chosen
+
+    def _take_in(self, who: Principal) -> None:
+        """Makes index and vectors follow what was written, so that the next search need not: documents are large."""
+        with self._store.read(who) as user, self._indexes.current(user):
+            pass
+        self._retrieval.prepare(who)
 
     def _receipt(self, who: Principal, removed: Removed, kv_epoch: int) -> DeletionReceipt:
         with self._store.read(who) as user:

@@ -66,6 +66,11 @@ def test_markdown_keeps_its_structure() -> None:
     ]
 
 
+def test_deep_lists_of_markdown_are_read() -> None:
+    text = "\n".join("  " * level + f"- item {level}" for level in range(40))
+    assert [text for _, text in shown(read(text, MARKDOWN))] == [f"- item {level}" for level in range(40)]
+
+
 def test_offsets_of_markdown_are_those_of_the_file() -> None:
     blocks = {block.text: block for block in read(GUIDE, MARKDOWN)}
     assert GUIDE[blocks["1. passport"].offset :].startswith("1. passport")

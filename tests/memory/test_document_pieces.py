@@ -58,6 +58,14 @@ def test_what_has_no_words_is_cut_all_the_same(text: str) -> None:
     assert "".join(cut(blocks_of(text))) == text
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("part", ['("a. ', 'e.g. "'], ids=range(2))
+def test_a_long_line_takes_no_more_than_its_length(part: str) -> None:
+    """Less than a second; its square would take more than a minute."""
+    text = part * 60_000
+    assert "".join("".join(cut(blocks_of(text))).split()) == "".join(text.split())
+
+
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=8, unique=True), st.data())
 def test_a_change_moves_no_boundary_elsewhere(subjects: list[str], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(subjects)))

@@ -28,7 +28,7 @@ class Library:
     Args:
         now: the time in UTC; tests set it.
         receipt: makes a deletion's receipt.
-        embed_new: embeds what is new of a user's.
+        take_in: makes search follow what is new of a user's.
         keeps_history: whether pieces that a new edition no longer has stay as superseded memories.
 
     Raises as ``service.MemoryService``; ``DocumentError`` for a document that cannot be taken.
@@ -40,14 +40,14 @@ class Library:
         config: DocumentsConfig,
         now: Callable[[], datetime],
         receipt: Receipt,
-        embed_new: Callable[[Principal], Any],
+        take_in: Callable[[Principal], Any],
         keeps_history: bool = True,
     ):
         self._store = store
         self._config = config
         self._now = now
         self._receipt = receipt
-        self._embed_new = embed_new
+        self._take_in = take_in
         self._keeps_history = keeps_history
 
     def put(
@@ -90,7 +90,7 @@ class Library:
             return keeping.keep(user, name, type, cut, given, self._now(), history=self._keeps_history)
 
         stored = self._store.write(who, keep, frees=not self._keeps_history)
-        self._embed_new(who)
+        self._take_in(who)
         return stored
 
     def get(self, who: Principal, name: str) -> tuple[Document, Sequence[MemoryRecord]]:

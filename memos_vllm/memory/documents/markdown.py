@@ -9,6 +9,9 @@ import regex
 
 from memos_vllm.memory.documents.blocks import Block, Outline
 
+MAX_NESTING = 100
+"""Lists and quotes deeper than that are passed over by the parser, whose own limit is 20."""
+
 _FRONT_MATTER = regex.compile(r"---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", regex.S)
 
 
@@ -23,7 +26,7 @@ def read(text: str) -> Iterator[Block]:
     starts = [0, *accumulate(len(line) + 1 for line in text.split("\n"))]
     cells: list[str] = []
     marker, level, offset = "", 0, 0
-    for token in MarkdownIt("commonmark").enable("table").parse(text):
+    for token in MarkdownIt("commonmark", {"maxNesting": MAX_NESTING}).enable("table").parse(text):
         if token.map:
             offset = starts[token.map[0]]
         if token.type == "heading_open":
