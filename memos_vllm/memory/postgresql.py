@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import psycopg
@@ -38,11 +38,11 @@ RECONNECT_S = 5.0
 MAX_CONNECTIONS = 16
 _RETRY_S = 0.1
 _BEGIN_READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-_SESSION = (
-    "SET synchronous_commit = on; SET statement_timeout = 0; SET lock_timeout = 0; "
-    "SET default_transaction_isolation = 'read committed'; SET idle_in_transaction_session_timeout = '60s'; SET tcp_keepalives_idle = 10; "
-    "SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"
-)
+_SESSION = """
+    SET synchronous_commit = on; SET statement_timeout = 0; SET lock_timeout = 0;
+    SET default_transaction_isolation = 'read committed'; SET idle_in_transaction_session_timeout = '60s';
+    SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3
+"""
 """A server that was cut off within a write must not hold the lock for ever."""
 
 _CLIENT: dict[str, Any] = {
@@ -141,7 +141,7 @@ class PostgresStore(Store):
     @contextmanager
     def _begin(self, *, write: bool = False) -> Iterator[Transaction]:
         assert os.getpid() == self._pid, "a connection does not survive a fork; open the store in the child"
-        with self._writing if write else suppress(), self._slots:
+        with self._writing if write else nullcontext(), self._slots:
             attempt = next(self._attempts)
             connection = self._begun(self._begin_write(attempt) if write else _BEGIN_READ)
             try:
@@ -180,7 +180,7 @@ class PostgresStore(Store):
         if isinstance(error, (psycopg.errors.DiskFull, psycopg.errors.ConfigurationLimitExceeded)):
             return StoreFull(f"the disk of the {self._name} is full {nothing}; free some space there")
         if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-            return StoreError(f"the {self._name} takes no writes {nothing}; memory.dsn must name the primary server")
+            return StoreError(f"the {self._name} takes no writes {nothing}; memory.dsn must name the primary")
         return StoreError(f"the {self._name} failed {nothing}: {_words(error)}")
 
     @contextmanager
@@ -279,6 +279,7 @@ class PostgresStore(Store):
             connection.execute(f"SELECT pg_advisory_xact_lock({postgresql_schema.LOCK})")
             if postgresql_schema.exists(connection):
                 self._check_schema(Transaction(connection, writes=False), or_older=True)
+            postgresql_schema.create_schema(connection)
             self._vector_schema = postgresql_schema.pgvector_schema(connection, pgvector)
             postgresql_schema.create(connection, self._vector_schema)
             txn = Transaction(connection, writes=True, has_embeddings=self._vector_schema is not None)

@@ -48,6 +48,12 @@ def exists(connection: Any) -> bool:
     return oid is not None
 
 
+def create_schema(connection: Any) -> None:
+    """Asks first: IF NOT EXISTS needs the right to create even where nothing is to be created."""
+    if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'memos'").fetchone() is None:
+        connection.execute("CREATE SCHEMA memos")
+
+
 def pgvector_schema(connection: Any, wanted: bool) -> str | None:
     """The schema that has pgvector's types, quoted; the extension is made where it is wanted and can be.
 
@@ -64,7 +70,7 @@ def pgvector_schema(connection: Any, wanted: bool) -> str | None:
                 "the PostgreSQL server has no pgvector; install it there (Debian: postgresql-NN-pgvector), or set "
                 "memory.pgvector: false"
             )
-        connection.execute("CREATE EXTENSION vector")
+        connection.execute("CREATE EXTENSION vector SCHEMA memos")
         found = _pgvector(connection)
         assert found
     schema, version = found
@@ -78,9 +84,7 @@ def pgvector_schema(connection: Any, wanted: bool) -> str | None:
 
 
 def create(connection: Any, vector_schema: str | None) -> None:
-    """Makes what is missing, within the caller's transaction."""
-    if connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'memos'").fetchone() is None:
-        connection.execute("CREATE SCHEMA memos")
+    """Makes the tables and views that are missing, within the caller's transaction."""
     for name in tables.NAMES:
         primary = "key, value" if name in tables.SEVERAL_VALUES else "key"
         connection.execute(
