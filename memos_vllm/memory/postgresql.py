@@ -92,6 +92,8 @@ class PostgresStore(Store):
             (fsync,) = connection.execute("SHOW fsync").fetchone() or ("",)
         except psycopg.Error as error:
             connection.close()
+            if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+                raise DataDirError(f"the {self._name} takes no writes; memory.dsn must name the primary") from error
             raise DataDirError(f"cannot use the {self._name}: {_words(error)}; check the role's rights") from error
         except DataDirError:
             connection.close()
