@@ -325,6 +325,21 @@ class TestTransactions:
 
         assert store.examine(work) == [key[8:] if key in set(keys) else None for key in asked]
 
+    def test_writers_come_one_after_the_other(self, dsn: str, service: MemoryService) -> None:
+        """Of two processes, too: each store has its connections, and what it read is still so when it writes."""
+        other = make_service(dsn)
+
+        def count(user: Any) -> None:
+            number = int(user.row("sessions", b"count") or b"0")
+            user.put_row("sessions", b"count", b"%d" % (number + 1))
+
+        with ThreadPoolExecutor(8) as threads:
+            stores = [service._store, other._store] * 20
+            assert list(threads.map(lambda store: store.write(ALICE, count), stores)) == [None] * 40
+        with other._store.read(ALICE) as user:
+            assert user.row("sessions", b"count") == b"40"
+        other._store.close()
+
     def test_a_reader_sees_one_moment(self, service: MemoryService, dsn: str) -> None:
         service.add(ALICE, "before")
         other = make_service(dsn)
