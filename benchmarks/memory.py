@@ -1,6 +1,6 @@
 """Plaintext memory: how fast it is written, searched and up again, and what it costs in bytes.
 
-    python -m benchmarks.memory [--preset smoke|cpu] [--store DIR] [--part NAME ...] [--json FILE]
+    python -m benchmarks.memory [--preset smoke|cpu] [--store DIR | DSN] [--part NAME ...] [--json FILE]
 
     ingest    memories per second that are on disk: one a call, in batches, from 8 threads
     search    p50 and p99 of one question among the memories of one user, index warm
@@ -10,7 +10,8 @@ beside SQLite FTS5 (as durable), BM25S (in memory) and exact dense search (numpy
 vectors). ``memos`` answers by words and time, ``memos_vectors`` by such vectors too; nothing here includes the
 time of an embedder.
 Texts are generated: Zipf vocabulary of 50,000 words, 8 to 24 words each. ``--store`` keeps the large store of
-``many``, and takes it again if it is there: building it takes far longer than measuring.
+``many``, and takes it again if it is there: building it takes far longer than measuring. Where it is
+postgresql://..., an empty database, ``memos`` keeps memories there, in every part; run one part in a database.
 """
 
 from __future__ import annotations
@@ -87,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def ingest(preset: Preset, work: Path, _: Path | None, advance: Callable[[str], None]) -> Iterator[Row]:
+def ingest(preset: Preset, work: Path, kept: Path | str | None, advance: Callable[[str], None]) -> Iterator[Row]:
     texts = Texts(SEED)
     single, batched = list(texts.sentences(preset.single)), list(texts.sentences(preset.batched))
-    store, service = memory_arms.open_memos(work / "ingest")
+    store, service = memory_arms.open_memos(_database(kept) or work / "ingest")
     who = memory_arms.principal(0)
     ways: list[tuple[str, Sequence[str], Callable[[], object]]] = [
         ("single", single, lambda: [service.add(who, text) for text in single]),
@@ -109,12 +110,12 @@ def ingest(preset: Preset, work: Path, _: Path | None, advance: Callable[[str], 
     advance("ingest into FTS5")
 
 
-def search(preset: Preset, work: Path, _: Path | None, advance: Callable[[str], None]) -> Iterator[Row]:
+def search(preset: Preset, work: Path, kept: Path | str | None, advance: Callable[[str], None]) -> Iterator[Row]:
     for size in preset.sizes:
         texts = Texts(SEED)
         sentences, questions = list(texts.sentences(size)), texts.questions(preset.questions)
-        store, service = memory_arms.open_memos(work / f"search-{size}")
-        who = memory_arms.principal(0)
+        store, service = memory_arms.open_memos(_database(kept) or work / f"search-{size}")
+        who = memory_arms.principal(size)
         memory_arms.add_batches(service, who, sentences, BATCH)
         ask = partial(service.search, who, top_k=memory_arms.TOP_K)
         yield _row("memos", size, size, "first_search_s", _seconds(partial(ask, questions[0])))
@@ -122,7 +123,7 @@ def search(preset: Preset, work: Path, _: Path | None, advance: Callable[[str], 
         store.close()
         advance(f"Memos, {size:,}")
         embedder = memory_arms.DrawnVectors(DIMENSIONS)
-        store, service = memory_arms.open_memos(work / f"search-{size}", embedder)
+        store, service = memory_arms.open_memos(_database(kept) or work / f"search-{size}", embedder)
         ask = partial(service.search, who, top_k=memory_arms.TOP_K)
         yield _row("memos_vectors", size, size, "first_search_s", _seconds(partial(ask, questions[0])))
         yield from _latencies("memos_vectors", size, size, ask, questions)
@@ -141,7 +142,7 @@ def search(preset: Preset, work: Path, _: Path | None, advance: Callable[[str], 
         advance(f"exact dense, {size:,}")
 
 
-def many(preset: Preset, work: Path, kept: Path | None, advance: Callable[[str], None]) -> Iterator[Row]:
+def many(preset: Preset, work: Path, kept: Path | str | None, advance: Callable[[str], None]) -> Iterator[Row]:
     path = kept or work / "many"
     total = preset.users * preset.per_user
     per_user, questions = preset.per_user, Texts(SEED + 1).questions(preset.questions)
@@ -174,12 +175,12 @@ def many(preset: Preset, work: Path, kept: Path | None, advance: Callable[[str],
     advance("search among many")
 
 
-def _restarted(path: Path, preset: Preset) -> dict[str, float]:
+def _restarted(path: Path | str, preset: Preset) -> dict[str, float]:
     """A fresh process: from its start, and from opening the store, to the answer of the first search."""
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom benchmarks import memory_arms\n"
+        "import sys, time\nfrom pathlib import PosixPath\nfrom benchmarks import memory_arms\n"
         "begin = time.perf_counter()\n"
-        f"store, service = memory_arms.open_memos(Path({str(path)!r}))\n"
+        f"store, service = memory_arms.open_memos({path!r})\n"
         f"service.search(memory_arms.principal({preset.users - 1}), 'what did i say about work')\n"
         "print(time.perf_counter() - begin)\n"
     )
@@ -202,6 +203,14 @@ def _latencies(
 
 def _row(arm: str, per_user: int, total: int, metric: str, value: float) -> Row:
     return {"arm": arm, "memories_per_user": per_user, "memories_total": total, "metric": metric, "value": value}
+
+
+def _database(kept: Path | str | None) -> str | None:
+    return kept if isinstance(kept, str) else None
+
+
+def _place(text: str) -> Path | str:
+    return text if text.startswith(("postgresql://", "postgres://")) else Path(text)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -247,7 +256,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu", help="default: %(default)s")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="where the large store is kept")
+    parser.add_argument("--store", type=_place, metavar="DIR|DSN", help="where the large store is kept, or a database")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="for what is not kept; default: the system's")
     parser.add_argument("--json", type=output_file, metavar="FILE")
     return parser.parse_args(argv)

@@ -14,6 +14,7 @@ import xxhash
 
 from benchmarks import locomo_arms
 from memos_vllm.config import MemoryConfig
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -28,8 +29,14 @@ def principal(number: int) -> Principal:
     return Principal("benchmark", f"user-{number}")
 
 
-def open_memos(path: Path, embedder: Embedder | None = None) -> tuple[MemoryStore, MemoryService]:
-    store = MemoryStore(path, MAP_BYTES)
+def open_memos(where: Path | str, embedder: Embedder | None = None) -> tuple[Store, MemoryService]:
+    """On a store in a folder, or in the database that a connection string names."""
+    if isinstance(where, Path):
+        store: Store = MemoryStore(where, MAP_BYTES)
+    else:
+        from memos_vllm.memory.postgresql import PostgresStore
+
+        store = PostgresStore(where, pgvector=False)  # these vectors are not stored
     return store, MemoryService(store, MemoryConfig(), embedder=embedder)
 
 

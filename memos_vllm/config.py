@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from memos_vllm.errors import ConfigError
 
@@ -131,8 +140,24 @@ class MemoryConfig(Section):
     remove_expired_after_s: float = Field(default=30 * 86400.0, ge=0)
     """How long an expired memory is kept before it is deleted; 0: for ever."""
 
+    store: Literal["lmdb", "postgresql"] = "lmdb"
+    """Where memories are kept: in ``data_dir``, or in a database that several machines can share."""
+
+    dsn: SecretStr | None = None
+    """PostgreSQL's connection string, such as ``postgresql://memos@db.example/memos``. A password need not stand
+    here: libpq takes it from PGPASSWORD or its password file."""
+
+    pgvector: bool = True
+    """Whether vectors are kept as pgvector's in PostgreSQL too, for other programs; our search needs it not."""
+
     max_map_bytes: Bytes = 64 * 2**30
     """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""
+
+    @model_validator(mode="after")
+    def _has_a_database(self) -> Self:
+        if self.store == "postgresql" and self.dsn is None:
+            raise ValueError("'store: postgresql' needs 'dsn', such as postgresql://memos@db.example/memos")
+        return self
 
 
 class KVConfig(Section):

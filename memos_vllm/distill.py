@@ -27,9 +27,9 @@ from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.memory.assembly import assemble
+from memos_vllm.memory.opening import open_store
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.service import MemoryService
-from memos_vllm.memory.store import MemoryStore
 from memos_vllm.types import Principal
 
 PAGE = 500
@@ -59,7 +59,7 @@ def run(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
     who = Principal(options.tenant, options.user)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     registry = AdapterRegistry.beside_server(data_dir.adapters_dir(config.data_dir), config.adapters)
-    store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes)
+    store = open_store(config)
     try:
         service = MemoryService(store, config.memory)
         memories = _select(service, who, options.memory, options.tag)

@@ -3,6 +3,7 @@
     memos doctor DIR             looks at every entry of plaintext memory and at the index of KV files
     memos doctor DIR --repair    mends what can be mended; the server must not run
     memos doctor DIR --compact   rewrites the memory store without free pages; the server must not run
+    memos doctor DIR --config FILE   the same where the server's configuration names a database
 
 Exit status: 0 all is well (now), 1 something is wrong, 2 it could not be examined.
 """
@@ -13,13 +14,16 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from memos_vllm import data_dir
-from memos_vllm.config import MemoryConfig
+from memos_vllm.config import MemoryConfig, MemosConfig, load
 from memos_vllm.errors import DataDirError, DataDirInUse, MemosError
 from memos_vllm.memory import maintenance
 from memos_vllm.memory.checks import Problem, Report
+from memos_vllm.memory.opening import open_store
 from memos_vllm.store.examination import KVReport, examine_kv
 
 CLEAN, PROBLEMS, FAILED = 0, 1, 2
@@ -37,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="the server's data_dir")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the server's configuration; needed for a database")
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     parser.add_argument("--compact", action="store_true", help="make the memory store as small as its content")
 
@@ -46,12 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if not root.is_dir():
             raise DataDirError(f"there is no directory {root}; name the data_dir of a server")
+        memory = load(arguments.config).memory
         if not (arguments.repair or arguments.compact):
-            return _examine(root)
+            return _examine(root, memory)
         with data_dir.exclusive(root):
-            status = _repair(root) if arguments.repair else _examine(root)
+            status = _repair(root, memory) if arguments.repair else _examine(root, memory)
             if arguments.compact:
-                _compact(root, status)
+                _compact(root, memory, status)
             return status
     except DataDirInUse as error:
         print(f"memos doctor: {error}; only an examination may run beside it", file=sys.stderr)
@@ -60,26 +66,42 @@ def run(arguments: argparse.Namespace) -> int:
     return FAILED
 
 
-def _examine(root: Path) -> int:
-    report = maintenance.examine(data_dir.memory_dir(root))
+def _examine(root: Path, memory: MemoryConfig) -> int:
+    if memory.store == "lmdb":
+        report = maintenance.examine(data_dir.memory_dir(root))
+    else:
+        with closing(_database(root, memory)) as store:
+            report = maintenance.examine_open(store)
     kv = examine_kv(root / "kv")
     _show(report, kv)
     return PROBLEMS if report.problems or kv.problems else CLEAN
 
 
-def _repair(root: Path) -> int:
-    mended, report = maintenance.repair(data_dir.memory_dir(root), MemoryConfig().max_map_bytes)
+def _repair(root: Path, memory: MemoryConfig) -> int:
+    if memory.store == "lmdb":
+        mended, report = maintenance.repair(data_dir.memory_dir(root), memory.max_map_bytes)
+    else:
+        with closing(_database(root, memory)) as store:
+            mended, report = maintenance.repair_open(store, root)
     kv = examine_kv(root / "kv", repair=True)
     _print(mended, "mended: ")
     _show(report, kv)
     return PROBLEMS if report.problems or kv.problems else CLEAN
 
 
-def _compact(root: Path, status: int) -> None:
+def _compact(root: Path, memory: MemoryConfig, status: int) -> None:
     if status != CLEAN:
         raise DataDirError("not compacted: something is wrong with the store; --repair it first")
-    before, after = maintenance.compact(data_dir.memory_dir(root))
+    if memory.store == "lmdb":
+        before, after = maintenance.compact(data_dir.memory_dir(root))
+    else:
+        with closing(_database(root, memory)) as store:
+            before, after = store.compact()
     print(f"compacted: {before:,} bytes before, {after:,} now")
+
+
+def _database(root: Path, memory: MemoryConfig) -> Any:
+    return open_store(MemosConfig(data_dir=root, memory=memory), create=False)
 
 
 def _show(report: Report, kv: KVReport) -> None:

@@ -13,7 +13,8 @@
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
     |   `-- AdapterUnavailable 503, an adapter that is known but cannot be loaded now
     +-- StoreError             plaintext store: a write that was not acknowledged
-    |   `-- StoreFull          no room: the disk or the map is full; HTTP 507
+    |   |-- StoreFull          no room: the disk or the map is full; HTTP 507
+    |   `-- StoreUncertain     it may have been stored: the database could not be asked
     +-- SourceError            an outside source gave no answer; the chat goes on without
     +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
@@ -99,6 +100,10 @@ class StoreFull(StoreError):
 
 class SourceError(MemosError):
     """An outside source could not be searched."""
+
+
+class StoreUncertain(StoreError):
+    """The connection to the database broke within a commit, and what became of it could not be asked."""
 
 
 class EmbedderError(MemosError):

@@ -25,9 +25,9 @@ from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
+from memos_vllm.memory.opening import open_store
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.sources.opening import open_sources
-from memos_vllm.memory.store import MemoryStore
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -76,7 +76,7 @@ class MemosEndpoints:
         load_format = str(engine_client.vllm_config.load_config.load_format)
         embedder = embedding.build(config.memory.embedder, engine_client.model_config, load_format)
         aging = Aging(config.memory.archive_after_s, config.memory.remove_expired_after_s)
-        store = MemoryStore(data_dir.memory_dir(config.data_dir), config.memory.max_map_bytes, aging)
+        store = await asyncio.to_thread(open_store, config, aging)
         count_tokens = token_counter(engine_client)
         service = MemoryService(store, config.memory, count_tokens=count_tokens, embedder=embedder)
         sources = open_sources(config, data_dir.sources_dir(config.data_dir), count_tokens, embedder)

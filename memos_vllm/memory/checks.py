@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import lmdb
-
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.memory import links, records, sessions
+from memos_vllm.memory.contract import Transaction
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.tables import Owner
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import Principal
 
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
-Repair = Callable[[lmdb.Transaction], None]
+Repair = Callable[[Transaction], None]
 _ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "owners": Owner.encode,
     "records": records.encode,
@@ -54,7 +53,7 @@ class Checks:
         dbs: the tables' handles.
     """
 
-    def __init__(self, txn: lmdb.Transaction, dbs: Mapping[str, Any], keep_aside: KeepAside, aging: Aging) -> None:
+    def __init__(self, txn: Transaction, dbs: Mapping[str, Any], keep_aside: KeepAside, aging: Aging) -> None:
         self._txn = txn
         self._dbs = dbs
         self._keep_aside = keep_aside
@@ -85,22 +84,22 @@ class Checks:
         except UNREADABLE:
             return None
 
-    def _put(self, table: str, key: bytes, value: Any) -> Callable[[lmdb.Transaction], None]:
+    def _put(self, table: str, key: bytes, value: Any) -> Callable[[Transaction], None]:
         encode = _ENCODERS.get(table, bytes)
 
-        def put(txn: lmdb.Transaction) -> None:
+        def put(txn: Transaction) -> None:
             txn.put(key, encode(value), db=self._dbs[table])
 
         return put
 
-    def _delete(self, table: str, key: bytes, value: bytes = b"") -> Callable[[lmdb.Transaction], None]:
-        def delete(txn: lmdb.Transaction) -> None:
+    def _delete(self, table: str, key: bytes, value: bytes = b"") -> Callable[[Transaction], None]:
+        def delete(txn: Transaction) -> None:
             txn.delete(key, value, db=self._dbs[table])
 
         return delete
 
     def _unreadable(self, table: str, key: bytes, raw: bytes, text: str = "cannot be read") -> Problem:
-        def take_out(txn: lmdb.Transaction) -> None:
+        def take_out(txn: Transaction) -> None:
             self._keep_aside(table, key, raw)
             txn.delete(key, db=self._dbs[table])
 
@@ -109,7 +108,7 @@ class Checks:
     def _as_user(self, record: MemoryRecord, change: Callable[[UserWriter], Any]) -> Repair:
         """A repair by the means that writes have."""
 
-        def repair(txn: lmdb.Transaction) -> None:
+        def repair(txn: Transaction) -> None:
             user = UserWriter(txn, self._dbs, Principal(record.tenant, record.user), self._aging)
             change(user)
             user.finish()
@@ -117,7 +116,7 @@ class Checks:
         return repair
 
 
-def entries_under(txn: lmdb.Transaction, db: Any, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+def entries_under(txn: Transaction, db: Any, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
     with txn.cursor(db=db) as cursor:
         found = cursor.set_range(prefix)
         while found and cursor.key().startswith(prefix):

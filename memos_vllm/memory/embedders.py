@@ -24,6 +24,12 @@ from memos_vllm.memory.vectors import Vector
 _FINGERPRINT_BYTES = 8
 
 
+def parts_of(stored: bytes) -> tuple[bytes, npt.NDArray[np.float16]]:
+    """Whose a stored vector is, and the vector. [num dims]"""
+    whole = len(stored) - (len(stored) - _FINGERPRINT_BYTES) % 2
+    return stored[:_FINGERPRINT_BYTES], np.frombuffer(stored[_FINGERPRINT_BYTES:whole], "<f2")
+
+
 class Embedder(ABC):
     """Thread-safe. A text's vector depends on nothing but the text."""
 

@@ -11,10 +11,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 
-import lmdb
-
 from memos_vllm.memory import claims, sessions, tables
 from memos_vllm.memory.checks import UNREADABLE, Checks, Problem, Repair, Report, entries_under, name_of
+from memos_vllm.memory.contract import Transaction
 from memos_vllm.memory.life_integrity import LifeChecks
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.memory.tables import Owner
@@ -189,7 +188,7 @@ class RecordChecks(Checks):
     def _restart_changes(self, prefix: bytes) -> Repair:
         """Empties a log; where it has an owner, down to an entry about nothing, with the owner's number."""
 
-        def restart(txn: lmdb.Transaction) -> None:
+        def restart(txn: Transaction) -> None:
             db = self._dbs["changes"]
             for key in [key for key, _ in entries_under(txn, db, prefix)]:
                 txn.delete(key, db=db)

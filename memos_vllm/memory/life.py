@@ -11,10 +11,10 @@ from typing import Any
 from memos_vllm.core.lifecycle import OVER, Move, State
 from memos_vllm.errors import Conflict, NotFound, RequestError
 from memos_vllm.memory import cubes, inputs, links, removal, snapshots, succession
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.links import Link
 from memos_vllm.memory.records import MemoryRecord, utc_now
 from memos_vllm.memory.snapshots import RolledBack, Snapshot
-from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.memory.usage import Event
 from memos_vllm.types import Principal
@@ -46,7 +46,7 @@ class MemoryLife:
     Raises as ``service.MemoryService``; ``NotFound`` where the user has no such memory, link or snapshot.
     """
 
-    def __init__(self, store: MemoryStore, now: Callable[[], datetime] = utc_now):
+    def __init__(self, store: Store, now: Callable[[], datetime] = utc_now):
         self._store = store
         self._now = now
 

@@ -14,11 +14,12 @@ import lmdb
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError
 from memos_vllm.memory import environment
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.checks import Problem, Report
+from memos_vllm.memory.contract import Tables, Transaction
 from memos_vllm.memory.integrity import Examination
 from memos_vllm.memory.records import utc_now
 from memos_vllm.memory.store import MemoryStore
-from memos_vllm.memory.transactions import Tables
 
 _REPAIR_ROUNDS = 40
 """One table at a time, and then a new look: a record that is taken out leaves a session that holds it."""
@@ -39,25 +40,35 @@ def examine(path: Path) -> Report:
             raise environment.unusable(path, error) from error
 
 
-def repair(path: Path, max_map_bytes: int) -> tuple[list[Problem], Report]:
-    """Mends what can be mended, in one transaction.
+def examine_open(store: Store) -> Report:
+    """Like ``examine``, of a store that is open."""
+    return store.examine(lambda txn, dbs: Examination(txn, dbs, _nothing_is_taken_out, store.aging).run())
 
-    What a record or a session held that cannot be read goes to ``taken-out-*.jsonl`` beside the store.
+
+def repair(path: Path, max_map_bytes: int) -> tuple[list[Problem], Report]:
+    """Mends what can be mended of the store in a directory; see ``repair_open``."""
+    with closing(MemoryStore(path, max_map_bytes)) as store:
+        return repair_open(store, path)
+
+
+def repair_open(store: Store, aside: Path) -> tuple[list[Problem], Report]:
+    """Mends what can be mended, a table in a transaction.
+
+    What a record or a session held that cannot be read goes to ``taken-out-*.jsonl`` in the folder ``aside``.
 
     Returns:
         What was mended, and what an examination finds now.
     """
-    with closing(MemoryStore(path, max_map_bytes)) as store:
-        mended: list[Problem] = []
-        for _ in range(_REPAIR_ROUNDS):
-            repaired = store.maintain(partial(_mend, path, store.aging))
-            mended += repaired
-            if not repaired:
-                break
-        return mended, store.maintain(lambda txn, dbs: Examination(txn, dbs, _nothing_is_taken_out, store.aging).run())
+    mended: list[Problem] = []
+    for _ in range(_REPAIR_ROUNDS):
+        repaired = store.maintain(partial(_mend, aside, store.aging))
+        mended += repaired
+        if not repaired:
+            break
+    return mended, examine_open(store)
 
 
-def _mend(path: Path, aging: Aging, txn: lmdb.Transaction, dbs: Tables) -> list[Problem]:
+def _mend(aside: Path, aging: Aging, txn: Transaction, dbs: Tables) -> list[Problem]:
     taken_out: list[str] = []
 
     def keep_aside(table: str, key: bytes, raw: bytes) -> None:
@@ -70,7 +81,7 @@ def _mend(path: Path, aging: Aging, txn: lmdb.Transaction, dbs: Tables) -> list[
         assert problem.repair
         problem.repair(txn)
     if taken_out:  # on disk before it leaves the store
-        _write_synced(path / f"taken-out-{utc_now():%Y%m%dT%H%M%S%f}.jsonl", taken_out)
+        _write_synced(aside / f"taken-out-{utc_now():%Y%m%dT%H%M%S%f}.jsonl", taken_out)
     return repairable
 
 

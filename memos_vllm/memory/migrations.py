@@ -15,20 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lmdb
-
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError
 from memos_vllm.memory import claims, links, records, tables
+from memos_vllm.memory.contract import Transaction
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import Principal
 
 logger = logging.getLogger(__name__)
-Step = Callable[[lmdb.Transaction, Mapping[str, Any], Aging], None]
+Step = Callable[[Transaction, Mapping[str, Any], Aging], None]
 
 
-def migrate(txn: lmdb.Transaction, dbs: Mapping[str, Any], path: Path, aging: Aging) -> None:
+def migrate(txn: Transaction, dbs: Mapping[str, Any], store: Path | str, aging: Aging) -> None:
     """Brings the tables up to date; ``dbs`` has all of today's, new ones still empty.
+
+    Args:
+        store: what the store is called in messages.
 
     Raises:
         DataDirError: a newer Memos wrote the store.
@@ -38,17 +40,17 @@ def migrate(txn: lmdb.Transaction, dbs: Mapping[str, Any], path: Path, aging: Ag
     schema = int(stored) if stored else tables.SCHEMA_VERSION
     if schema > tables.SCHEMA_VERSION:
         raise DataDirError(
-            f"a newer Memos wrote {path} (schema {schema}, this one knows {tables.SCHEMA_VERSION}); "
-            "upgrade Memos or choose another data_dir"
+            f"a newer Memos wrote {store} (schema {schema}, this one knows {tables.SCHEMA_VERSION}); "
+            "upgrade Memos or choose another store"
         )
     for version in range(schema, tables.SCHEMA_VERSION):
-        logger.info("the memory store %s goes from schema %d to %d", path, version, version + 1)
+        logger.info("the memory store %s goes from schema %d to %d", store, version, version + 1)
         STEPS[version](txn, dbs, aging)
     txn.put(b"schema_version", str(tables.SCHEMA_VERSION).encode(), db=meta)
     txn.put(b"next_owner", b"1", db=meta, overwrite=False)
 
 
-def _to_2(txn: lmdb.Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+def _to_2(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
     """Records get state, priority, sensitivity and times; corrections get links; time gets to know the records."""
     new = {"state": "generated", "priority": 0, "sensitivity": "normal", "expires_at": None, "valid_from": None}
     for table in ("versions", "records"):
@@ -75,7 +77,7 @@ def _to_2(txn: lmdb.Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
         user.finish()
 
 
-def _to_3(txn: lmdb.Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+def _to_3(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
     """Documents have a table of their pieces; there were none before."""
 
 

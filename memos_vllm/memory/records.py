@@ -19,7 +19,7 @@ STANDING_TYPES = frozenset({"fact", "preference", "profile"})
 """Statements about the user, which may stand in the prompt of every conversation."""
 
 SENSITIVITIES = ("normal", "sensitive")
-_MOSTLY: dict[str, Any] = {
+MOSTLY: dict[str, Any] = {
     "type": "fact", "pinned": False, "tags": [], "session": None, "version": 1, "state": "generated", "priority": 0,
     "sensitivity": "normal", "expires_at": None, "valid_from": None, "uses": 1, "supersedes": None,
     "superseded_by": None, "valid_to": None, "origin": {},
@@ -138,12 +138,12 @@ class MemoryRecord:
 
 def encode(record: MemoryRecord) -> bytes:
     """What is as it mostly is goes without saying; that is half of a short memory's bytes."""
-    values = {name: value for name, value in record.as_json().items() if value != _MOSTLY.get(name, _NOTHING)}
+    values = {name: value for name, value in record.as_json().items() if value != MOSTLY.get(name, _NOTHING)}
     return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def decode(raw: bytes) -> MemoryRecord:
-    values = {**_MOSTLY, **json.loads(raw)}
+    values = {**MOSTLY, **json.loads(raw)}
     for name in _MOMENTS:
         if values[name] is not None:
             values[name] = datetime.fromisoformat(values[name])

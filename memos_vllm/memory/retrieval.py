@@ -16,6 +16,7 @@ from datetime import datetime
 
 from memos_vllm.errors import EmbedderError, StoreError
 from memos_vllm.memory import links
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.filters import Filter
 from memos_vllm.memory.indexes import Indexes
@@ -24,7 +25,6 @@ from memos_vllm.memory.query import Match, Query
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.results import Hit
 from memos_vllm.memory.search import UserIndex, text_of
-from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.memory.vectors import Vector
 from memos_vllm.types import MemoryId, Principal
@@ -47,7 +47,7 @@ class Retrieval:
 
     def __init__(
         self,
-        store: MemoryStore,
+        store: Store,
         indexes: Indexes,
         embedder: Embedder | None = None,
         monotonic_s: Callable[[], float] = time.monotonic,

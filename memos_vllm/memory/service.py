@@ -11,6 +11,7 @@ from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
@@ -26,7 +27,6 @@ from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall
 from memos_vllm.memory.retrieval import Retrieval
 from memos_vllm.memory.search import UserIndex
-from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId, Principal
 
@@ -47,13 +47,13 @@ class MemoryService:
         embedder: for the dense part of search; without one it goes by words, times and links.
         keeps_editions: whether what a document said before stays in the history.
 
-    All calls that write raise ``StoreFull`` where there is no room and ``StoreError`` where LMDB
+    All calls that write raise ``StoreFull`` where there is no room and ``StoreError`` where the store
     fails; nothing of the write is then stored. All raise ``RequestError`` for bad input.
     """
 
     def __init__(
         self,
-        store: MemoryStore,
+        store: Store,
         config: MemoryConfig,
         count_tokens: Callable[[str], int] = estimate_tokens,
         now: Callable[[], datetime] = records.utc_now,

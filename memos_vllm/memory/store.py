@@ -1,4 +1,4 @@
-"""Plaintext memory on disk: one LMDB environment, the single source of truth.
+"""Plaintext memory on disk: one LMDB environment, the single source of truth; see ``contract`` for what it promises.
 
 Any number of threads and processes may read and write. A write returns once its LMDB transaction is
 synced; writes of several threads at the same time share a transaction (``group_commit``). The map
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +21,11 @@ import lmdb
 
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
-from memos_vllm.memory import environment, migrations, records, tables
+from memos_vllm.memory import environment, migrations, tables
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.gate import Gate
-from memos_vllm.memory.group_commit import GroupCommit, Write
-from memos_vllm.memory.transactions import Tables, UserReader, UserWriter
-from memos_vllm.types import MemoryId, Principal
+from memos_vllm.memory.transactions import UserWriter
+from memos_vllm.types import Principal
 
 FIRST_MAP_BYTES = 64 * 2**20
 MIN_MAP_BYTES = 2**20
@@ -40,7 +38,7 @@ LOW_DISK_BYTES = 2**20
 T = TypeVar("T")
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Opens or creates the environment in a directory.
 
     Args:
@@ -53,12 +51,13 @@ class MemoryStore:
             it is damaged, or a newer Memos wrote it.
     """
 
+    engine_error = lmdb.Error
+
     def __init__(self, path: Path, max_map_bytes: int, aging: Aging | None = None):
+        super().__init__(aging)
         self._path = path
         self._max_map_bytes = max(max_map_bytes, MIN_MAP_BYTES)
-        self.aging = aging or Aging()
         self._gate = Gate()
-        self._writes = GroupCommit(self._commit)
         self._pid = os.getpid()
         self._env = environment.open_for_writing(path, min(FIRST_MAP_BYTES, self._max_map_bytes))
         try:
@@ -75,84 +74,19 @@ class MemoryStore:
             raise
 
     def close(self) -> None:
-        """Waits for the transactions of other threads."""
         with self._gate.alone():
             self._env.close()
 
-    @contextmanager
-    def read(self, who: Principal) -> Iterator[UserReader]:
-        """One user's memories as of now. A thread must not read or write within a read.
-
-        Raises:
-            StoreError: LMDB failed.
-        """
-        try:
-            with self._begin() as txn:
-                yield UserReader(txn, self._dbs, who)
-        except lmdb.Error as error:
-            raise StoreError(f"the memory store {self._path} cannot be read: {error}") from error
-
     def write(self, who: Principal, work: Callable[[UserWriter], T], *, frees: bool = False) -> T:
-        """Runs ``work`` in a transaction; on return it is on disk, on any error none of it is.
-
-        What ``work`` raises reaches this caller alone: other writes of the same commit stand.
-
-        Args:
-            work: may run in another writer's thread, and again where the map has to grow, so it must
-                have no other effect.
-            frees: it deletes, and may use ``DELETE_RESERVE_BYTES``.
-
-        Raises:
-            StoreFull: the map is at its maximum, or the disk is full.
-            StoreError: LMDB failed otherwise.
-        """
-        limit_bytes = self._max_map_bytes + (DELETE_RESERVE_BYTES if frees else 0)
         try:
-            result: T = self._writes.submit(Write(who, work, limit_bytes))
-            return result
+            return super().write(who, work, frees=frees)
         finally:
             if frees:
                 self._shrink_to_maximum()
 
     def stamp(self) -> int:
-        """Another after every write, by whichever process."""
         with self._gate.shared():
             return self._env.info()["last_txnid"]
-
-    def due(self, now: datetime, limit: int) -> dict[Principal, list[MemoryId]]:
-        """The memories, of all users, that time moves by now; at most ``limit``, the longest overdue first."""
-        found: dict[Principal, list[MemoryId]] = {}
-        end = tables.moment_key(now)
-        with self._begin() as txn, txn.cursor(db=self._dbs["due"]) as cursor:
-            for key in islice(cursor.iternext(values=False), limit):
-                if key[:8] > end:
-                    break
-                raw = txn.get(key[8:], db=self._dbs["records"])
-                if raw is None:  # a damaged store, which ``memos doctor`` mends; the others must not wait for that
-                    continue
-                record = records.decode(raw)
-                found.setdefault(Principal(record.tenant, record.user), []).append(record.id)
-        return found
-
-    def kv_removals(self) -> list[tuple[Principal, int]]:
-        """Users and their past KV epochs whose KV may still be somewhere."""
-        with self._begin() as txn:
-            return [
-                (tables.decode_principal(raw), int.from_bytes(key[8:], "big"))
-                for key, raw in txn.cursor(db=self._dbs["kv_removals"])
-            ]
-
-    def maintain(self, work: Callable[[lmdb.Transaction, Tables], T]) -> T:
-        """Runs ``work`` on all users' tables in one transaction; errors as ``write``."""
-
-        def attempt() -> T:
-            with self._begin(write=True) as txn:
-                return work(txn, self._dbs)
-
-        try:
-            return self._grown(self._max_map_bytes + DELETE_RESERVE_BYTES, attempt)
-        except lmdb.Error as error:
-            raise self._failed(error) from error
 
     def stats(self) -> dict[str, int]:
         """Entries, and bytes of the map and of the pages in use or freed for reuse."""
@@ -173,45 +107,7 @@ class MemoryStore:
             "max_map_bytes": self._max_map_bytes,
         }
 
-    def _commit(self, group: Sequence[Write]) -> None:
-        """One transaction for all; where that fails, one for each, so that a failure has one owner."""
-        if len(group) > 1:
-            try:
-                self._commit_together(group)
-                return
-            except (StoreError, lmdb.Error):
-                pass  # said again below, to whom it belongs
-        for write in group:
-            try:
-                write.finish(self._grown(write.limit_bytes, lambda write=write: self._try_write(write)))
-            except lmdb.Error as error:
-                failure = self._failed(error)
-                failure.__cause__ = error
-                write.finish(error=failure)
-            except Exception as error:
-                write.finish(error=error)
-
-    def _commit_together(self, group: Sequence[Write]) -> None:
-        """Each write in a child transaction, which its error takes back without the others."""
-
-        def attempt() -> list[tuple[Any, Exception | None]]:
-            outcomes: list[tuple[Any, Exception | None]] = []
-            with self._begin(write=True) as txn:
-                for write in group:
-                    try:
-                        with self._env.begin(write=True, parent=txn) as child:
-                            outcomes.append((self._run(child, write), None))
-                    except lmdb.Error:
-                        raise
-                    except Exception as error:
-                        outcomes.append((None, error))
-            return outcomes
-
-        outcomes = self._grown(min(write.limit_bytes for write in group), attempt)
-        for write, (result, error) in zip(group, outcomes, strict=True):
-            write.finish(result, error)
-
-    def _grown(self, limit_bytes: int, attempt: Callable[[], T]) -> T:
+    def _attempt(self, limit_bytes: int, attempt: Callable[[], T]) -> T:
         """Attempts again with a larger map, as long as it may grow."""
         while True:
             try:
@@ -219,15 +115,11 @@ class MemoryStore:
             except lmdb.MapFullError as error:
                 self._grow(limit_bytes, error)
 
-    def _try_write(self, write: Write) -> Any:
-        with self._begin(write=True) as txn:
-            return self._run(txn, write)
+    def _child(self, txn: lmdb.Transaction) -> lmdb.Transaction:
+        return self._env.begin(write=True, parent=txn)
 
-    def _run(self, txn: lmdb.Transaction, write: Write) -> Any:
-        user = UserWriter(txn, self._dbs, write.who, self.aging)
-        result = write.work(user)
-        user.finish()
-        return result
+    def _limit_bytes(self, frees: bool) -> int:
+        return self._max_map_bytes + (DELETE_RESERVE_BYTES if frees else 0)
 
     @contextmanager
     def _begin(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
@@ -262,7 +154,9 @@ class MemoryStore:
             with self._gate.alone():
                 self._env.set_mapsize(environment.whole_pages(self._max_map_bytes))
 
-    def _failed(self, error: lmdb.Error) -> StoreError:
+    def _failed(self, error: Exception, reading: bool = False) -> StoreError:
+        if reading:
+            return StoreError(f"the memory store {self._path} cannot be read: {error}")
         # LMDB reports a disk that fills up within a write as an input/output error.
         if isinstance(error, lmdb.DiskError) or shutil.disk_usage(self._path).free < LOW_DISK_BYTES:
             return StoreFull(f"the disk of {self._path} is full and nothing of this write was stored; free some space")
@@ -270,7 +164,7 @@ class MemoryStore:
 
     def _open_tables(self) -> dict[str, Any]:
         """Creates them on the first start, and brings those of an earlier version up to this one's schema."""
-        return self._grown(self._max_map_bytes, self._try_open_tables)
+        return self._attempt(self._max_map_bytes, self._try_open_tables)
 
     def _try_open_tables(self) -> dict[str, Any]:
         with self._begin(write=True) as txn:

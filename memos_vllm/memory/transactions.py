@@ -1,4 +1,4 @@
-"""One user's memories inside one LMDB transaction.
+"""One user's memories inside one transaction.
 
 Both classes are bound to a user when they are made, and build every key from that user's owner
 number: nothing that they are asked for can reach another user's data.
@@ -7,31 +7,27 @@ number: nothing that they are asked for can reach another user's data.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
-
-import lmdb
 
 from memos_vllm.core import lifecycle
 from memos_vllm.core.lifecycle import Aging, Due, Life, Move
 from memos_vllm.errors import Conflict
 from memos_vllm.memory import claims, records, sessions, tables, usage
+from memos_vllm.memory.contract import Tables, Transaction
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.sessions import Session
 from memos_vllm.memory.tables import Owner
 from memos_vllm.memory.usage import Event, Usage
 from memos_vllm.types import MemoryId, Principal
 
-Tables = Mapping[str, Any]
-"""Name to handle of each named database."""
-
 
 class UserReader:
     """A consistent view. A user who never wrote anything has no owner row and no memories."""
 
-    def __init__(self, txn: lmdb.Transaction, dbs: Tables, who: Principal):
+    def __init__(self, txn: Transaction, dbs: Tables, who: Principal):
         self.who = who
         self._txn = txn
         self._dbs = dbs
@@ -125,7 +121,7 @@ class UserWriter(UserReader):
 
     _owner: Owner
 
-    def __init__(self, txn: lmdb.Transaction, dbs: Tables, who: Principal, aging: Aging):
+    def __init__(self, txn: Transaction, dbs: Tables, who: Principal, aging: Aging):
         super().__init__(txn, dbs, who)
         self._aging = aging
         if self._owner is None:

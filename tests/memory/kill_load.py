@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memos_vllm.memory import records
-from memos_vllm.memory.integrity import Examination
+from memos_vllm.memory.maintenance import examine_open
 from memos_vllm.memory.service import MemoryService
 from tests.memory.memory_factories import ALICE, make_service, says
 
@@ -22,8 +22,8 @@ THREADS = 3
 BATCH = 8
 
 
-def run(path: str, seed: int, connection: Any) -> None:
-    service = make_service(Path(path), clock=records.utc_now)
+def run(where: Path | str, seed: int, connection: Any) -> None:
+    service = make_service(where, clock=records.utc_now)
     sending = threading.Lock()
 
     def send(*message: Any) -> None:
@@ -37,8 +37,7 @@ def run(path: str, seed: int, connection: Any) -> None:
 
 def found(service: MemoryService) -> tuple[dict[str, str], list[str]]:
     store = service._store
-    with store._begin() as txn:
-        problems = Examination(txn, store._dbs, lambda *_: None, store.aging).run().problems
+    problems = examine_open(store).problems
     with store.read(ALICE) as user:
         texts = {record.id: record.text for record in user.scan()}
     return texts, [f"{problem.table} {problem.where}: {problem.text}" for problem in problems]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -16,6 +18,8 @@ from memos_vllm.types import Principal
 
 ALICE, BOB = Principal("acme", "alice"), Principal("acme", "bob")
 GIB = 2**30
+HAS_PGVECTOR = os.environ.get("MEMOS_TEST_PGVECTOR") != "0"
+"""Told to child processes too; ``conftest.postgres`` sets it."""
 
 
 @dataclass
@@ -35,15 +39,22 @@ def count_words(text: str) -> int:
 
 
 def make_service(
-    path: Path,
+    where: Path | str,
     *,
     clock: Callable[[], datetime] | None = None,
     max_map_bytes: int = GIB,
     embedder: Embedder | None = None,
     **config: Any,
 ) -> MemoryService:
-    store = MemoryStore(path, max_map_bytes)
+    """A service on a store in a folder, or in the database that a connection string names."""
+    store = MemoryStore(where, max_map_bytes) if isinstance(where, Path) else open_database(where)
     return MemoryService(store, MemoryConfig(**config), count_words, clock or Clock(), embedder)
+
+
+def open_database(dsn: str) -> Store:
+    from memos_vllm.memory.postgresql import PostgresStore
+
+    return PostgresStore(dsn, pgvector=HAS_PGVECTOR)
 
 
 def says(text: Any) -> list[dict[str, Any]]:

@@ -25,6 +25,11 @@ CLEAN, PROBLEMS, FAILED = doctor.CLEAN, doctor.PROBLEMS, doctor.FAILED
 def fill(root: Path) -> MemoryService:
     """A store with something in every table: versions, a correction, a session."""
     service = make_service(root / "memory")
+    fill_service(service)
+    return service
+
+
+def fill_service(service: MemoryService) -> None:
     tea = service.add(ALICE, "I like tea.")
     for text in ("I like milk.", "I like water."):
         service.update(ALICE, tea.id, text=text)
@@ -33,7 +38,6 @@ def fill(root: Path) -> MemoryService:
     service.recall(ALICE, says("job"), session="s")
     service.add(BOB, "of bob")
     fill_life(service, tea.id)
-    return service
 
 
 def damage(root: Path, how: Callable[[Any, Any], Any]) -> None:

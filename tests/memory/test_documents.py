@@ -15,7 +15,7 @@ from memos_vllm.memory.documents import library
 from memos_vllm.memory.service import MemoryService
 from tests.memory.document_factories import make_pdf, markdown, paragraph
 from tests.memory.embedder_factories import TopicEmbedder
-from tests.memory.memory_factories import ALICE, BOB, GIB, Clock, says, texts
+from tests.memory.memory_factories import ALICE, BOB, Clock, says, texts
 
 NAME = "guide.md"
 
@@ -201,14 +201,14 @@ def test_the_doctor_mends_the_table_of_pieces(tmp_path: Path, make: Callable[...
         txn.put(key[:8] + bytes(16) + key[24:], b"", db=dbs["pieces"])
 
     service._store.maintain(damage)
-    service._store.close()
-    problems = maintenance.examine(tmp_path / "memory").problems
+    problems = maintenance.examine_open(service._store).problems
     assert {problem.table for problem in problems} == {"pieces"} and len(problems) == 2
-    maintenance.repair(tmp_path / "memory", GIB)
-    assert maintenance.examine(tmp_path / "memory").problems == []
-    assert [record.id for record in make().documents.get(ALICE, NAME)[1]] == [train, ferry]
+    maintenance.repair_open(service._store, tmp_path)
+    assert maintenance.examine_open(service._store).problems == []
+    assert [record.id for record in service.documents.get(ALICE, NAME)[1]] == [train, ferry]
 
 
+@pytest.mark.parametrize("where", ["lmdb"], indirect=True)  # a database is as new as its first version: schema 3
 def test_a_store_without_documents_gets_the_table(tmp_path: Path, make: Callable[..., MemoryService]) -> None:
     service = make()
     tea = service.add(ALICE, "I like tea.")

@@ -69,7 +69,7 @@ def test_kill_9(tmp_path: Path) -> None:
             root, expected = tmp_path / str(number), Expected()
         ours, theirs = context.Pipe(duplex=False)
         seed = rng.randrange(10**9)
-        child = context.Process(target=kill_load.run, args=(str(root / "memory"), seed, theirs))
+        child = context.Process(target=kill_load.run, args=(root / "memory", seed, theirs))
         child.start()
         theirs.close()
         kind, found, problems = json.loads(ours.recv_bytes())

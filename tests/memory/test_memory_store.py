@@ -26,12 +26,12 @@ MIB = 2**20
 
 
 class Child:
-    """Another process with a service on the same directory; runs one line after the other."""
+    """Another process with a service on the same store; runs one line after the other."""
 
-    def __init__(self, path: Path, max_map_bytes: int = 2**30):
+    def __init__(self, where: Path | str, max_map_bytes: int = 2**30):
         program = (
-            "import sys\nfrom pathlib import Path\nfrom tests.memory.memory_factories import *\n"
-            f"service = make_service(Path({str(path)!r}), max_map_bytes={max_map_bytes})\n"
+            "import sys\nfrom pathlib import Path, PosixPath\nfrom tests.memory.memory_factories import *\n"
+            f"service = make_service({where!r}, max_map_bytes={max_map_bytes})\n"
             "print('ready', flush=True)\n"
             "for line in sys.stdin:\n"
             "    try: print(repr(eval(line)), flush=True)\n"
@@ -63,18 +63,18 @@ class Child:
         self.kill()
 
 
-def test_an_acknowledged_write_survives_a_kill(tmp_path: Path) -> None:
+def test_an_acknowledged_write_survives_a_kill(where: Path | str) -> None:
     for number in range(3):
-        with Child(tmp_path) as child:
+        with Child(where) as child:
             child.run(f"service.add(ALICE, 'tea {number}')")
-    service = make_service(tmp_path)
+    service = make_service(where)
     assert texts(service.list(ALICE).records) == ["tea 0", "tea 1", "tea 2"]
     service._store.close()
 
 
-def test_a_kill_within_a_write_leaves_nothing_of_it(tmp_path: Path) -> None:
-    service = make_service(tmp_path)
-    with Child(tmp_path) as child:
+def test_a_kill_within_a_write_leaves_nothing_of_it(where: Path | str) -> None:
+    service = make_service(where)
+    with Child(where) as child:
         child.run("service.add(ALICE, 'tea')")
         child.process.stdin.write(  # type: ignore[union-attr]
             "service._store.write(ALICE, lambda user: (user.insert(Clock()(), text='half', type='fact', pinned=False, "
@@ -87,10 +87,10 @@ def test_a_kill_within_a_write_leaves_nothing_of_it(tmp_path: Path) -> None:
     service._store.close()
 
 
-def test_two_processes_see_each_others_writes(tmp_path: Path) -> None:
-    service = make_service(tmp_path)
+def test_two_processes_see_each_others_writes(where: Path | str) -> None:
+    service = make_service(where)
     assert service.search(ALICE, "tea") == []
-    with Child(tmp_path) as child:
+    with Child(where) as child:
         assert child.run("service.search(ALICE, 'tea')") == "[]"
         record = service.add(ALICE, "green tea")
         assert child.run("texts(service.search(ALICE, 'tea'))") == "['green tea']"
@@ -106,11 +106,11 @@ def test_two_processes_see_each_others_writes(tmp_path: Path) -> None:
     service._store.close()
 
 
-def test_two_processes_agree_on_a_session(tmp_path: Path) -> None:
-    service = make_service(tmp_path)
+def test_two_processes_agree_on_a_session(where: Path | str) -> None:
+    service = make_service(where)
     service.add(ALICE, "first")
     recall = "texts(service.recall(ALICE, says('x'), session='s').long_lived)"
-    with Child(tmp_path) as child:
+    with Child(where) as child:
         assert child.run(recall) == "['first']"
         service.add(ALICE, "second")
         assert texts(service.recall(ALICE, [], session="s").long_lived) == ["first"]
