@@ -30,7 +30,9 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
+from memos_vllm.integration import salts
 from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
+from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_totals import SceneTotals
 from memos_vllm.store.manager import TierManager
 from memos_vllm.store.ops import Op
@@ -87,12 +89,14 @@ class SceneTable:
         pool: vLLM's block pool; its free queue is replaced.
         tiers: where blocks are off the GPU.
         chunk_blocks: blocks per prefetch step.
+        owned: told of what is published.
     """
 
     pool: BlockPool
     tiers: TierManager
     block_size: int
     chunk_blocks: int
+    owned: OwnedBlocks
     totals: SceneTotals = field(default_factory=SceneTotals)
     queue: KeepingFreeQueue = field(init=False)
     known: KnownScenes = field(init=False)
@@ -179,14 +183,11 @@ class SceneTable:
         return num_prefetched
 
     def forget(self, tag: bytes) -> int:
-        """Forgets the scenes of a deleted salt or adapter, and their blocks on the GPU; how many scenes there were."""
+        """Forgets the scenes of a deleted salt or adapter; how many there were. ``owned`` knows their blocks."""
         gone = [scene for scene in self.known if tag in scene.tags()]
         for scene in gone:
             self._remove(scene.scene_id)
         self._refile()
-        self.pool.evict_blocks(
-            {block.block_id for scene in gone for each in scene.hashes if (block := self._resident(each))}
-        )
         for load in self._loads:
             load.failed |= tag in load.scene.tags()  # arrives, and is not published
         return len(gone)
@@ -336,6 +337,8 @@ class SceneTable:
             first, end = indices[0], indices[-1] + 1
             self.pool.cache_full_blocks(scene.request, by_index, first, end, self.block_size, 0)
             self._unused.update(dict.fromkeys(scene.hashes[first:end]))
+            tag = salts.tag_of(scene.request.cache_salt, scene.request.lora_request)
+            self.owned.note((block.block_id for block in load.blocks), tag)
             self.totals.prefetched_blocks += end - first
         if len(self._unused) > self.pool.num_gpu_blocks:
             self.count_wasted()

@@ -23,6 +23,7 @@ from memos_vllm.integration.accounting import Accounting
 from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import adapter_digest, identity_of
+from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_builds import SceneBuilds, lora_arguments
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM, SceneTable
 from memos_vllm.store.disk_index import DiskIndex
@@ -57,6 +58,7 @@ class SchedulerSide:
         self._block_size: int = vllm_config.cache_config.block_size
         self._groups = kv_cache_config.kv_cache_groups
         self._pool: BlockPool | None = None
+        self._owned: OwnedBlocks | None = None
         self._tiers: TierManager | None = None
         self._scenes: SceneTable | None = None
         self._builds: SceneBuilds | None = None
@@ -77,7 +79,7 @@ class SchedulerSide:
         engine_channel.serve(self.handle)
 
     def bind_block_pool(self, pool: BlockPool) -> None:
-        self._pool = pool
+        self._pool, self._owned = pool, OwnedBlocks(pool)
 
     def open_tiers(self, handshakes: list[MemosHandshake]) -> None:
         """Opens host and disk tier once all ranks have said what a block is."""
@@ -103,8 +105,8 @@ class SchedulerSide:
         chunk_blocks = max(1, min(kv.chunk_bytes // largest, slots.num_slots))
         self._tiers = TierManager(slots, disk, chunk_blocks, block_bytes, world_size)
         if self._config.prediction.enabled:
-            assert self._pool is not None
-            self._scenes = SceneTable(self._pool, self._tiers, self._block_size, chunk_blocks)
+            assert self._pool is not None and self._owned is not None
+            self._scenes = SceneTable(self._pool, self._tiers, self._block_size, chunk_blocks, self._owned)
             if self._config.prediction.build.enabled:
                 scheduler = self._vllm_config.scheduler_config
                 self._builds = SceneBuilds(
@@ -220,6 +222,8 @@ class SchedulerSide:
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)  # the last was sampled, not computed
         if self._builds is not None:
             self._operations += self._builds.finished(request, num_computed)
+        if self._owned is not None and salts.is_memory_salt(request.cache_salt):
+            self._owned.note(block_ids, salts.tag_of(request.cache_salt, request.lora_request))
         stale = request.request_id in self._stale
         self._stale.discard(request.request_id)
         tag = self._tag(request)
@@ -410,11 +414,11 @@ class SchedulerSide:
         return {"enabled": True, "blocks": len(keys), "lora": lora_arguments(adapter)}
 
     def _forget(self, tag: bytes) -> dict[str, int]:
-        assert self._tiers is not None
+        assert self._tiers is not None and self._owned is not None
         if self._builds is not None:
             self._builds.forget(tag)
         num_scenes = self._scenes.forget(tag) if self._scenes is not None else 0
-        return {**asdict(self._tiers.forget(tag)), "scenes": num_scenes}
+        return {**asdict(self._tiers.forget(tag)), "gpu_blocks": self._owned.evict(tag), "scenes": num_scenes}
 
     def _status(self) -> dict[str, Any]:
         assert self._tiers is not None and self._accounting is not None

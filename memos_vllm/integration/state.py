@@ -49,13 +49,13 @@ class MemosState:
         return salts.of_user(self.secret, self.config.kv.store_dtype, who, self.service.kv_epoch(who))
 
     async def forget_kv(self, who: Principal) -> dict[str, int]:
-        """Removes the KV of the user's past epochs; blocks and scenes, over all engines.
+        """Removes the KV of the user's past epochs from every tier; blocks and scenes, over all engines.
 
         LMDB lists an epoch from the moment it is past until its KV is gone, so what a crash or a failing
         engine leaves is removed later (``caretaker``). Two deletions at once may each forget an epoch twice.
         """
         epochs = await asyncio.to_thread(self.service.past_kv_epochs, who)
-        removed = Counter(host_blocks=0, disk_blocks=0, scenes=0)
+        removed = Counter(gpu_blocks=0, host_blocks=0, disk_blocks=0, scenes=0)
         for epoch in epochs:
             payload = {"salt": salts.salt_of(self.secret, who, epoch)}
             for report in await engine_channel.call(self.engine, "forget", payload):
