@@ -26,6 +26,7 @@ from memos_vllm.compat.json_body import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
 from memos_vllm.integration.adapter_gate import Choice
+from memos_vllm.integration.refiner import REFINE_PARAM
 from memos_vllm.integration.rest import error_response
 from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
@@ -151,7 +152,7 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     """
     salts.check_client_salt(request.cache_salt)
     if request.kv_transfer_params:
-        for ours in (SCENE_PARAM, START_PARAM, BUILD_PARAM):
+        for ours in (SCENE_PARAM, START_PARAM, BUILD_PARAM, REFINE_PARAM):
             request.kv_transfer_params.pop(ours, None)
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)

@@ -29,8 +29,8 @@ from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
-from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration import salts
+from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
 from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_totals import SceneTotals

@@ -24,6 +24,7 @@ from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import adapter_digest, identity_of
 from memos_vllm.integration.owned_blocks import OwnedBlocks
+from memos_vllm.integration.refiner import is_refining
 from memos_vllm.integration.scene_builds import SceneBuilds, lora_arguments
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM, SceneTable
 from memos_vllm.store.disk_index import DiskIndex
@@ -200,7 +201,8 @@ class SchedulerSide:
         assert num_blocks <= len(keys)
         if num_blocks:
             operations = self._tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
-        if self._builds is None or not self._builds.is_build(request):  # nobody waits for a build's first token
+        is_build = self._builds is not None and self._builds.is_build(request)
+        if not is_build and not is_refining(request):  # nobody waits for their first token
             self._accounting.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
         if not operations:
             return
@@ -235,7 +237,7 @@ class SchedulerSide:
             # Deleted while it ran: what it published is out of reach under the new salt, and goes too.
             self._pool.evict_blocks({block for block in block_ids if not self._pool.blocks[block].is_null})
             return
-        if stale:
+        if stale or is_refining(request):
             return
         num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))
         if any(self._pool.blocks[block].is_null for block in block_ids[:num_blocks]):
@@ -354,6 +356,9 @@ class SchedulerSide:
         """
         if op == "adapters":
             return {"in_use": sorted(set(self._adapter_of.values()))}
+        if op == "num_requests":
+            assert engine is not None
+            return {"num_requests": engine.scheduler.get_num_unfinished_requests()}
         if self._tiers is None or self._accounting is None:
             return {"enabled": False}
         self._accounting.changed()

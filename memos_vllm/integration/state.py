@@ -12,6 +12,7 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.idle import IdleTime
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
     from memos_vllm.integration.caretaker import Caretaker
+    from memos_vllm.integration.refiner import Refiner
 
 READ_YOUR_WRITES_TIMEOUT_S = 2.0
 """How long a request waits for what the same user's last turn is still writing."""
@@ -41,8 +43,10 @@ class MemosState:
     adapters: AdapterGate
     count_tokens: Callable[[str], int]
     """With the served model's tokenizer."""
+    idle: IdleTime = field(default_factory=IdleTime)
     recalls: RecallCounts = field(default_factory=RecallCounts)
     caretaker: Caretaker | None = None
+    refiner: Refiner | None = None
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:

@@ -75,5 +75,9 @@ def _to_2(txn: lmdb.Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
         user.finish()
 
 
-STEPS: dict[int, Step] = {1: _to_2}
+def _to_3(txn: lmdb.Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+    """A new table; it is empty at first."""
+
+
+STEPS: dict[int, Step] = {1: _to_2, 2: _to_3}
 """By the version that a step starts from."""

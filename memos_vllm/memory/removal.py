@@ -6,7 +6,7 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from memos_vllm.memory import links, sessions, snapshots, tables
+from memos_vllm.memory import links, sessions, snapshots, succession, tables
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import MemoryId
@@ -28,7 +28,7 @@ class Removed:
 
 
 def remove(user: UserWriter, memory_id: str) -> Removed:
-    """Takes out a memory, its history, and the copies that were merged into it; nothing where there is none.
+    """Takes out a memory, its history, what was merged into it and what a model made of it; or nothing.
 
     A memory that it superseded stays out of use: a deleted correction does not make the error true.
     """
@@ -36,8 +36,11 @@ def remove(user: UserWriter, memory_id: str) -> Removed:
     waiting = [record] if (record := user.get(memory_id)) else []
     while waiting:
         record = waiting.pop()
+        if user.get(record.id) is None:  # it was there twice
+            continue
         copies = links.of(user, record.id, end=tables.TO, type=links.MERGED_INTO)
         waiting += [copy for link in copies if (copy := user.get(link.source)) and copy.superseded_by == record.id]
+        waiting += succession.restated(user, record)
         _remove_one(user, record, removed)
     if removed.ids:
         removed.derived = [each for each in removed.derived if user.get(each)]

@@ -302,9 +302,9 @@ class UserIndex:
 
 
 def text_of(record: MemoryRecord) -> str:
-    """What is indexed and embedded: who said it, where that is known, and what."""
-    speaker = record.origin.get("speaker")
-    return f"{speaker}: {record.text}" if speaker else record.text
+    """What is indexed and embedded: who said it, where that is known, what, and other words for it."""
+    speaker, keys = record.origin.get("speaker"), record.origin.get("keys") or ()
+    return " ".join([f"{speaker}: {record.text}" if speaker else record.text, *map(str, keys)])
 
 
 def _standing(scores: Scores, slot: int) -> dict[str, float | int]:

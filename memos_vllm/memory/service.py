@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
-from memos_vllm.core.lifecycle import State
+from memos_vllm.core.lifecycle import IN_RECALL, Move, State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
 from memos_vllm.memory.embedders import Embedder
@@ -20,6 +20,7 @@ from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, fitting, long_lived
 from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.refining import Refining
 from memos_vllm.memory.remembering import keep
 from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall
@@ -64,6 +65,7 @@ class MemoryService:
         self._indexes = Indexes(embedder)
         self._retrieval = Retrieval(store, self._indexes, embedder)
         self.life = MemoryLife(store, now)
+        self.refining = Refining(store, config.refiner, count_tokens, now)
         self._prepared = PreparedChoices()
 
     def add(
@@ -174,6 +176,10 @@ class MemoryService:
                 raise Conflict(f"the memory {memory_id} is frozen; set its state to 'activated' to change it")
             if values.get("text", old.text) != old.text:
                 user.new_kv_epoch()
+                for derived in succession.restated(user, old):
+                    if derived.is_current and derived.state in IN_RECALL - {State.FROZEN}:
+                        archived = user.move(derived, Move.ARCHIVE, now)
+                        user.happened(archived, "archived", now, by=memory_id)
             return user.change(old, now, **_with_end(values, now))
 
         return self._store.write(who, change)
@@ -294,7 +300,16 @@ class MemoryService:
         if not kept:
             return []
         origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
-        known = self._store.write(who, lambda user: [keep(user, extracted, origin, self._now()) for extracted in kept])
+
+        def store(user: UserWriter) -> Sequence[MemoryRecord]:
+            now, before = self._now(), user.last_id
+            told = [keep(user, extracted, origin, now) for extracted in kept]
+            for record in told:
+                if record.id > before:
+                    self.refining.wait(user, record)
+            return told
+
+        known = self._store.write(who, store)
         self._retrieval.prepare(who)
         return known
 

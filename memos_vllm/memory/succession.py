@@ -31,6 +31,9 @@ def supersede(user: UserWriter, old: MemoryRecord, new: MemoryRecord, now: datet
     user.put(replace(old, superseded_by=new.id, valid_to=now, updated_at=now), old)
     links.renew(user, new.id, old.id, links.SUPERSEDES, now)
     user.happened(old, "superseded", now, by=new.id)
+    for derived in restated(user, old):
+        if derived.is_current and derived.id != new.id:
+            supersede(user, derived, new, now)
 
 
 def merge(
@@ -90,6 +93,12 @@ def join(user: UserWriter, record: MemoryRecord) -> None:
         links.renew(user, record.id, record.superseded_by, links.MERGED_INTO, since)
     else:
         links.renew(user, record.superseded_by, record.id, links.SUPERSEDES, since)
+
+
+def restated(user: UserReader, record: MemoryRecord) -> list[MemoryRecord]:
+    """What a model made of a memory alone, or of it and others; it is true as long as they are."""
+    found = (user.get(link.source) for link in links.of(user, record.id, end=tables.TO, type=links.DERIVED_FROM))
+    return [derived for derived in found if derived is not None and derived.origin.get("source") == "refiner"]
 
 
 def predecessors(user: UserReader, memory_id: MemoryId) -> list[MemoryId]:

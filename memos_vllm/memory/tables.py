@@ -15,6 +15,7 @@
     link_ends   owner, memory id, link id        -> which end of the link the memory is
     snapshots   owner, snapshot id               -> Snapshot, JSON
     snapshot_entries  owner, snapshot id, memory id -> version and standing of the memory then, JSON
+    unrefined   owner, memory id                 -> nothing; what waits for the model (``refining``)
     kv_removals owner, KV epoch                  -> tenant and user, JSON; KV that is still to be removed
 
 An owner is a number given at the user's first write, so keys are short and no separator in a name
@@ -33,12 +34,12 @@ from datetime import UTC, datetime, timedelta
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.types import Principal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NAMES = (
     *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
-    *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "kv_removals"),
+    *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "kv_removals", "unrefined"),
 )
-OF_A_MEMORY = ("versions", "vectors", "usage", "events")
+OF_A_MEMORY = ("versions", "vectors", "usage", "events", "unrefined")
 """Keys begin with owner and memory id; cleared when the memory is removed."""
 
 OF_A_USER = (*OF_A_MEMORY, "records", "current", "sessions", "links", "link_ends", "snapshots", "snapshot_entries")

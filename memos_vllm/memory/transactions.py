@@ -47,6 +47,11 @@ class UserReader:
         """Of the user's last change; 0 before the first."""
         return self._owner.seq if self._owner else 0
 
+    @property
+    def last_id(self) -> str:
+        """Above all ids that the user's memories, links and snapshots have."""
+        return str(self._owner.last_id if self._owner else records.NO_ID)
+
     def get(self, memory_id: str) -> MemoryRecord | None:
         parsed = records.parse_id(memory_id)
         if parsed is None or self._owner is None:
