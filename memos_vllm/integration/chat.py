@@ -76,6 +76,7 @@ class Turn:
     messages: list[dict[str, Any]]
     """As the client sent them."""
 
+    tools: list[dict[str, Any]]
     request_id: str
     """Provenance of what is remembered; the id of the completion ends with it."""
 
@@ -161,7 +162,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
-    return Turn(who, options, [_as_dict(message) for message in request.messages], request.request_id)
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    return Turn(who, options, [_as_dict(message) for message in request.messages], tools, request.request_id)
 
 
 def parse_field(value: Any) -> MemosField | None:
@@ -280,7 +282,8 @@ async def end_turn(
     state.planner.turn_ended(scene_id)
     try:
         if turn.options.remember:
-            remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
+            cause = {"session": turn.options.session, "request": turn.request_id}
+            remember = partial(state.service.remember, **cause, tools=turn.tools)
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
@@ -312,4 +315,7 @@ def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any
 
 
 def _as_dict(message: Any) -> dict[str, Any]:
-    return message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)
+    out = message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)
+    if "tool_calls" in out:  # pydantic's iterator, which only one of vLLM and us could read
+        out["tool_calls"] = list(out["tool_calls"] or ())
+    return out

@@ -42,6 +42,9 @@ CALL_PATIENCE_S = 120.0
 RETRY_AFTER_S = 60.0
 """After an error of the engine or the store."""
 
+_BLANKS = [" " * 32, "\n" * 4]
+"""JSON allows blanks without end between any two words, and a weak model may write them; that ends the answer."""
+
 _HOUR_S = 3600.0
 
 
@@ -172,6 +175,7 @@ class Refiner:
             max_tokens=self._config.max_tokens,
             temperature=0,
             structured_outputs=StructuredOutputsParams(json=SCHEMA),
+            stop=_BLANKS,
             extra_args={"kv_transfer_params": {REFINE_PARAM: True}},
         )
         call.is_begun = True

@@ -140,6 +140,11 @@ class UserIndex:
         """Statements about the user that are not pinned."""
         return (memory_id for memory_id, entry in self._in_order() if entry.type in STANDING_TYPES and not entry.pinned)
 
+    def working(self, session: str, now: datetime) -> list[MemoryId]:
+        """Of the session, in the order of creation."""
+        allowed = self._allowed(Filter("working", session=session), now)
+        return sorted(self._ids[slot] for slot in np.flatnonzero(allowed))
+
     def without_vector(self) -> Mapping[MemoryId, str]:
         """Id and text of the memories that are still to be embedded."""
         return self._without_vector

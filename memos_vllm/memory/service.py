@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import IN_RECALL, Move, State
 from memos_vllm.errors import Conflict, RequestError, StoreError
-from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
+from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
 from memos_vllm.memory.filters import Filter
@@ -89,7 +90,7 @@ class MemoryService:
         values = inputs.check_memory(
             {"text": text, "type": type, "pinned": pinned, "tags": tags, "session": session, "origin": origin, **more}
         )
-        return self._store.write(who, lambda user: _insert(user, self._now(), values))
+        return self._store.write(who, lambda user: self._insert(user, self._now(), values))
 
     def add_many(self, who: Principal, memories: Iterable[Mapping[str, Any]]) -> Sequence[MemoryRecord]:
         """Like ``add`` for each, in one transaction: all are stored, or none.
@@ -101,7 +102,7 @@ class MemoryService:
 
         def insert(user: UserWriter) -> Sequence[MemoryRecord]:
             now = self._now()
-            return [_insert(user, now, values) for values in checked]
+            return [self._insert(user, now, values) for values in checked]
 
         return self._store.write(who, insert)
 
@@ -267,8 +268,11 @@ class MemoryService:
                 standing = [record for record in found if record and record.is_recallable(now)]
             wanted = Filter(for_prompt=True, without={record.id for record in standing})
             hits = self._retrieval.hits(user, index, asked, top_k, wanted)
+            noted = [user.get(memory_id) for memory_id in (index.working(session, now) if session else ())]
+        working = [Hit(record, 0.0, {"method": "session"}) for record in noted if record and record.is_recallable(now)]
         budget = Budget(self._config.late_tokens, self._count_tokens)
-        return Recall(tuple(standing), tuple(fitting(hits, budget)))
+        latest = fitting(reversed(working), budget)  # where there are too many, the first of them are left out
+        return Recall(tuple(standing), (*reversed(latest), *fitting(hits, budget)))
 
     def prepare(self, who: Principal) -> Prepared:
         """Chooses the long-lived memory of the user's next session, whose first recall then need not.
@@ -285,29 +289,34 @@ class MemoryService:
         *,
         session: str | None = None,
         request: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Sequence[MemoryRecord]:
         """Stores what is worth keeping of the last user message (``memory.extraction``), all or nothing.
 
-        See ``memory.remembering`` for what happens to repetitions and contradictions.
+        See ``memory.remembering`` for what happens to repetitions and contradictions, and ``memory.tool_use``
+        for what is kept of the calls of tools after the message.
+
+        Args:
+            tools: of the request, as the OpenAI API has them.
 
         Returns:
-            A record per statement, new or known.
+            A record per statement, tool and trajectory, new or known.
         """
         session = inputs.check_session(session)
         kept = extract(last_user_text(messages))
         for extracted in kept:
             inputs.check_text(extracted.text, "message")
-        if not kept:
+        if not kept and not tool_use.steps(messages):
             return []
         origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
 
         def store(user: UserWriter) -> Sequence[MemoryRecord]:
-            now, before = self._now(), user.last_id
-            told = [keep(user, extracted, origin, now) for extracted in kept]
+            before = user.last_id
+            told = [keep(user, extracted, origin, self._now()) for extracted in kept]
             for record in told:
                 if record.id > before:
                     self.refining.wait(user, record)
-            return told
+            return [*told, *tool_use.keep(user, messages, tools, origin, self._now())]
 
         known = self._store.write(who, store)
         self._retrieval.prepare(who)
@@ -355,8 +364,12 @@ class MemoryService:
                 return frozen.ids
             with self._indexes.current(user) as index:
                 chosen = [record.id for record in self._long_lived(user, index)]
+                working = index.working(session, now)
 
         def freeze(user: UserWriter) -> Sequence[MemoryId]:
+            for record in map(user.get, working):
+                if record and record.is_current:
+                    user.put(replace(record, expires_at=sessions.end_of(now, ttl_s)), record)
             known = user.session(session)  # another process may have been faster
             user.drop_sessions(now, ttl_s)
             ids = known.ids if known and not known.is_over(now, ttl_s) else chosen
@@ -378,6 +391,12 @@ class MemoryService:
         self._prepared.put(user.who, user.seq, [record.id for record in chosen])
         return chosen
 
+    def _insert(self, user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
+        values = _with_end(values, now)
+        if values["type"] == "working":
+            values["expires_at"] = sessions.end_of(now, self._config.session_ttl_s)
+        return user.insert(now, **values)
+
     def _receipt(self, who: Principal, removed: Removed, kv_epoch: int) -> DeletionReceipt:
         with self._store.read(who) as user:
             postings = self._indexes.drop_removed(user)
@@ -391,10 +410,6 @@ class MemoryService:
             derived=tuple(removed.derived),
             kv_epoch=kv_epoch,
         )
-
-
-def _insert(user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
-    return user.insert(now, **_with_end(values, now))
 
 
 def _with_end(values: Mapping[str, Any], now: datetime) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from memos_vllm.core import lifecycle
 from memos_vllm.core.lifecycle import Aging, Due, Life, Move
 from memos_vllm.errors import Conflict
 from memos_vllm.memory import claims, records, sessions, tables, usage
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.records import LASTING_TYPES, MemoryRecord
 from memos_vllm.memory.sessions import Session
 from memos_vllm.memory.tables import Owner
 from memos_vllm.memory.usage import Event, Usage
@@ -225,7 +225,7 @@ class UserWriter(UserReader):
             record.expires_at,
             used.uses,
             used.last_used_at or record.created_at,
-            keeps=record.pinned or record.valid_to is not None,
+            keeps=record.pinned or record.valid_to is not None or record.type in LASTING_TYPES,
         )
 
     def due(self, record: MemoryRecord) -> Due | None:

@@ -64,7 +64,7 @@ class Life:
         return self.memos.call("POST", "/tokenize", self.key, json=body).json()["tokens"]
 
     def probe(self, tokens: list[int], salt: str) -> dict[str, Any]:
-        """Asks the engine itself for a prompt under a salt: what it had of it, and what each tier was asked and gave."""
+        """Asks the engine for a prompt under a salt: what it had of it; what each tier was asked for and gave."""
         before = self._tiers()
         body = {"model": self.memos.server.model, "prompt": tokens, "max_tokens": 1, "cache_salt": salt}
         usage = self.memos.call("POST", "/v1/completions", self.key, json=body).json()["usage"]
@@ -81,8 +81,8 @@ class Life:
     def salt(self, record: dict[str, Any], kv_epoch: int) -> str:
         return salts.salt_of(self.secret, Principal(record["tenant"], record["user"]), kv_epoch)
 
-    def scene(self) -> dict[str, Any]:
-        return self.memos.call("GET", "/v1/scenes", self.key).json()
+    def scene(self, session: str) -> str:
+        return self.memos.call("GET", f"/v1/scenes?session={session}", self.key).json()["state"]
 
 
 @pytest.fixture
@@ -113,14 +113,14 @@ def test_current_facts_are_answered_and_a_deleted_one_is_gone_everywhere(life: L
         memos.drop(*dropped)
         found = life.probe(prompt, salt)
         assert (found["cached"] > 0, found[tier]["hit_blocks"]) == (True, num_blocks), tier
-    assert life.scene()["state"] != "unknown"
+    assert life.scene("second") != "unknown"
 
     receipt = memos.call("DELETE", f"/v1/memories/{job['id']}", life.key).json()
 
     assert (receipt["deleted"], receipt["records"], receipt["kv_epoch"]) == (True, [job["id"]], 1)
     assert all(receipt["kv"][name] >= num_blocks for name in ("gpu_blocks", "host_blocks", "disk_blocks"))
     assert receipt["kv"]["scenes"] >= 1 and receipt["postings"] > 0 and receipt["sessions"] > 0
-    assert life.scene()["state"] == "unknown"
+    assert life.scene("second") == "unknown"
     missed = {"hit_blocks": 0, "miss_blocks": num_blocks}
     assert life.probe(prompt, salt) == {"cached": 0, **dict.fromkeys(TIERS, missed)}
     assert life.probe(prompt, salt)["cached"] == 0, "what is computed under the old salt is not kept either"
