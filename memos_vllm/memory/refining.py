@@ -7,8 +7,8 @@
     keep      by the way of what rules keep: known already, merged, or superseding what it contradicts
     done      the notes wait no longer, in the same transaction
 
-The notes stay as they are. What is made of one goes where it goes: superseded, archived when its text is
-changed, deleted with it (``succession.restated``).
+The notes stay as they are. What is made of one follows it: superseded and deleted with it, archived when its
+text is changed, sensitive or ending with it (``succession.restated``).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Batch:
     who: Principal
     notes: tuple[MemoryRecord, ...]
     left_out: tuple[MemoryId, ...] = ()
-    """Notes that are gone, or not current any more: there is nothing to restate."""
+    """Notes that are gone, not to be recalled, or end some day: there is nothing to restate."""
     too_long: tuple[MemoryId, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ class Refining:
         with self.store.read(who) as user:
             for memory_id in waiting[who]:
                 note = user.get(memory_id)
-                if note is None or not note.is_recallable(now):
+                if note is None or not note.is_recallable(now) or note.expires_at is not None:
                     left_out.append(memory_id)
                     continue
                 cost = self.count_tokens(_line(len(notes) + 1, note))

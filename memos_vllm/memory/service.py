@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
-from memos_vllm.core.lifecycle import IN_RECALL, Move, State
+from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.embedders import Embedder
@@ -162,6 +162,8 @@ class MemoryService:
     def update(self, who: Principal, memory_id: str, **changes: Any) -> MemoryRecord:
         """A new version with the changes. A new text makes the KV of the old one unreachable.
 
+        What a model made of it is archived with a new text; sensitivity and end of life become its own, too.
+
         Args:
             changes: ``inputs.CHANGEABLE``, by name.
 
@@ -177,13 +179,19 @@ class MemoryService:
                 raise Conflict(f"the memory {memory_id} is frozen; set its state to 'activated' to change it")
             if values.get("text", old.text) != old.text:
                 user.new_kv_epoch()
-                for derived in succession.restated(user, old):
-                    if derived.is_current and derived.state in IN_RECALL - {State.FROZEN}:
-                        archived = user.move(derived, Move.ARCHIVE, now)
-                        user.happened(archived, "archived", now, by=memory_id)
-            return user.change(old, now, **_with_end(values, now))
+                succession.archive_restated(user, old, now)
+            ended = _with_end(values, now)
+            limits = {name: value for name, value in ended.items() if name in ("sensitivity", "expires_at")}
+            for derived in succession.restated(user, old) if limits else ():
+                user.change(derived, now, **limits)
+            return user.change(old, now, **ended)
 
         return self._store.write(who, change)
+
+    def restated(self, who: Principal, memory_id: str) -> Sequence[MemoryId]:
+        """What a model made of a memory (``memory.refining``)."""
+        with self._store.read(who) as user:
+            return [derived.id for derived in succession.restated(user, existing(user, memory_id))]
 
     def delete(self, who: Principal, memory_id: str) -> DeletionReceipt:
         """Removes a memory with its history.

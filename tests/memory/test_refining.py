@@ -182,6 +182,41 @@ def test_what_was_made_of_a_note_is_archived_when_its_text_changes(service: Memo
     assert texts(recalled.long_lived) == ["My job is pilot."] and not recalled.late
 
 
+@pytest.mark.parametrize(
+    ("change", "name", "value"),
+    [
+        (lambda service, note: service.update(ALICE, note, sensitivity="sensitive"), "sensitivity", "sensitive"),
+        (lambda service, note: service.life.set_state(ALICE, note, "archived"), "state", "archived"),
+        (lambda service, note: service.update(ALICE, note, ttl_s=0.0), "expires_at", None),
+    ],
+    ids=["sensitive", "archived", "ending"],
+)
+def test_what_was_made_of_a_note_is_kept_from_prompts_with_it(
+    service: MemoryService, change: Callable[[MemoryService, str], Any], name: str, value: Any
+) -> None:
+    note, made = restated(service)
+    service.update(ALICE, note, ttl_s=100.0)
+    assert service.get(ALICE, made).expires_at == service.get(ALICE, note).expires_at is not None
+    change(service, note)
+    assert getattr(service.get(ALICE, made), name) == value
+
+
+def test_a_merge_with_a_new_text_leaves_nothing_that_was_made_of_the_old(service: MemoryService) -> None:
+    note, made = restated(service)
+    other = service.add(ALICE, "I bake.").id
+    service.life.merge(ALICE, note, [other], "My job is pilot.")
+    assert service.get(ALICE, made).state == "archived"
+
+
+def test_what_has_an_end_is_not_restated(service: MemoryService) -> None:
+    told(service, "My job is baker.")
+    (note,) = service.list(ALICE).records
+    service.update(ALICE, note.id, ttl_s=100.0)
+    batch = service.refining.next_batch()
+    assert batch is not None and (batch.notes, batch.left_out) == ((), (note.id,))
+    assert service.refining.finish(batch, "", "m") == {} and service.refining.next_batch() is None
+
+
 def test_deleting_what_was_made_leaves_the_note(service: MemoryService) -> None:
     _, made = restated(service)
     assert service.delete(ALICE, made).records == (made,)
