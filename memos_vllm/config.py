@@ -112,6 +112,27 @@ class DocumentsConfig(Section):
     """How long a PDF may take to be read, in a process of its own."""
 
 
+class RefinerConfig(Section):
+    """The served model restates, at idle, what was remembered of chats; see docs/MEMORY.md."""
+
+    enabled: bool = False
+
+    tokens_per_hour: int = Field(default=50_000, ge=1)
+    """Of prompts and answers together, in one API process."""
+
+    prompt_tokens: int = Field(default=1024, ge=256)
+    """Of one call: instructions and notes."""
+
+    max_tokens: int = Field(default=1024, ge=64)
+    """Of one answer; a longer one is cut off, and refused."""
+
+    @model_validator(mode="after")
+    def _holds_a_call(self) -> Self:
+        if self.tokens_per_hour < self.prompt_tokens + self.max_tokens:
+            raise ValueError("tokens_per_hour must hold at least one call: prompt_tokens and max_tokens together")
+        return self
+
+
 class MemoryConfig(Section):
     """Plaintext memory."""
 
@@ -149,6 +170,8 @@ class MemoryConfig(Section):
 
     pgvector: bool = True
     """Whether vectors are kept as pgvector's in PostgreSQL too, for other programs; our search needs it not."""
+
+    refiner: RefinerConfig = RefinerConfig()
 
     max_map_bytes: Bytes = 64 * 2**30
     """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""

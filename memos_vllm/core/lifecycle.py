@@ -115,7 +115,7 @@ class Life:
     uses: int
     last_used_at: datetime
     keeps: bool
-    """Pinned, or superseded and so out of recall already: it is not archived for want of use."""
+    """Pinned, of a type that lasts, or superseded and so out of recall already: not archived for want of use."""
 
 
 @dataclass(frozen=True, slots=True)

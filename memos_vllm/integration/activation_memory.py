@@ -15,6 +15,7 @@ from memos_vllm.integration.block_names import BlockNames
 from memos_vllm.integration.held_blocks import HeldBlocks
 from memos_vllm.integration.messages import MemosHandshake
 from memos_vllm.integration.model_identity import identity_of
+from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_builds import SceneBuilds
 from memos_vllm.integration.scene_table import SceneTable
 from memos_vllm.store.disk_index import DiskIndex
@@ -41,6 +42,7 @@ class ActivationMemory:
     names: BlockNames
     tiers: TierManager
     held: HeldBlocks
+    owned: OwnedBlocks
     accounting: Accounting
     scenes: SceneTable | None
     """None without prediction."""
@@ -56,11 +58,11 @@ class ActivationMemory:
             self.builds.show(scene_id, request, len(keys))
 
     def forget(self, tag: bytes) -> dict[str, int]:
-        """Drops all KV that was saved under a tag from all tiers; what a receipt says of it."""
+        """Drops all KV that is filed under a tag from all tiers, the GPU too; what a receipt says of it."""
         if self.builds is not None:
             self.builds.forget(tag)
         num_scenes = self.scenes.forget(tag) if self.scenes is not None else 0
-        return {**asdict(self.tiers.forget(tag)), "scenes": num_scenes}
+        return {**asdict(self.tiers.forget(tag)), "gpu_blocks": self.owned.evict(tag), "scenes": num_scenes}
 
     def reset(self) -> set[str]:
         """Nothing saved so far is found again; the requests whose KV is of before."""
@@ -111,7 +113,8 @@ def open_memory(
     block_size: int = vllm_config.cache_config.block_size
     identity = identity_of(vllm_config, handshakes[0].layout)
     tiers = _open_tiers(vllm_config, config, identity, handshakes)
-    scenes = SceneTable(pool, tiers, block_size, tiers.chunk_blocks) if config.prediction.enabled else None
+    owned = OwnedBlocks(pool)
+    scenes = SceneTable(pool, tiers, block_size, tiers.chunk_blocks, owned) if config.prediction.enabled else None
     builds = None
     if scenes is not None and config.prediction.build.enabled:
         scheduler = vllm_config.scheduler_config
@@ -130,6 +133,7 @@ def open_memory(
         BlockNames(identity, config.kv.save),
         tiers,
         HeldBlocks(pool),
+        owned,
         Accounting(tiers, scenes),
         scenes,
         builds,

@@ -271,7 +271,7 @@ class AdapterGate:
             For a receipt: what was removed where; ``files_pending`` counts those that a request still uses.
         """
         free = {each.digest: await asyncio.to_thread(self.registry.wait_until_free, each) for each in removed.contents}
-        kv = {"host_blocks": 0, "disk_blocks": 0}
+        kv = {"gpu_blocks": 0, "host_blocks": 0, "disk_blocks": 0}
         for version in removed.versions:
             self._loaded.discard(version.lora_name)
             self._prefetched.discard(version.lora_name)

@@ -15,11 +15,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import BuildConfig
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.idle import IdleTime, lowest_priority
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.session_start import SessionStart, SessionStarts
@@ -36,12 +38,6 @@ CHECK_INTERVAL_S = 1.0
 PIECE_PATIENCE_S = 10.0
 """A piece that takes longer waits behind other processes' requests, or for a paused engine; it is given up."""
 
-LOWEST_PRIORITY = 2**31 - 1
-"""vLLM schedules small numbers first."""
-
-_READING = ("GET", "HEAD", "OPTIONS")
-_HINTS = "/v1/scenes"
-
 
 class SceneBuilder:
     """Owned by the API process's event loop.
@@ -56,6 +52,7 @@ class SceneBuilder:
         config: BuildConfig,
         planner: ScenePlanner,
         starts: SessionStarts,
+        idle: IdleTime,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         vllm_config = engine.vllm_config
@@ -66,32 +63,16 @@ class SceneBuilder:
         self._planner = planner
         self._starts = starts
         self._now = now
-        self._priority = LOWEST_PRIORITY if vllm_config.scheduler_config.policy == "priority" else 0
-        self._num_live = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._priority = lowest_priority(vllm_config)
+        self._idle = idle
         self._woken = asyncio.Event()
         self._stamp: int | None = None
         self._working = False
         self._task: asyncio.Task[None] | None = None
-        self._piece: asyncio.Task[None] | None = None
         if self.enabled:
             planner.on_told = self.wake
 
     # -- what happens ---------------------------------------------------------------------------
-
-    async def live_started(self) -> None:
-        """A request came. Returns when the abort of the current piece is on its way to the engine, ahead of it."""
-        self._num_live += 1
-        self._idle.clear()
-        if (piece := self._piece) is not None:
-            piece.cancel()
-            await asyncio.wait({piece})
-
-    def live_ended(self) -> None:
-        self._num_live -= 1
-        if not self._num_live:
-            self._idle.set()
 
     def turn_seen(self, start: SessionStart, scene_id: str) -> None:
         """A turn of the session with this scene came, and shows how the user's next session starts."""
@@ -136,7 +117,7 @@ class SceneBuilder:
                 again = True
             if again:
                 self._woken.set()
-                if self._idle.is_set():
+                if self._idle.is_now:
                     await asyncio.sleep(CHECK_INTERVAL_S)
             self._working = False
 
@@ -144,7 +125,7 @@ class SceneBuilder:
         """Declares what has changed and builds what is absent, while the engine is idle; whether something is left."""
         if declared := await self._starts.declare_changed(self._planner.told):
             self._planner.starts_declared(declared)
-        while self._idle.is_set():
+        while self._idle.is_now:
             if await self._engine.is_sleeping():
                 return True
             reply = await self._claim()
@@ -165,19 +146,10 @@ class SceneBuilder:
 
     async def _build(self, piece: dict[str, Any]) -> None:
         """Runs one piece, unless a live request comes; then leaves the engine alone for its share of the time."""
-        if not self._idle.is_set():
+        if not self._idle.is_now:
             return
         started = self._now()
-        self._piece = asyncio.create_task(self._generate(piece))
-        try:
-            done, _ = await asyncio.wait({self._piece}, timeout=PIECE_PATIENCE_S)
-            if not done:
-                self._piece.cancel()
-                await asyncio.wait({self._piece})
-            if not self._piece.cancelled():
-                self._piece.result()
-        finally:
-            self._piece = None
+        await self._idle.run(partial(self._generate, piece), PIECE_PATIENCE_S)
         share = self._config.busy_share
         await asyncio.sleep((self._now() - started) * (1 - share) / share)
 
@@ -199,24 +171,3 @@ class SceneBuilder:
             priority=self._priority,
         ):
             pass
-
-
-class LiveRequests:
-    """ASGI middleware: tells the builder of every request that may need the engine, or change memory.
-
-    Reading and hints do neither, and an open WebSocket is no running request.
-    """
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        state = getattr(scope["app"].state, "memos", None) if scope["type"] == "http" else None
-        if state is None or scope["method"] in _READING or scope["path"].startswith(_HINTS):
-            await self._app(scope, receive, send)
-            return
-        try:
-            await state.builder.live_started()
-            await self._app(scope, receive, send)
-        finally:
-            state.builder.live_ended()

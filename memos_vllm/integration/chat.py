@@ -26,6 +26,7 @@ from memos_vllm.compat.json_body import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
 from memos_vllm.integration.adapter_gate import Choice
+from memos_vllm.integration.refiner import REFINE_PARAM
 from memos_vllm.integration.rest import error_response
 from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
@@ -81,6 +82,7 @@ class Turn:
     messages: list[dict[str, Any]]
     """As the client sent them."""
 
+    tools: list[dict[str, Any]]
     request_id: str
     """Provenance of what is remembered; the id of the completion ends with it."""
 
@@ -157,7 +159,7 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     """
     salts.check_client_salt(request.cache_salt)
     if request.kv_transfer_params:
-        for ours in (SCENE_PARAM, START_PARAM, BUILD_PARAM):
+        for ours in (SCENE_PARAM, START_PARAM, BUILD_PARAM, REFINE_PARAM):
             request.kv_transfer_params.pop(ours, None)
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)
@@ -166,7 +168,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
-    return Turn(who, options, [_as_dict(message) for message in request.messages], request.request_id)
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    return Turn(who, options, [_as_dict(message) for message in request.messages], tools, request.request_id)
 
 
 def parse_field(value: Any) -> MemosField | None:
@@ -301,7 +304,8 @@ async def end_turn(
     state.planner.turn_ended(scene_id)
     try:
         if turn.options.remember:
-            remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
+            cause = {"session": turn.options.session, "request": turn.request_id}
+            remember = partial(state.service.remember, **cause, tools=turn.tools)
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
@@ -334,4 +338,7 @@ def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any
 
 
 def _as_dict(message: Any) -> dict[str, Any]:
-    return message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)
+    out = message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)
+    if "tool_calls" in out:  # pydantic's iterator, which only one of vLLM and us could read
+        out["tool_calls"] = list(out["tool_calls"] or ())
+    return out

@@ -18,11 +18,13 @@ from memos_vllm.core.lifecycle import Aging
 from memos_vllm.integration import embedding, salts
 from memos_vllm.integration.adapter_base import base_of
 from memos_vllm.integration.adapter_gate import AdapterGate
-from memos_vllm.integration.builder import LiveRequests, SceneBuilder
+from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.caretaker import Caretaker
+from memos_vllm.integration.idle import IdleTime, LiveRequests
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.refiner import Refiner
 from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.opening import open_store
@@ -86,20 +88,34 @@ class MemosEndpoints:
             engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
         )
         starts = SessionStarts(engine_client, service, salt_of=partial(salts.of_user, secret, config.kv.store_dtype))
-        state.memos = MemosState(
+        idle = IdleTime()
+        state.memos = memos = MemosState(
             config=config,
             service=service,
             engine=engine_client,
             secret=secret,
             planner=planner,
-            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts),
+            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts, idle),
             metrics=MemoryMetrics(),
             adapters=adapters,
             count_tokens=count_tokens,
             sources=sources,
+            idle=idle,
         )
-        state.memos.caretaker = Caretaker(state.memos)
-        state.memos.caretaker.start()
+        memos.caretaker = Caretaker(memos)
+        memos.caretaker.start()
+        memos.refiner = Refiner(
+            engine_client,
+            config.memory.refiner,
+            service.refining,
+            idle,
+            memos.metrics,
+            serving=lambda: getattr(state, "openai_serving_chat", None),
+            is_building=lambda: memos.builder.status()["pending"],
+            salt_of=memos.salt,
+            model=f"{engine_client.model_config.served_model_name}@{fingerprint_of(engine_client.vllm_config)}",
+        )
+        memos.refiner.start()
 
 
 def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:

@@ -174,7 +174,7 @@ async def update(raw_request: Request, memory_id: str) -> Any:
         record = await asyncio.to_thread(partial(state.service.update, who, memory_id, **changes))
         await state.forget_kv(who)
         if state.service.kv_epoch(who) != epoch:  # the text is another one now, and adapters know the old one
-            await _withdraw_adapters(state, who, [memory_id])
+            await _withdraw_adapters(state, who, [memory_id, *state.service.restated(who, memory_id)])
     return record.as_json()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -34,6 +34,15 @@ class MemoryMetrics:
 
     def searched(self) -> None:
         self._series["memos:memory_searches_total"].inc()
+
+    def refined(self, outcomes: Mapping[str, int]) -> None:
+        for outcome, number in outcomes.items():
+            self._series[series_key("memos:refiner_statements_total", outcome)].inc(number)
+
+    def refiner_called(self, num_prompt_tokens: int, num_tokens: int, ended: bool) -> None:
+        self._series[series_key("memos:refiner_tokens_total", "prompt")].inc(num_prompt_tokens)
+        self._series[series_key("memos:refiner_tokens_total", "generation")].inc(num_tokens)
+        self._series[series_key("memos:refiner_calls_total", "ended" if ended else "interrupted")].inc()
 
     def recalling(self) -> AbstractContextManager[None]:
         """Takes the time of a recall that succeeds."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from memos_vllm.memory.refining import Outcome
 from memos_vllm.memory.sources.gathering import FAILURES
 from memos_vllm.store.copy_totals import ROUTES
 
@@ -143,6 +144,27 @@ API_METRICS = (
         "Time a chat request waited for outside sources once memory was recalled.",
     ),
     Metric("memos:memory_searches_total", Kind.COUNTER, "Searches over /v1/memories/search."),
+    Metric(
+        "memos:refiner_tokens_total",
+        Kind.COUNTER,
+        "Tokens of the refiner's calls, aborted ones too.",
+        ("kind",),
+        _one("prompt", "generation"),
+    ),
+    Metric(
+        "memos:refiner_calls_total",
+        Kind.COUNTER,
+        "Calls of the refiner to the model, by whether a live request came between.",
+        ("end",),
+        _one("ended", "interrupted"),
+    ),
+    Metric(
+        "memos:refiner_statements_total",
+        Kind.COUNTER,
+        "Statements of the model, by what became of them; an answer that is no JSON of the schema counts as one.",
+        ("outcome",),
+        _one(*Outcome),
+    ),
     Metric("memos:recall_seconds", Kind.HISTOGRAM, "Time a chat request spent on recalling memories."),
 )
 

@@ -29,7 +29,9 @@ async def status(raw_request: Request) -> Any:
     summary = summarize(accounts) if accounts else None
     build = state.builder.status()
     adapters = await state.adapters.status()
-    parts = {"memory": memory, "build": build, "adapters": adapters, "sources": state.sources.status()}
+    refiner = state.refiner.status() if state.refiner is not None else {"enabled": False}
+    sources = state.sources.status()
+    parts = {"memory": memory, "build": build, "refiner": refiner, "adapters": adapters, "sources": sources}
     return {"summary": summary, "kv": engines[0], "engines": engines, **parts}
 
 

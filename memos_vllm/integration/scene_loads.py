@@ -7,6 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from memos_vllm.integration import salts
 from memos_vllm.integration.known_scenes import Scene
 from memos_vllm.store.manager import TierManager
 from memos_vllm.store.ops import Op
@@ -31,6 +32,11 @@ class SceneLoad:
     @property
     def hashes(self) -> list[bytes]:
         return self.scene.hashes[self.first : self.first + len(self.blocks)]
+
+    @property
+    def tag(self) -> bytes:
+        """Whose the blocks are."""
+        return salts.tag_of(self.scene.request.cache_salt, self.scene.request.lora_request)
 
 
 class SceneLoads:

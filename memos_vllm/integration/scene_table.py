@@ -28,6 +28,7 @@ from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
+from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_loads import Places, SceneLoads
 from memos_vllm.integration.scene_totals import SceneTotals
 from memos_vllm.integration.unused_blocks import UnusedBlocks
@@ -70,12 +71,14 @@ class SceneTable:
         pool: vLLM's block pool; its free queue is replaced.
         tiers: where blocks are off the GPU.
         chunk_blocks: blocks per prefetch step.
+        owned: told of what is published.
     """
 
     pool: BlockPool
     tiers: TierManager
     block_size: int
     chunk_blocks: int
+    owned: OwnedBlocks
     totals: SceneTotals = field(default_factory=SceneTotals)
     queue: KeepingFreeQueue = field(init=False)
     known: KnownScenes = field(init=False)
@@ -157,14 +160,11 @@ class SceneTable:
         return num_prefetched
 
     def forget(self, tag: bytes) -> int:
-        """Forgets the scenes of a deleted salt or adapter, and their blocks on the GPU; how many scenes there were."""
+        """Forgets the scenes of a deleted salt or adapter; how many there were. ``owned`` knows their blocks."""
         gone = [scene for scene in self.known if tag in scene.tags()]
         for scene in gone:
             self._remove(scene.scene_id)
         self._refile()
-        self.pool.evict_blocks(
-            {block.block_id for scene in gone for each in scene.hashes if (block := self._resident(each))}
-        )
         self._loads.fail(tag)
         return len(gone)
 
@@ -284,6 +284,7 @@ class SceneTable:
             else:
                 published = self._loads.publish(load)
                 self._unused.add(published)
+                self.owned.note((block.block_id for block in load.blocks), load.tag)
                 self.totals.prefetched_blocks += len(published)
             self._loads.release(load)
         if len(self._unused) > self.pool.num_gpu_blocks:

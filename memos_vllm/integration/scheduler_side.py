@@ -16,6 +16,7 @@ from memos_vllm.integration import engine_channel, engine_operations, salts
 from memos_vllm.integration.activation_memory import ActivationMemory, open_memory
 from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
+from memos_vllm.integration.refiner import is_refining
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
 from memos_vllm.store.manager import Pending
 from memos_vllm.store.ops import Op
@@ -129,7 +130,8 @@ class SchedulerSide:
         assert num_blocks <= len(keys)
         if num_blocks:
             operations = memory.tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
-        if memory.builds is None or not memory.builds.is_build(request):  # nobody waits for a build's first token
+        is_build = memory.builds is not None and memory.builds.is_build(request)
+        if not is_build and not is_refining(request):  # nobody waits for their first token
             memory.accounting.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
         if not operations:
             return
@@ -149,6 +151,8 @@ class SchedulerSide:
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)  # the last was sampled, not computed
         if memory.builds is not None:
             self._operations += memory.builds.finished(request, num_computed)
+        if salts.is_memory_salt(request.cache_salt):
+            memory.owned.note(block_ids, salts.tag_of(request.cache_salt, request.lora_request))
         tag = memory.names.tag(request)
         if tag is None or request.request_id in self._loading:
             return  # in the latter case aborted while its blocks were being loaded: they hold nothing yet
@@ -157,7 +161,7 @@ class SchedulerSide:
             memory.pool.evict_blocks({block for block in block_ids if not memory.pool.blocks[block].is_null})
             return
         num_blocks = min(num_computed // self._block_size, len(block_ids), len(keys))
-        if stale or any(memory.pool.blocks[block].is_null for block in block_ids[:num_blocks]):
+        if stale or is_refining(request) or any(memory.pool.blocks[block].is_null for block in block_ids[:num_blocks]):
             return
         if (scene_id := _scene_of(request)) is not None:
             memory.register(scene_id, request, keys[:num_blocks])
@@ -222,6 +226,9 @@ class SchedulerSide:
         """Serves the API processes, between two steps of the engine; see ``engine_operations``."""
         if op == "adapters":
             return {"in_use": sorted(set(self._adapter_of.values()))}
+        if op == "num_requests":
+            assert engine is not None
+            return {"num_requests": engine.scheduler.get_num_unfinished_requests()}
         if self.memory is None:
             return {"enabled": False}
         reply, operations = engine_operations.serve(self.memory, op, payload, engine)

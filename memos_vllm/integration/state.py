@@ -12,6 +12,7 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.idle import IdleTime
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
     from memos_vllm.integration.caretaker import Caretaker
+    from memos_vllm.integration.refiner import Refiner
 
 READ_YOUR_WRITES_TIMEOUT_S = 2.0
 """How long a request waits for what the same user's last turn is still writing."""
@@ -45,21 +47,23 @@ class MemosState:
     sources: Sources = field(default_factory=Sources)
     """What is recalled beside memory."""
 
+    idle: IdleTime = field(default_factory=IdleTime)
     recalls: RecallCounts = field(default_factory=RecallCounts)
     caretaker: Caretaker | None = None
+    refiner: Refiner | None = None
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:
         return salts.of_user(self.secret, self.config.kv.store_dtype, who, self.service.kv_epoch(who))
 
     async def forget_kv(self, who: Principal) -> dict[str, int]:
-        """Removes the KV of the user's past epochs; blocks and scenes, over all engines.
+        """Removes the KV of the user's past epochs from every tier; blocks and scenes, over all engines.
 
         LMDB lists an epoch from the moment it is past until its KV is gone, so what a crash or a failing
         engine leaves is removed later (``caretaker``). Two deletions at once may each forget an epoch twice.
         """
         epochs = await asyncio.to_thread(self.service.past_kv_epochs, who)
-        removed = Counter(host_blocks=0, disk_blocks=0, scenes=0)
+        removed = Counter(gpu_blocks=0, host_blocks=0, disk_blocks=0, scenes=0)
         for epoch in epochs:
             payload = {"salt": salts.salt_of(self.secret, who, epoch)}
             for report in await engine_channel.call(self.engine, "forget", payload):

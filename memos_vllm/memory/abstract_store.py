@@ -96,6 +96,18 @@ class Store(ABC):
                 for key, raw in txn.cursor(db=self._dbs["kv_removals"])
             ]
 
+    def unrefined(self, limit: int) -> dict[Principal, list[MemoryId]]:
+        """The memories, of all users, that wait for the refiner; at most ``limit``, each user's oldest first."""
+        found: dict[Principal, list[MemoryId]] = {}
+        with self._reading() as txn, txn.cursor(db=self._dbs["unrefined"]) as cursor:
+            for key in islice(cursor.iternext(values=False), limit):
+                raw = txn.get(key, db=self._dbs["records"])
+                if raw is None:  # a damaged store, which ``memos doctor`` mends
+                    continue
+                record = records.decode(raw)
+                found.setdefault(Principal(record.tenant, record.user), []).append(record.id)
+        return found
+
     def examine(self, work: Callable[[Transaction, Tables], T]) -> T:
         """Runs ``work``, which changes nothing, on all users' tables as of now; errors as ``read``."""
         with self._reading() as txn:

@@ -50,6 +50,7 @@ _SPELT = {
     "don't": "do not", "doesn't": "does not", "didn't": "did not", "can't": "can not", "cannot": "can not",
     "won't": "will not", "isn't": "is not", "aren't": "are not", "wasn't": "was not", "favorite": "favourite",
 }  # fmt: skip
+_TOOL = regex.compile(r"Tool (?P<name>[^\s:]{1,128}): [^\n]*(?:\n.*)?\nParameters: \{", regex.S)
 _EMPTY = frozenset("a an the really very just also so".split())
 
 
@@ -95,11 +96,23 @@ def subject_key(claim: Claim) -> bytes:
     return b"s" + _digest(claim.subject)
 
 
+def tool_of(text: str) -> str | None:
+    """The name of the tool whose schema this is, as ``tool_use`` writes it."""
+    match = _TOOL.match(text)
+    return match["name"] if match else None
+
+
+def tool_key(name: str) -> bytes:
+    """17 bytes; equal for schemas of tools of one name."""
+    return b"o" + _digest(name)
+
+
 def keys_of(text: str) -> tuple[bytes, ...]:
     """Under which keys a current memory with this text is found again."""
     claim = claim_of(text)
     keys = (text_key(text), near_key(text)) if len(text) <= MAX_NEAR_CHARS else (text_key(text),)
-    return (*keys, subject_key(claim)) if claim else keys
+    tool = tool_of(text)
+    return (*keys, *([subject_key(claim)] if claim else ()), *([tool_key(tool)] if tool else ()))
 
 
 def _digest(text: str) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory import sentences, speech
+from memos_vllm.memory import claims, sentences, speech
 
 LONG_TEXT_CHARS = 2000
 _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
@@ -23,7 +23,7 @@ _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.
 class Extract:
     text: str
     type: str
-    """``fact`` or ``document``."""
+    """``fact``, ``preference``, ``profile`` or ``document``."""
 
     rule: str
     """Why it was kept: ``statement``, ``asked``, ``code`` or ``long``."""
@@ -43,13 +43,40 @@ def extract(text: str) -> list[Extract]:
 def judge(sentence: str) -> Extract | None:
     """Whether to keep one sentence, and as what."""
     if asked := _asked_to_remember(sentence):
-        return Extract(asked, "fact", "asked")
+        return Extract(asked, kind_of(asked), "asked")
     lead_in = _LEAD_IN.match(sentence)
     statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
     plain = statement.strip().replace("’", "'").lower()
     if not speech.says_something(plain) or speech.is_noise(plain):
         return None
-    return Extract(statement, "fact", "statement")
+    return Extract(statement, kind_of(statement), "statement")
+
+
+_PREFERENCE = regex.compile(
+    r"""
+    \b my\ (?:favou?rite|preferred) \b
+    | \b i\ (?:(?:really|very|much|also|always|usually|generally|don't|do\ not|never|only)\ )*
+      (?:like|love|prefer|enjoy|adore|hate|dislike|detest|can't\ stand|cannot\ stand) \b (?!\ (?:you|u)\ to\b)
+    | 我 (?:最|很|非常|不)? (?:喜欢|喜歡|爱|愛|讨厌|討厭) | (?:が|は) (?:大)? (?:好き|嫌い)
+    """,
+    regex.I | regex.X,
+)
+_PROFILE = regex.compile(
+    r"""(?:
+    i\ (?:live|work|study)\ (?:in|at|as|for)\b | i\ was\ born\b | i\ come\ from\b
+    | i(?:\ a|')m\ (?:from|called|married|\d+\ years\ old)\b
+    )""",
+    regex.I | regex.X,
+)
+
+
+def kind_of(statement: str) -> str:
+    """What a user likes is a preference, who he is his profile; anything else he states is a fact."""
+    plain = statement.replace("’", "'")
+    if _PREFERENCE.search(plain):
+        return "preference"
+    claim = claims.claim_of(statement)
+    return "profile" if _PROFILE.match(plain.strip()) or (claim and claim.subject.startswith("my ")) else "fact"
 
 
 _ASKED = regex.compile(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.records import UNPROMPTED_TYPES, MemoryRecord
 from memos_vllm.types import MemoryId
 
 _LABEL = "\0"
@@ -29,7 +29,7 @@ class Filter:
     """Whether archived memories are found too."""
 
     for_prompt: bool = False
-    """Whether sensitive memories are left out."""
+    """Whether sensitive memories, and types that do not go into prompts by themselves, are left out."""
 
     without: Collection[MemoryId] = frozenset()
 
@@ -45,6 +45,7 @@ class Filter:
             yield label("state", "archived")
         if self.for_prompt:
             yield label("sensitivity", "sensitive")
+            yield from (label("type", each) for each in sorted(UNPROMPTED_TYPES))
 
 
 def label(name: str, value: str) -> str:

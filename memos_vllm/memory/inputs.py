@@ -32,13 +32,18 @@ def check_memory(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a new memory, checked and with their defaults; ``text`` is required."""
     if unknown := values.keys() - _FIELDS.keys():
         raise RequestError(f"unknown field {min(unknown)!r}; a memory has {', '.join(_FIELDS)}")
-    return {name: check(values.get(name, default)) for name, (check, default) in _FIELDS.items()}
+    checked = {name: check(values.get(name, default)) for name, (check, default) in _FIELDS.items()}
+    if checked["type"] == "working" and (checked["session"] is None or checked["ttl_s"] is not None):
+        raise RequestError("a memory of type 'working' ends with its session: give 'session', and no 'ttl_s'")
+    return checked
 
 
 def check_changes(values: Mapping[str, Any]) -> dict[str, Any]:
     """What is to change of a memory, checked."""
     if unknown := values.keys() - set(CHANGEABLE):
         raise RequestError(f"{min(unknown)!r} cannot be changed; {', '.join(CHANGEABLE)} can")
+    if values.get("type") == "working":
+        raise RequestError("a memory is 'working' from its beginning; add it anew with its 'session'")
     return {name: _FIELDS[name][0](value) for name, value in values.items()}
 
 

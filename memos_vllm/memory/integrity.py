@@ -207,7 +207,7 @@ class Examination(RecordChecks, LifeChecks):
         for check in (
             *(self.owners, self.records, self.versions, self.current, self.pieces, self.changes, self.sessions),
             *(self.usage, self.due, self.events, self.vectors, self.links, self.successors, self.snapshots),
-            self.kv_removals,
+            *(self.kv_removals, self.unrefined),
         ):
             self._report.problems += check()
         return self._report

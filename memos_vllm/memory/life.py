@@ -93,6 +93,8 @@ class MemoryLife:
                 return record
             if wanted is not State.ACTIVATED:
                 new = user.move(record, _INTO[wanted], now)
+                if wanted is State.ARCHIVED:
+                    succession.archive_restated(user, record, now)
             elif record.state is State.FROZEN:
                 new = user.move(record, Move.RELEASE, now)
             elif record.state in OVER or record.is_current:

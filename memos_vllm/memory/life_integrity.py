@@ -55,6 +55,12 @@ class LifeChecks(Checks):
                 mend = self._delete("vectors", key)
                 yield Problem("vectors", name_of(key), "is of a memory that is not there", mend)
 
+    def unrefined(self) -> Iterator[Problem]:
+        for key, _ in self._rows("unrefined"):
+            if self._record(key) is None:
+                mend = self._delete("unrefined", key)
+                yield Problem("unrefined", name_of(key), "is of a memory that is not there", mend)
+
     def links(self) -> Iterator[Problem]:
         """Both ends are there and know the link; links that the records imply are true as long as they say so."""
         for key, raw in self._rows("links"):

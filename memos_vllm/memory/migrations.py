@@ -78,7 +78,7 @@ def _to_2(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
 
 
 def _to_3(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
-    """Documents have a table of their pieces; there were none before."""
+    """Two new tables; they are empty at first."""
 
 
 STEPS: dict[int, Step] = {1: _to_2, 2: _to_3}

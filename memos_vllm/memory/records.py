@@ -13,10 +13,17 @@ from typing import Any
 from memos_vllm.core.lifecycle import IN_RECALL, OVER, State
 from memos_vllm.types import MemoryId
 
-TYPES = ("fact", "preference", "profile", "document", "working", "tool")
+TYPES = ("fact", "preference", "profile", "document", "working", "tool_schema", "trajectory")
+"""``fact`` is long-term memory of what a user told; docs/MEMORY.md has what is different about each."""
 
 STANDING_TYPES = frozenset({"fact", "preference", "profile"})
 """Statements about the user, which may stand in the prompt of every conversation."""
+
+LASTING_TYPES = frozenset({"preference", "profile"})
+"""Who somebody is does not fade: they are not archived because nobody used them."""
+
+UNPROMPTED_TYPES = frozenset({"working", "tool_schema", "trajectory"})
+"""Search finds them; what is recalled for a prompt does not have them. ``working`` goes into its session's."""
 
 SENSITIVITIES = ("normal", "sensitive")
 MOSTLY: dict[str, Any] = {

@@ -11,12 +11,20 @@ from memos_vllm.core.lifecycle import State
 from memos_vllm.memory import claims, succession
 from memos_vllm.memory.extraction import Extract
 from memos_vllm.memory.records import MemoryRecord
-from memos_vllm.memory.transactions import UserWriter
+from memos_vllm.memory.transactions import UserReader, UserWriter
 
 _CAUSE = ("session", "request", "message", "digest")
 
 
-def keep(user: UserWriter, extracted: Extract, origin: Mapping[str, Any], now: datetime) -> MemoryRecord:
+def keep(
+    user: UserWriter,
+    extracted: Extract,
+    origin: Mapping[str, Any],
+    now: datetime,
+    *,
+    said: bool = True,
+    valid_from: datetime | None = None,
+) -> MemoryRecord:
     """Stores one statement.
 
     What the user has said before, in the same words or as the same claim, is counted and not stored
@@ -24,17 +32,17 @@ def keep(user: UserWriter, extracted: Extract, origin: Mapping[str, Any], now: d
     that has another value by now supersedes the older ones: they leave recall and search but stay in
     the history, and a pin passes on to the new one.
 
+    Args:
+        said: by the user; what he did not say himself is not counted as said again.
+
     Returns:
         The new record, or the known one.
     """
+    if same := known(user, extracted.text):
+        return _said_again(user, same, origin, now) if said else same
     claim = claims.claim_of(extracted.text)
-    rivals = _said(user, claims.subject_key(claim)) if claim else []
-    same = _said(user, claims.text_key(extracted.text)) or [
-        rival for rival in rivals if claims.claim_of(rival.text) == claim
-    ]
-    if same:
-        return _said_again(user, same[-1], origin, now)
-    near = [] if claim else _said(user, claims.near_key(extracted.text))
+    rivals = sayings(user, claims.subject_key(claim)) if claim else []
+    near = [] if claim else sayings(user, claims.near_key(extracted.text))
     changed = [rival for rival in rivals if rival.state is not State.FROZEN]
     new = user.insert(
         now,
@@ -45,15 +53,25 @@ def keep(user: UserWriter, extracted: Extract, origin: Mapping[str, Any], now: d
         session=origin.get("session"),
         origin={**origin, "rule": extracted.rule},
         supersedes=changed[-1].id if changed else None,
+        valid_from=valid_from,
     )
     for rival in rivals:
         succession.supersede(user, rival, new, now)
     if near and near[-1].state is not State.FROZEN:
-        return succession.merge(user, _said_again(user, near[-1], origin, now), [replace(new, uses=0)], now)
+        kept = _said_again(user, near[-1], origin, now) if said else near[-1]
+        return succession.merge(user, kept, [replace(new, uses=0)], now)
     return new
 
 
-def _said(user: UserWriter, key: bytes) -> list[MemoryRecord]:
+def known(user: UserReader, text: str) -> MemoryRecord | None:
+    """The current memory that says this: in the same words, or as the same claim."""
+    claim = claims.claim_of(text)
+    rivals = sayings(user, claims.subject_key(claim)) if claim else []
+    same = sayings(user, claims.text_key(text)) or [each for each in rivals if claims.claim_of(each.text) == claim]
+    return same[-1] if same else None
+
+
+def sayings(user: UserReader, key: bytes) -> list[MemoryRecord]:
     """Memories that say what the key stands for; what a document says, the user has not said."""
     return [record for record in user.holders(key) if record.document is None]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from memos_vllm.memory import links, sessions, snapshots, tables
+from memos_vllm.memory import links, sessions, snapshots, succession, tables
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import MemoryId
@@ -29,7 +29,7 @@ class Removed:
 
 
 def remove(user: UserWriter, memory_id: str) -> Removed:
-    """Takes out a memory, its history, and the copies that were merged into it; nothing where there is none.
+    """Takes out a memory, its history, what was merged into it and what a model made of it; or nothing.
 
     A memory that it superseded stays out of use: a deleted correction does not make the error true.
     """
@@ -46,6 +46,7 @@ def remove_several(user: UserWriter, memory_ids: Iterable[str]) -> Removed:
             continue
         copies = links.of(user, record.id, end=tables.TO, type=links.MERGED_INTO)
         waiting += [copy for link in copies if (copy := user.get(link.source)) and copy.superseded_by == record.id]
+        waiting += succession.restated(user, record)
         _remove_one(user, record, removed)
     if removed.ids:
         removed.derived = [each for each in removed.derived if user.get(each)]

@@ -140,6 +140,11 @@ class UserIndex:
         """Statements about the user that are not pinned."""
         return (memory_id for memory_id, entry in self._in_order() if entry.type in STANDING_TYPES and not entry.pinned)
 
+    def working(self, session: str, now: datetime) -> list[MemoryId]:
+        """Of the session, in the order of creation."""
+        allowed = self._allowed(Filter("working", session=session), now)
+        return sorted(self._ids[slot] for slot in np.flatnonzero(allowed))
+
     def without_vector(self) -> Mapping[MemoryId, str]:
         """Id and text of the memories that are still to be embedded."""
         return self._without_vector
@@ -302,9 +307,9 @@ class UserIndex:
 
 
 def text_of(record: MemoryRecord) -> str:
-    """What is indexed and embedded: who said it, where that is known, and what."""
-    speaker = record.origin.get("speaker")
-    return f"{speaker}: {record.text}" if speaker else record.text
+    """What is indexed and embedded: who said it, where that is known, what, and other words for it."""
+    speaker, keys = record.origin.get("speaker"), record.origin.get("keys") or ()
+    return " ".join([f"{speaker}: {record.text}" if speaker else record.text, *map(str, keys)])
 
 
 def _standing(scores: Scores, slot: int) -> dict[str, float | int]:

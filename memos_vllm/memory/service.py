@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import Conflict, RequestError, StoreError
-from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
+from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
@@ -22,6 +23,7 @@ from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, fitting, long_lived
 from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.refining import Refining
 from memos_vllm.memory.remembering import keep
 from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall
@@ -67,6 +69,7 @@ class MemoryService:
         self._indexes = Indexes(embedder)
         self._retrieval = Retrieval(store, self._indexes, embedder)
         self.life = MemoryLife(store, now)
+        self.refining = Refining(store, config.refiner, count_tokens, now)
         self._prepared = PreparedChoices()
         self.documents = Library(
             store, config.documents, now, self._receipt, self._take_in, keeps_history=keeps_editions
@@ -93,7 +96,7 @@ class MemoryService:
         values = inputs.check_memory(
             {"text": text, "type": type, "pinned": pinned, "tags": tags, "session": session, "origin": origin, **more}
         )
-        return self._store.write(who, lambda user: _insert(user, self._now(), values))
+        return self._store.write(who, lambda user: self._insert(user, self._now(), values))
 
     def add_many(self, who: Principal, memories: Iterable[Mapping[str, Any]]) -> Sequence[MemoryRecord]:
         """Like ``add`` for each, in one transaction: all are stored, or none.
@@ -105,7 +108,7 @@ class MemoryService:
 
         def insert(user: UserWriter) -> Sequence[MemoryRecord]:
             now = self._now()
-            return [_insert(user, now, values) for values in checked]
+            return [self._insert(user, now, values) for values in checked]
 
         return self._store.write(who, insert)
 
@@ -165,6 +168,8 @@ class MemoryService:
     def update(self, who: Principal, memory_id: str, **changes: Any) -> MemoryRecord:
         """A new version with the changes. A new text makes the KV of the old one unreachable.
 
+        What a model made of it is archived with a new text; sensitivity and end of life become its own, too.
+
         Args:
             changes: ``inputs.CHANGEABLE``, by name.
 
@@ -180,9 +185,19 @@ class MemoryService:
                 raise Conflict(f"the memory {memory_id} is frozen; set its state to 'activated' to change it")
             if values.get("text", old.text) != old.text:
                 user.new_kv_epoch()
-            return user.change(old, now, **_with_end(values, now))
+                succession.archive_restated(user, old, now)
+            ended = _with_end(values, now)
+            limits = {name: value for name, value in ended.items() if name in ("sensitivity", "expires_at")}
+            for derived in succession.restated(user, old) if limits else ():
+                user.change(derived, now, **limits)
+            return user.change(old, now, **ended)
 
         return self._store.write(who, change)
+
+    def restated(self, who: Principal, memory_id: str) -> Sequence[MemoryId]:
+        """What a model made of a memory (``memory.refining``)."""
+        with self._store.read(who) as user:
+            return [derived.id for derived in succession.restated(user, existing(user, memory_id))]
 
     def delete(self, who: Principal, memory_id: str) -> DeletionReceipt:
         """Removes a memory with its history.
@@ -267,8 +282,11 @@ class MemoryService:
                 standing = [record for record in found if record and record.is_recallable(now)]
             wanted = Filter(for_prompt=True, without={record.id for record in standing})
             hits = self._retrieval.hits(user, index, asked, top_k, wanted)
+            noted = [user.get(memory_id) for memory_id in (index.working(session, now) if session else ())]
+        working = [Hit(record, 0.0, {"method": "session"}) for record in noted if record and record.is_recallable(now)]
         budget = Budget(self._config.late_tokens, self._count_tokens)
-        return Recall(tuple(standing), tuple(fitting(hits, budget)))
+        latest = fitting(reversed(working), budget)  # where there are too many, the first of them are left out
+        return Recall(tuple(standing), (*reversed(latest), *fitting(hits, budget)))
 
     def prepare(self, who: Principal) -> Prepared:
         """Chooses the long-lived memory of the user's next session, whose first recall then need not.
@@ -285,22 +303,36 @@ class MemoryService:
         *,
         session: str | None = None,
         request: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Sequence[MemoryRecord]:
         """Stores what is worth keeping of the last user message (``memory.extraction``), all or nothing.
 
-        See ``memory.remembering`` for what happens to repetitions and contradictions.
+        See ``memory.remembering`` for what happens to repetitions and contradictions, and ``memory.tool_use``
+        for what is kept of the calls of tools after the message.
+
+        Args:
+            tools: of the request, as the OpenAI API has them.
 
         Returns:
-            A record per statement, new or known.
+            A record per statement, tool and trajectory, new or known.
         """
         session = inputs.check_session(session)
         kept = extract(last_user_text(messages))
         for extracted in kept:
             inputs.check_text(extracted.text, "message")
-        if not kept:
+        if not kept and not tool_use.steps(messages):
             return []
         origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
-        known = self._store.write(who, lambda user: [keep(user, extracted, origin, self._now()) for extracted in kept])
+
+        def store(user: UserWriter) -> Sequence[MemoryRecord]:
+            before = user.last_id
+            told = [keep(user, extracted, origin, self._now()) for extracted in kept]
+            for record in told:
+                if record.id > before:
+                    self.refining.wait(user, record)
+            return [*told, *tool_use.keep(user, messages, tools, origin, self._now())]
+
+        known = self._store.write(who, store)
         self._retrieval.prepare(who)
         return known
 
@@ -346,8 +378,12 @@ class MemoryService:
                 return frozen.ids
             with self._indexes.current(user) as index:
                 chosen = [record.id for record in self._long_lived(user, index)]
+                working = index.working(session, now)
 
         def freeze(user: UserWriter) -> Sequence[MemoryId]:
+            for record in map(user.get, working):
+                if record and record.is_current:
+                    user.put(replace(record, expires_at=sessions.end_of(now, ttl_s)), record)
             known = user.session(session)  # another process may have been faster
             user.drop_sessions(now, ttl_s)
             ids = known.ids if known and not known.is_over(now, ttl_s) else chosen
@@ -369,6 +405,12 @@ class MemoryService:
         self._prepared.put(user.who, user.seq, [record.id for record in chosen])
         return chosen
 
+    def _insert(self, user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
+        values = _with_end(values, now)
+        if values["type"] == "working":
+            values["expires_at"] = sessions.end_of(now, self._config.session_ttl_s)
+        return user.insert(now, **values)
+
     def _take_in(self, who: Principal) -> None:
         """Makes index and vectors follow what was written, so that the next search need not: documents are large."""
         with self._store.read(who) as user, self._indexes.current(user):
@@ -388,10 +430,6 @@ class MemoryService:
             derived=tuple(removed.derived),
             kv_epoch=kv_epoch,
         )
-
-
-def _insert(user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
-    return user.insert(now, **_with_end(values, now))
 
 
 def _with_end(values: Mapping[str, Any], now: datetime) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from memos_vllm.types import MemoryId
 
@@ -30,6 +30,11 @@ class Session:
 
     def without(self, memory_id: MemoryId) -> Session:
         return replace(self, ids=tuple(other for other in self.ids if other != memory_id))
+
+
+def end_of(touched_at: datetime, ttl_s: float) -> datetime:
+    """When a session that is not used any more is over; its working memory ends with it."""
+    return touched_at + timedelta(seconds=ttl_s * (1 + _TOUCH_SHARE))
 
 
 def freeze(ids: Sequence[MemoryId], now: datetime) -> Session:

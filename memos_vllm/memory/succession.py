@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from memos_vllm.core.lifecycle import Move, State
+from memos_vllm.core.lifecycle import IN_RECALL, Move, State
 from memos_vllm.errors import Conflict
 from memos_vllm.memory import links, tables
 from memos_vllm.memory.records import MemoryRecord
@@ -31,6 +31,9 @@ def supersede(user: UserWriter, old: MemoryRecord, new: MemoryRecord, now: datet
     user.put(replace(old, superseded_by=new.id, valid_to=now, updated_at=now), old)
     links.renew(user, new.id, old.id, links.SUPERSEDES, now)
     user.happened(old, "superseded", now, by=new.id)
+    for derived in restated(user, old):
+        if derived.is_current and derived.id != new.id:
+            supersede(user, derived, new, now)
 
 
 def merge(
@@ -55,6 +58,8 @@ def merge(
         "priority": max(record.priority for record in (kept, *copies)),
     }
     uses = sum(record.uses for record in (kept, *copies))
+    if values["text"] != kept.text:
+        archive_restated(user, kept, now)
     if any(getattr(kept, name) != value for name, value in values.items()):
         kept = user.change(kept, now, uses=uses, **values)
     else:
@@ -90,6 +95,19 @@ def join(user: UserWriter, record: MemoryRecord) -> None:
         links.renew(user, record.id, record.superseded_by, links.MERGED_INTO, since)
     else:
         links.renew(user, record.superseded_by, record.id, links.SUPERSEDES, since)
+
+
+def restated(user: UserReader, record: MemoryRecord) -> list[MemoryRecord]:
+    """What a model made of a memory alone, or of it and others; it is true as long as they are."""
+    found = (user.get(link.source) for link in links.of(user, record.id, end=tables.TO, type=links.DERIVED_FROM))
+    return [derived for derived in found if derived is not None and derived.origin.get("source") == "refiner"]
+
+
+def archive_restated(user: UserWriter, record: MemoryRecord, now: datetime) -> None:
+    """The memory says something else now, or is not to be recalled: nor is what a model made of it."""
+    for derived in restated(user, record):
+        if derived.is_current and derived.state in IN_RECALL - {State.FROZEN}:
+            user.happened(user.move(derived, Move.ARCHIVE, now), "archived", now, by=record.id)
 
 
 def predecessors(user: UserReader, memory_id: MemoryId) -> list[MemoryId]:

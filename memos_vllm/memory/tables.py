@@ -16,6 +16,7 @@
     snapshots   owner, snapshot id               -> Snapshot, JSON
     snapshot_entries  owner, snapshot id, memory id -> version and standing of the memory then, JSON
     pieces      owner, digest of a document's name, memory id -> nothing; the pieces it has or had
+    unrefined   owner, memory id                 -> nothing; what waits for the model (``refining``)
     kv_removals owner, KV epoch                  -> tenant and user, JSON; KV that is still to be removed
 
 An owner is a number given at the user's first write, so keys are short and no separator in a name
@@ -38,9 +39,9 @@ SCHEMA_VERSION = 3
 NAMES = (
     *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
     *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "pieces"),
-    "kv_removals",
+    *("kv_removals", "unrefined"),
 )
-OF_A_MEMORY = ("versions", "vectors", "usage", "events")
+OF_A_MEMORY = ("versions", "vectors", "usage", "events", "unrefined")
 """Keys begin with owner and memory id; cleared when the memory is removed."""
 
 OF_A_USER = (

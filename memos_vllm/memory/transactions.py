@@ -17,7 +17,7 @@ from memos_vllm.core.lifecycle import Aging, Due, Life, Move
 from memos_vllm.errors import Conflict
 from memos_vllm.memory import claims, records, sessions, tables, usage
 from memos_vllm.memory.contract import Tables, Transaction
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.records import LASTING_TYPES, MemoryRecord
 from memos_vllm.memory.sessions import Session
 from memos_vllm.memory.tables import Owner
 from memos_vllm.memory.usage import Event, Usage
@@ -42,6 +42,11 @@ class UserReader:
     def seq(self) -> int:
         """Of the user's last change; 0 before the first."""
         return self._owner.seq if self._owner else 0
+
+    @property
+    def last_id(self) -> str:
+        """Above all ids that the user's memories, links and snapshots have."""
+        return str(self._owner.last_id if self._owner else records.NO_ID)
 
     def get(self, memory_id: str) -> MemoryRecord | None:
         parsed = records.parse_id(memory_id)
@@ -225,7 +230,7 @@ class UserWriter(UserReader):
             record.expires_at,
             used.uses,
             used.last_used_at or record.created_at,
-            keeps=record.pinned or record.valid_to is not None,
+            keeps=record.pinned or record.valid_to is not None or record.type in LASTING_TYPES,
         )
 
     def due(self, record: MemoryRecord) -> Due | None:

@@ -120,3 +120,46 @@ def test_bad_requests_are_one_clear_sentence(
 def test_without_a_key_there_is_no_memory(memos: Memos) -> None:
     for method, path in (("GET", "/v1/memories"), ("POST", "/v1/memories/search"), ("DELETE", "/v1/memories")):
         assert memos.call(method, path, None, json={"query": "x"}).status_code in (401,)
+
+
+class TestTypes:
+    """What is different about each, as a client sees it."""
+
+    def test_working_memory_is_in_its_session_alone(self, memos: Memos, key: str) -> None:
+        body = {"text": "My lucky number is 5.", "type": "working", "session": "s"}
+        assert memos.call("POST", "/v1/memories", key, json=body).json()["expires_at"] is not None
+        ask = lambda session: memos.answer(key, "What is my lucky number?", {"session": session, "remember": False})  # noqa: E731
+        assert ask("s") == "Your lucky number is 5."
+        assert "not known" in ask("another")
+
+    def test_what_is_told_is_profile_preference_or_fact(self, memos: Memos, key: str) -> None:
+        memos.chat(key, "My job is baker. My favourite drink is oolong tea. Alice's job is pilot.")
+        found = {
+            kind: [each["text"] for each in memos.call("GET", f"/v1/memories?type={kind}", key).json()["data"]]
+            for kind in ("profile", "preference", "fact")
+        }
+        assert found == {
+            "profile": ["My job is baker."],
+            "preference": ["My favourite drink is oolong tea."],
+            "fact": ["Alice's job is pilot."],
+        }
+
+    def test_calls_of_tools_are_kept_as_schema_and_trajectory(self, memos: Memos, key: str) -> None:
+        function = {"name": "weather", "description": "Tells the weather.", "parameters": {"type": "object"}}
+        call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Turin"}'}}
+        messages = [
+            {"role": "user", "content": "What is the weather in Turin?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "18 degrees"},
+        ]
+        tools = [{"type": "function", "function": function}]
+        memos.chat(key, messages, {"session": "s"}, tools=tools, tool_choice="none")
+        records = memos.call("GET", "/v1/memories", key).json()["data"]
+        assert [(each["type"], each["session"]) for each in records] == [("tool_schema", "s"), ("trajectory", "s")]
+        assert records[1]["text"].splitlines()[1] == '1. weather({"city": "Turin"}) -> 18 degrees'
+        recalled = memos.chat(key, "Weather in Turin?", {"explain": True}).model_extra["memos"]["recalled"]
+        assert recalled == [], "what a tool said goes into no prompt by itself"
+
+    def test_working_memory_needs_a_session(self, memos: Memos, key: str) -> None:
+        response = memos.call("POST", "/v1/memories", key, json={"text": "x", "type": "working"})
+        assert response.status_code == 400 and "'session'" in response.json()["error"]["message"]

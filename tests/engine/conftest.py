@@ -102,6 +102,8 @@ def make_engine(model: Path, data_dir: Path, **options: Any) -> Engine:
         kv_cache_memory_bytes=NUM_BLOCKS_BYTES,
         kv_transfer_config=connector_config(None, config),
         disable_log_stats=True,
+        # A model that knows no JSON writes blanks for ever where it may.
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         **options,
     )
     assert isinstance(llm.llm_engine.vllm_config.kv_transfer_config, KVTransferConfig)

@@ -12,7 +12,8 @@ import pytest
 
 from memos_vllm.config import BuildConfig, MemoryConfig, PredictionConfig
 from memos_vllm.integration import builder as builder_module
-from memos_vllm.integration.builder import LOWEST_PRIORITY, LiveRequests, SceneBuilder
+from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.idle import LOWEST_PRIORITY, IdleTime, LiveRequests
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.session_start import SessionStart, SessionStarts, start_of
 from memos_vllm.memory.service import MemoryService
@@ -89,7 +90,9 @@ class Parts:
         self.service = MemoryService(MemoryStore(folder / "memory", 2**24), MemoryConfig())
         self.planner = ScenePlanner(engine, PredictionConfig(), folder / "predictor.json")
         self.starts = SessionStarts(engine, self.service, self.salt)
-        self.builder = SceneBuilder(engine, config or BuildConfig(busy_share=1.0), self.planner, self.starts)
+        self.idle = IdleTime()
+        config = config or BuildConfig(busy_share=1.0)
+        self.builder = SceneBuilder(engine, config, self.planner, self.starts, self.idle)
 
     def salt(self, who: Principal, kv_epoch: int) -> str:
         return f"memos:{kv_epoch}"
@@ -128,15 +131,15 @@ def run(tmp_path: Path) -> Callable[..., None]:
 
 def test_a_live_request_goes_on_when_the_piece_is_aborted(run: Any) -> None:
     async def play(parts: Parts) -> None:
-        engine, builder = parts.engine, parts.builder
+        engine, idle = parts.engine, parts.idle
         engine.pieces += [PIECE, PIECE]
-        builder.wake()
+        parts.builder.wake()
         await engine.until("claim", "piece")
-        await builder.live_started()
+        await idle.live_started()
         await engine.note("live")
         assert engine.events == ["claim", "piece", "aborted", "live"]
         engine.finish.set()
-        builder.live_ended()
+        idle.live_ended()
         await engine.until("claim", "piece", "aborted", "live", "claim", "piece", "built", "claim")
 
     run(play)
@@ -144,14 +147,14 @@ def test_a_live_request_goes_on_when_the_piece_is_aborted(run: Any) -> None:
 
 def test_nothing_is_claimed_while_a_request_is_there(run: Any) -> None:
     async def play(parts: Parts) -> None:
-        await parts.builder.live_started()
-        await parts.builder.live_started()
+        await parts.idle.live_started()
+        await parts.idle.live_started()
         parts.builder.wake()
-        parts.builder.live_ended()
+        parts.idle.live_ended()
         for _ in range(20):
             await asyncio.sleep(0)
         assert parts.engine.events == [] and parts.builder.status()["pending"]
-        parts.builder.live_ended()
+        parts.idle.live_ended()
         await parts.engine.until("claim")
 
     run(play)
@@ -165,7 +168,7 @@ def test_a_claim_that_a_request_overtook_is_not_run(run: Any, monkeypatch: pytes
 
         async def claim() -> Any:
             reply = await original()
-            await builder.live_started()
+            await parts.idle.live_started()
             return reply
 
         monkeypatch.setattr(builder, "_claim", claim)
@@ -213,11 +216,11 @@ def test_nothing_starts_where_building_is_off(run: Any, config: BuildConfig, eng
 
 def test_requests_count_but_reading_and_hints_do_not(run: Any) -> None:
     async def play(parts: Parts) -> None:
-        app = SimpleNamespace(state=SimpleNamespace(memos=SimpleNamespace(builder=parts.builder)))
+        app = SimpleNamespace(state=SimpleNamespace(memos=SimpleNamespace(idle=parts.idle)))
         seen: list[bool] = []
 
         async def inner(scope: Any, receive: Any, send: Any) -> None:
-            seen.append(not parts.builder._idle.is_set())
+            seen.append(not parts.idle.is_now)
             if scope.get("fails"):
                 raise RuntimeError
 
@@ -234,7 +237,7 @@ def test_requests_count_but_reading_and_hints_do_not(run: Any) -> None:
         with pytest.raises(RuntimeError):
             scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": app, "fails": True}
             await requests(scope, None, None)
-        assert parts.builder._idle.is_set()
+        assert parts.idle.is_now
 
     run(play)
 

@@ -533,16 +533,11 @@ class SceneMachine(RuleBasedStateMachine):
             return
         salt = f"memos:user{user}-{self.epochs[user]}"
         held = self.referenced()
-        known = {
-            bytes(of)
-            for scene in self.scenes.known
-            if scene.request.cache_salt == salt
-            for of in scene.request.block_hashes[: scene.num_blocks]
-        }
+        theirs = {of for of, whose in self.salt_of_hash.items() if whose == salt}
         self.side.handle("forget", {"salt": salt})
         self.forgotten.add(salt)
         self.epochs[user] += 1
-        assert not known & {of for block, of in self.published().items() if block not in held}
+        assert not theirs & {of for block, of in self.published().items() if block not in held}
 
     @rule()
     def empty_the_gpu(self) -> None:

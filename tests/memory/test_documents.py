@@ -155,7 +155,7 @@ def test_what_a_document_says_the_user_has_not_said(service: MemoryService) -> N
     (said,) = service.remember(ALICE, says("My job is baker."))
     assert said.supersedes is None and texts(service.documents.get(ALICE, "ann.txt")[1]) == [claim]
     (same,) = service.remember(ALICE, says(claim))
-    assert said.type == same.type == "fact" and same.supersedes == said.id
+    assert said.type == same.type == "profile" and same.supersedes == said.id
     service.documents.delete(ALICE, "ann.txt")
     assert texts(service.list(ALICE).records) == [claim]
 

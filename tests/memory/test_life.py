@@ -84,7 +84,7 @@ class TestStates:
         clock.forward(100 * DAY)
         service.life.tend()
         assert service.get(ALICE, record.id).text == "My job is baker."
-        assert texts(service.search(ALICE, "baker")) == ["My job is baker."]
+        assert texts(service.search(ALICE, "baker"))[0] == "My job is baker."
         service.life.set_state(ALICE, record.id, "activated")
         service.update(ALICE, record.id, text="My job is cook.")
         service.life.set_state(ALICE, record.id, "frozen")
@@ -301,7 +301,7 @@ class TestLinks:
             assert service.life.links(ALICE, ends[1 - place]) == []
 
     def test_what_was_derived_is_on_the_receipt(self, service: MemoryService) -> None:
-        text, adapter = service.add(ALICE, "tea"), service.add(ALICE, "adapter of tea", type="tool")
+        text, adapter = service.add(ALICE, "tea"), service.add(ALICE, "adapter of tea", type="trajectory")
         service.life.link(ALICE, adapter.id, text.id, "derived_from")
         assert service.life.cube(ALICE, text.id)["payload"]["derived"] == [adapter.id]
         assert service.delete(ALICE, text.id).derived == (adapter.id,)

@@ -92,9 +92,9 @@ class TestList:
         assert service.list(ALICE, limit=1).next is None
 
     def test_filters(self, service: MemoryService) -> None:
-        service.add(ALICE, "one", type="tool", tags=["x"], session="s")
+        service.add(ALICE, "one", type="tool_schema", tags=["x"], session="s")
         service.add(ALICE, "two")
-        assert texts(service.list(ALICE, type="tool").records) == ["one"]
+        assert texts(service.list(ALICE, type="tool_schema").records) == ["one"]
         assert texts(service.list(ALICE, tag="x").records) == ["one"]
         assert texts(service.list(ALICE, session="s").records) == ["one"]
         assert texts(service.list(ALICE, type="working").records) == []

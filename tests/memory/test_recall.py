@@ -31,7 +31,7 @@ def test_pinned_first_then_statements_in_order(service: MemoryService) -> None:
     service.add(ALICE, "pinned document", type="document", pinned=True)
     service.add(ALICE, "preference 2", type="preference")
     service.add(ALICE, "pinned fact", pinned=True)
-    service.add(ALICE, "working", type="working")
+    service.add(ALICE, "working", type="working", session="s")
     assert long_lived(service) == ["pinned document", "pinned fact", "fact 1", "preference 2"]
 
 

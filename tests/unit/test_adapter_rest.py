@@ -40,7 +40,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     async def call(client: Any, op: str, payload: Any = None) -> list[dict[str, Any]]:
         assert op == "forget_adapter"
         engine.forgotten.append(payload["lora_name"])
-        return [{"host_blocks": 3, "disk_blocks": 5, "scenes": 0}]
+        return [{"gpu_blocks": 2, "host_blocks": 3, "disk_blocks": 5, "scenes": 0}]
 
     monkeypatch.setattr(engine_channel, "call", call)
     return engine
@@ -112,7 +112,7 @@ def test_a_deletion_says_what_was_where(client: TestClient, engine: FakeEngine, 
         "profiles": 1,
         "contents": 1,
         "files_pending": 0,
-        "kv": {"host_blocks": 3, "disk_blocks": 5},
+        "kv": {"gpu_blocks": 2, "host_blocks": 3, "disk_blocks": 5},
     }
     assert len(engine.removed) == len(engine.forgotten) == 1
     assert not list((tmp_path / "data" / "adapters" / "objects").iterdir())

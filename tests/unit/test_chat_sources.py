@@ -65,7 +65,7 @@ def state(tmp_path: Path, book: Book) -> Iterator[MemosState]:
 def ask(state: MemosState, who: Principal = ALICE, **options: Any) -> tuple[Recall, list[Any], Turn]:
     """What was recalled, and the messages that vLLM is given."""
     request = ChatCompletionRequest(model="m", messages=MESSAGES)
-    turn = Turn(who, MemosField(**options), list(MESSAGES), "r")
+    turn = Turn(who, MemosField(**options), list(MESSAGES), [], "r")
     return asyncio.run(chat.add_memory(turn, request, state, None)), request.messages, turn
 
 

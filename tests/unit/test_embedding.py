@@ -20,7 +20,7 @@ from tests.memory.memory_factories import ALICE
 
 
 def model(folder: Path | str) -> Any:
-    return SimpleNamespace(model=str(folder), revision=None)
+    return SimpleNamespace(model=str(folder), revision=None, served_model_name="tea")
 
 
 def test_by_default_the_served_models_rows(tmp_path: Path) -> None:

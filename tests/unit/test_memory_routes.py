@@ -40,7 +40,7 @@ class Engine:
             raise ConnectionError("the engine is down")
         assert op == "forget" and payload
         self.forgotten.append(payload["salt"])
-        return [{"host_blocks": 1, "disk_blocks": 2, "scenes": 0}]
+        return [{"gpu_blocks": 3, "host_blocks": 1, "disk_blocks": 2, "scenes": 0}]
 
 
 class Nobody:
@@ -212,7 +212,7 @@ class TestPastKV:
     def test_a_deletion_removes_it_and_says_so(self, client: TestClient, engine: Engine, state: MemosState) -> None:
         memory = add(client, "I like tea.")
         receipt = client.delete(f"/v1/memories/{memory}").json()
-        assert receipt["kv"] == {"host_blocks": 1, "disk_blocks": 2, "scenes": 0}
+        assert receipt["kv"] == {"gpu_blocks": 3, "host_blocks": 1, "disk_blocks": 2, "scenes": 0}
         owner = state.service.users_with_past_kv()
         assert owner == [] and len(engine.forgotten) == 1
 
