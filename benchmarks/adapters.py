@@ -132,8 +132,12 @@ class Run:
 
     def _names(self, number: int, cell: int) -> tuple[list[str], list[str]]:
         """Adapters of a cell, and as many fresh ones as are prefetched."""
-        fresh = max(self.options.samples, min(number, 2 * self.options.samples))
+        fresh = self._num_sampled(number)
         return [f"c{cell}-a{i}" for i in range(number)], [f"c{cell}-f{i}" for i in range(fresh)]
+
+    def _num_sampled(self, number: int) -> int:
+        """Adapters of which a resident or a prefetched use is timed."""
+        return max(self.options.samples, min(number, 2 * self.options.samples))
 
     def _start(self, model: Path, stack: ExitStack) -> list[Arm]:
         options = self.options
@@ -183,9 +187,10 @@ class Run:
         """First use of each, and resident uses in between; then prefetched ones, or first uses again."""
         max_tokens = self.options.max_tokens
         first, resident = [], []
-        for name in known:
+        for index, name in enumerate(known):
             first.append(self._timed(arm, http, name))
-            resident.append(self._timed(arm, http, name))
+            if index < self._num_sampled(number):
+                resident.append(self._timed(arm, http, name))
             arm.first[name] = arm.ask(http, name, self._prompt, max_tokens)
         prefetched = []
         for name in fresh:

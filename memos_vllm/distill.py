@@ -26,6 +26,7 @@ from memos_vllm.adapters.questions import Control, questions_of
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError, RequestError
+from memos_vllm.memory import claims
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.service import MemoryService
@@ -78,7 +79,11 @@ def run(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
             origin = {
                 "tenant": who.tenant,
                 "user": who.user,
-                "memories": [{"id": each.id, "version": each.version} for each in memories if each.id in used],
+                "memories": [
+                    {"id": each.id, "version": each.version, "fingerprint": claims.text_key(each.text).hex()}
+                    for each in memories
+                    if each.id in used
+                ],
                 "questions": [{"question": fact.question, "memory": fact.memory_id} for fact in facts],
                 "model": str(model),
                 "settings": asdict(settings),

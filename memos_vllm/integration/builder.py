@@ -19,7 +19,9 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import BuildConfig
+from memos_vllm.errors import AdapterUnavailable
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.session_start import SessionStart, SessionStarts
@@ -56,6 +58,7 @@ class SceneBuilder:
         config: BuildConfig,
         planner: ScenePlanner,
         starts: SessionStarts,
+        adapters: AdapterGate,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         vllm_config = engine.vllm_config
@@ -65,13 +68,14 @@ class SceneBuilder:
         self._config = config
         self._planner = planner
         self._starts = starts
+        self._adapters = adapters
         self._now = now
         self._priority = LOWEST_PRIORITY if vllm_config.scheduler_config.policy == "priority" else 0
         self._num_live = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._woken = asyncio.Event()
-        self._stamp: int | None = None
+        self._stamp: tuple[int, int] | None = None
         self._working = False
         self._task: asyncio.Task[None] | None = None
         self._piece: asyncio.Task[None] | None = None
@@ -93,9 +97,9 @@ class SceneBuilder:
         if not self._num_live:
             self._idle.set()
 
-    def turn_seen(self, start: SessionStart, scene_id: str) -> None:
-        """A turn of the session with this scene came, and shows how the user's next session starts."""
-        self._starts.seen(start, scene_id)
+    def turn_seen(self, start: SessionStart) -> None:
+        """A turn came, and shows how the user's next session starts."""
+        self._starts.seen(start)
         self.wake()
 
     def forget(self, who: Principal) -> None:
@@ -176,6 +180,8 @@ class SceneBuilder:
                 await asyncio.wait({self._piece})
             if not self._piece.cancelled():
                 self._piece.result()
+        except AdapterUnavailable as error:
+            logger.info("a scene is not built: %s", error)
         finally:
             self._piece = None
         share = self._config.busy_share
@@ -191,14 +197,16 @@ class SceneBuilder:
             detokenize=False,
             extra_args={"kv_transfer_params": {BUILD_PARAM: piece["build"]}},
         )
-        async for _ in self._engine.generate(
-            {"prompt_token_ids": piece["token_ids"], "cache_salt": piece["salt"]},
-            params,
-            f"memos-build-{piece['build']}",
-            lora_request=LoRARequest(**piece["lora"]) if piece["lora"] else None,
-            priority=self._priority,
-        ):
-            pass
+        lora = LoRARequest(**piece["lora"]) if piece["lora"] else None
+        async with self._adapters.building(lora):
+            async for _ in self._engine.generate(
+                {"prompt_token_ids": piece["token_ids"], "cache_salt": piece["salt"]},
+                params,
+                f"memos-build-{piece['build']}",
+                lora_request=lora,
+                priority=self._priority,
+            ):
+                pass
 
 
 class LiveRequests:

@@ -95,18 +95,16 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
         start = next_start(turn, request, raw_request, state)
-        adapter = await state.adapters.use(
-            turn.who, turn.options.adapter, raw_request.app.state.openai_serving_chat, request.model
-        )
+        await state.wait_for_writes(turn.who)
+        recall, salt = await asyncio.to_thread(_recall, turn, state)
+        serving = raw_request.app.state.openai_serving_chat
+        adapter = await state.adapters.use(turn.who, turn.options.adapter, serving, request.model, recall.long_lived)
     except MemosError as error:
         return error_response(error)
     with ExitStack() as cleanup:
         if adapter is not None:
             cleanup.callback(adapter.close)
-        try:
-            recall = await add_memory(turn, request, state, adapter)
-        except MemosError as error:
-            return error_response(error)
+        recall = add_memory(turn, request, recall, salt, adapter)
         scene_id = announce_turn(turn, start, adapter, request, state)
         response = None
         try:
@@ -132,7 +130,7 @@ def announce_turn(
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
     if start is not None:
         request.kv_transfer_params[START_PARAM] = start.scene_id
-        state.builder.turn_seen(start, scene_id)
+        state.builder.turn_seen(start)
     return scene_id
 
 
@@ -196,13 +194,12 @@ def next_start(
     serving = stock.chat(raw_request)
     if serving is None or not state.builder.enabled or not turn.options.recall:
         return None
-    return start_of(turn.who, request, turn.messages, serving, state.planner.start_id(turn.who))
+    start_id = state.planner.start_id(turn.who)
+    return start_of(turn.who, request, turn.messages, serving, start_id, turn.options.adapter)
 
 
-async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState, adapter: Choice | None) -> Recall:
-    """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
-    await state.wait_for_writes(turn.who)
-    recall, salt = await asyncio.to_thread(_recall, turn, state)
+def add_memory(turn: Turn, request: ChatCompletionRequest, recall: Recall, salt: str, adapter: Choice | None) -> Recall:
+    """Puts memory into the request's messages and the user's salt into its cache key; what of the recall was put."""
     if adapter is not None and adapter.instead_of:
         recall = without(recall, adapter.instead_of)
     request.messages = assemble(
@@ -283,6 +280,8 @@ async def end_turn(
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
+            if any(record.supersedes for record in records):
+                await state.withdraw_adapters(turn.who)
     except MemosError as error:
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:

@@ -72,14 +72,15 @@ class MemosEndpoints:
         planner = ScenePlanner(
             engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
         )
-        starts = SessionStarts(engine_client, service, salt_of=partial(salts.of_user, secret, config.kv.store_dtype))
+        salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
+        starts = SessionStarts(engine_client, service, salt_of, adapters)
         state.memos = MemosState(
             config=config,
             service=service,
             engine=engine_client,
             secret=secret,
             planner=planner,
-            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts),
+            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts, adapters),
             metrics=MemoryMetrics(),
             adapters=adapters,
             count_tokens=count_tokens,

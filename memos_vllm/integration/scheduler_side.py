@@ -23,7 +23,7 @@ from memos_vllm.integration.accounting import Accounting
 from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import adapter_digest, identity_of
-from memos_vllm.integration.scene_builds import SceneBuilds, lora_arguments
+from memos_vllm.integration.scene_builds import SceneBuilds
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM, SceneTable
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotTable
@@ -379,35 +379,33 @@ class SchedulerSide:
         raise ValueError(f"unknown operation {op!r}")
 
     def _declare(
-        self, engine: EngineCore, scene: str, token_ids: list[int], salt: str, like: str, lora: dict[str, Any] | None
+        self, engine: EngineCore, scene: str, token_ids: list[int], salt: str, lora: dict[str, Any] | None
     ) -> dict[str, Any]:
         """A prefix that no request has had yet is a scene from now on; ``blocks`` 0 if it cannot be one.
 
         Args:
-            like: a scene of the same user; this one gets its adapter.
-            lora: arguments of the ``LoRARequest`` to use where ``like`` is not known any more.
+            lora: arguments of the ``LoRARequest`` that it is to be computed with.
         """
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.v1.request import Request
 
         assert self._tiers is not None and self._builds is not None
-        adapter = self._builds.lora_of(like, otherwise=LoRARequest(**lora) if lora else None)
         request = Request(
             f"memos-declare-{scene}",
             token_ids,
             SamplingParams(max_tokens=1),
             None,
-            lora_request=adapter,
+            lora_request=LoRARequest(**lora) if lora else None,
             cache_salt=salt,
             block_hasher=engine.request_block_hasher,
         )
         tag, digest = self._tag(request), self._adapter_digest(request)
         if tag is None or digest is None or self._tiers.is_forgotten(tag):
-            return {"enabled": True, "blocks": 0, "lora": None}
+            return {"enabled": True, "blocks": 0}
         keys = self._names(request.block_hashes, digest)
         self._register(scene, request, keys)
-        return {"enabled": True, "blocks": len(keys), "lora": lora_arguments(adapter)}
+        return {"enabled": True, "blocks": len(keys)}
 
     def _forget(self, tag: bytes) -> dict[str, int]:
         assert self._tiers is not None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import MemosConfig
+from memos_vllm.errors import NotFound
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
+from memos_vllm.memory import claims
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
 
@@ -55,6 +57,8 @@ class MemosState:
         engine leaves is removed later (``caretaker``). Two deletions at once may each forget an epoch twice.
         """
         epochs = await asyncio.to_thread(self.service.past_kv_epochs, who)
+        if epochs:
+            await self.withdraw_adapters(who)
         removed = Counter(host_blocks=0, disk_blocks=0, scenes=0)
         for epoch in epochs:
             payload = {"salt": salts.salt_of(self.secret, who, epoch)}
@@ -62,6 +66,30 @@ class MemosState:
                 removed.update({name: report.get(name, 0) for name in removed})
         await asyncio.to_thread(self.service.kv_removed, who, epochs)
         return dict(removed)
+
+    async def withdraw_adapters(self, who: Principal) -> list[str]:
+        """Removes adapters that were distilled from memories that are gone or have changed: weights hold the text.
+
+        Returns:
+            ``name@version`` of each.
+        """
+        stale = await asyncio.to_thread(self._stale_sources, who)
+        removed = await asyncio.to_thread(self.adapters.registry.withdraw, who, stale)
+        await self.adapters.remove(removed)
+        return list(removed.references)
+
+    def _stale_sources(self, who: Principal) -> set[str]:
+        """Memories that a distilled adapter knows otherwise than they are now."""
+        return {
+            source["id"] for source in self.adapters.registry.sources(who) if not self._is_as_distilled(who, source)
+        }
+
+    def _is_as_distilled(self, who: Principal, source: Mapping[str, Any]) -> bool:
+        try:
+            record = self.service.get(who, source["id"])
+        except NotFound:
+            return False
+        return record.is_current and claims.text_key(record.text).hex() == source["fingerprint"]
 
     def announce(self, who: Principal) -> asyncio.Future[None]:
         """Says that a write is coming, so that the user's next request does not overtake it."""

@@ -200,7 +200,7 @@ def test_a_distillation_job_reports_to_its_owner(
     script = tmp_path / "python"
     script.write_text(
         '#!/bin/sh\nwhile [ "$1" != --report ]; do shift; done\nwhile [ ! -e %s ]; do sleep 0.05; done\n'
-        'echo \'{"published": null, "refused": "so"}\' > $2\n' % (tmp_path / "go")
+        'echo \'{"published": null, "refused": "so"}\' > $2.tmp\nmv $2.tmp $2\n' % (tmp_path / "go")
     )
     script.chmod(0o755)
     monkeypatch.setattr(distillations.sys, "executable", str(script))
