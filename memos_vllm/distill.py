@@ -1,6 +1,6 @@
-"""``python -m memos_vllm.distill``: turns a user's memories into a LoRA adapter, and publishes it if it is good.
+"""``memos distill``: turns a user's memories into a LoRA adapter, and publishes it if it is good.
 
-    python -m memos_vllm.distill --config memos.yaml --tenant shop --user alice --name alice-knows
+    memos distill --config memos.yaml --tenant shop --user alice --name alice-knows
 
 It reads the memories from the data directory, distils them (``adapters.distill``), and registers the result
 as the newest version of the name, with its provenance. It is not registered if it misses the bar, harms the
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from memos_vllm import data_dir
+from memos_vllm.adapters.distill_settings import Settings
 from memos_vllm.adapters.questions import Control, questions_of
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemosConfig, load
@@ -37,9 +38,14 @@ PAGE = 500
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    parser = argparse.ArgumentParser(prog="python -m memos_vllm.distill")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
     try:
-        report = run(load(options.config), options)
+        report = distil(load(options.config), options)
     except MemosError as error:
         print(f"memos: {error}", file=sys.stderr)
         report = {"published": None, "refused": str(error)}
@@ -52,9 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report["published"] else 1
 
 
-def run(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
+def distil(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Selects, distils, evaluates, publishes; the report says what came of it."""
-    from memos_vllm.adapters.distill import Distillation, Settings, use_threads
+    try:
+        from memos_vllm.adapters.distill import Distillation, use_threads
+    except ImportError as error:
+        raise RequestError(f"distillation needs PEFT ({error}); pip install 'memos-vllm[distill]'") from error
 
     use_threads(options.threads)
     who = Principal(options.tenant, options.user)
@@ -170,10 +179,9 @@ def _changed(service: MemoryService, who: Principal, memories: Sequence[MemoryRe
     return None
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    from memos_vllm.adapters.distill import Settings
-
-    parser = argparse.ArgumentParser(prog="python -m memos_vllm.distill", description=__doc__.partition("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", help="the server's --memos-config file")
     parser.add_argument("--tenant", required=True)
     parser.add_argument("--user", required=True)
@@ -190,7 +198,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for field in fields(Settings):
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -324,6 +324,12 @@ class AdapterRegistry:
         with self._env.begin() as txn:
             return [source for each in self._versions(txn) for source in each.sources_of(who)]
 
+    def distilled_users(self) -> set[Principal]:
+        """Those of whose memories an adapter was distilled."""
+        with self._env.begin() as txn:
+            sources = [each.origin.get("distilled") for each in self._versions(txn)]
+        return {Principal(source["tenant"], source["user"]) for source in sources if source}
+
     def withdraw(self, who: Principal, memory_ids: Collection[str]) -> Removed:
         """Removes the versions that were distilled from these memories of a user."""
 

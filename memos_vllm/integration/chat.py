@@ -104,7 +104,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     with ExitStack() as cleanup:
         if adapter is not None:
             cleanup.callback(adapter.close)
-        recall = add_memory(turn, request, recall, salt, adapter)
+        told = add_memory(turn, request, recall, salt, adapter)
         scene_id = announce_turn(turn, start, adapter, request, state)
         response = None
         try:
@@ -117,7 +117,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
             return response
         if isinstance(response, StreamingResponse):
             response.body_iterator = _closing(response.body_iterator, cleanup.pop_all())
-    return finish_turn(turn, recall, adapter, scene_id, response, state)
+    return finish_turn(turn, recall, told, adapter, scene_id, response, state)
 
 
 def announce_turn(
@@ -199,7 +199,11 @@ def next_start(
 
 
 def add_memory(turn: Turn, request: ChatCompletionRequest, recall: Recall, salt: str, adapter: Choice | None) -> Recall:
-    """Puts memory into the request's messages and the user's salt into its cache key; what of the recall was put."""
+    """Puts memory into the request's messages and the user's salt into its cache key.
+
+    Returns:
+        What of the recall was put; the adapter may stand for the rest.
+    """
     if adapter is not None and adapter.instead_of:
         recall = without(recall, adapter.instead_of)
     request.messages = assemble(
@@ -230,17 +234,28 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
 
 
 def finish_turn(
-    turn: Turn, recall: Recall, adapter: Choice | None, scene_id: str, response: Response, state: MemosState
+    turn: Turn,
+    recall: Recall,
+    told: Recall,
+    adapter: Choice | None,
+    scene_id: str,
+    response: Response,
+    state: MemosState,
 ) -> Response:
-    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted."""
+    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted.
+
+    Args:
+        recall: what the answer needed, and what counts as used.
+        told: what of it stands in the prompt, because no adapter stands for it.
+    """
     if turn.options.explain and isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
-        body["memos"] = explain(turn, recall, adapter)
+        body["memos"] = explain(turn, told, adapter)
         explained = JSONResponse(body, background=response.background)
         explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
         response = explained
-    recalled = [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
-    state.recalls.count(recalled)
+    state.recalls.count(ids_of(recall))
+    recalled = ids_of(told)
     response.headers[RECALLED_HEADER] = ",".join(recalled[:_MAX_HEADER_IDS])
     if adapter is not None:
         response.headers[ADAPTER_HEADER] = adapter.header
@@ -296,6 +311,10 @@ async def end_turn(
         await asyncio.to_thread(note)
     except MemosError as error:
         logger.error("what a turn of %s used was not noted: %s", turn.who, error)
+
+
+def ids_of(recall: Recall) -> list[str]:
+    return [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
 
 
 def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any]:

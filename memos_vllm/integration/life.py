@@ -67,7 +67,8 @@ async def roll_back(raw_request: Request, snapshot_id: str, user: str | None = N
     who = principal(raw_request, state, user)
     await state.wait_for_writes(who)
     done = await asyncio.to_thread(state.service.life.roll_back, who, snapshot_id)
-    return {**done.as_json(), "kv": await state.forget_kv(who)}
+    adapters = await state.withdraw_adapters(who)
+    return {**done.as_json(), "kv": await state.forget_kv(who), "adapters": adapters}
 
 
 @router.get("/{memory_id}/cube")

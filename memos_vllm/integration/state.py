@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import MemosConfig
+from memos_vllm.core.lifecycle import IN_RECALL
 from memos_vllm.errors import NotFound
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
@@ -68,7 +69,8 @@ class MemosState:
         return dict(removed)
 
     async def withdraw_adapters(self, who: Principal) -> list[str]:
-        """Removes adapters that were distilled from memories that are gone or have changed: weights hold the text.
+        """Removes adapters that were distilled from memories that are gone, out of recall or changed: weights hold
+        the text.
 
         Returns:
             ``name@version`` of each.
@@ -89,7 +91,8 @@ class MemosState:
             record = self.service.get(who, source["id"])
         except NotFound:
             return False
-        return record.is_current and claims.text_key(record.text).hex() == source["fingerprint"]
+        may_be_said = record.is_current and record.state in IN_RECALL and record.sensitivity == "normal"
+        return may_be_said and claims.text_key(record.text).hex() == source["fingerprint"]
 
     def announce(self, who: Principal) -> asyncio.Future[None]:
         """Says that a write is coming, so that the user's next request does not overtake it."""

@@ -314,6 +314,100 @@ def test_a_hint_loads_the_adapter_before_the_users_first_request(served: Memos, 
     assert missing.status_code == 404
 
 
+@pytest.fixture
+def reader(served: Memos, folders: dict[str, Path]) -> str:
+    """A user with a long document, an adapter "style" that is not his default, and a session behind him."""
+    key = f"key-{uuid.uuid4().hex}"
+    read(served, key)
+    assert upload(served, key, "style", folders["a20"]).status_code == 200
+    first_turn(served, key)
+    built_with(served, key, "")
+    return key
+
+
+def read(served: Memos, key: str) -> None:
+    document = {"text": "The ferry leaves at seven. " * 40, "type": "document", "pinned": True}
+    assert served.call("POST", "/v1/memories", key, json=document).status_code == 200
+
+
+def first_turn(served: Memos, key: str, **memos: Any) -> httpx.Response:
+    """Of a new session, unless one is given."""
+    field = {"session": uuid.uuid4().hex, "remember": False, **memos}
+    body = {"model": served.server.model, "messages": PROMPTS[0], "max_tokens": 4, "temperature": 0, "memos": field}
+    response: httpx.Response = served.call("POST", "/v1/chat/completions", key, json=body)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def built_with(served: Memos, key: str, digest: str) -> None:
+    """Waits until the user's next session is ready on the GPU, as an adapter's content computes it."""
+    deadline = time.monotonic() + 60
+    while True:
+        start = served.call("GET", "/v1/scenes", key).json()["next_session"]
+        if start["state"] == "ready" and digest in (start["adapter"] or "") and bool(digest) == bool(start["adapter"]):
+            return
+        assert time.monotonic() < deadline, f"the next session is not ready with {digest or 'no adapter'}: {start}"
+        time.sleep(0.1)
+
+
+def uncached(response: httpx.Response) -> int:
+    usage = response.json()["usage"]
+    tokens: int = usage["prompt_tokens"] - (usage["prompt_tokens_details"]["cached_tokens"] or 0)
+    return tokens
+
+
+def test_the_next_session_is_built_with_the_adapter_it_will_have(
+    served: Memos, reader: str, folders: dict[str, Path]
+) -> None:
+    """KV that exists nowhere: the default is new, then its version is, then it is gone. No request has had any."""
+
+    def digest(response: httpx.Response) -> str:
+        return str(response.json()["versions"][-1]["digest"])
+
+    served.call("PUT", "/v1/adapters/default", reader, json={"adapter": "style"})
+    built_with(served, reader, digest(served.call("GET", "/v1/adapters/style", reader)))
+    first = first_turn(served, reader)
+    assert first.headers["x-memos-adapter"] == "style@1" and uncached(first) < 64
+
+    built_with(served, reader, digest(upload(served, reader, "style", folders["a21"])))
+    second = first_turn(served, reader)
+    assert second.headers["x-memos-adapter"] == "style@2" and uncached(second) < 64
+
+    served.call("DELETE", "/v1/adapters/style", reader)
+    built_with(served, reader, "")
+    assert uncached(first_turn(served, reader)) < 64
+
+    # Another user with the same document and adapter, whose sessions nobody prepares: it is computed, and the same.
+    stranger = f"{reader}-x"
+    read(served, stranger)
+    upload(served, stranger, "style", folders["a20"])
+    cold = first_turn(served, stranger, adapter="style")
+    assert uncached(cold) > 200
+    assert cold.json()["choices"][0]["message"] == first.json()["choices"][0]["message"]
+
+
+def test_one_hint_brings_the_adapter_and_the_kv_that_it_computed(
+    served: Memos, reader: str, owned: dict[str, str]
+) -> None:
+    served.call("PUT", "/v1/adapters/default", reader, json={"adapter": "style"})
+    session = uuid.uuid4().hex
+    first_turn(served, reader, session=session)
+    for name in [name for name, owner in owned.items() if owner == USERS[0]][:9]:
+        ask(served, USERS[0], name)  # more than host memory has room for
+    served.drop("gpu")
+    before = adapter_totals(served)
+    hint = {"event": "typing", "session": session}
+    assert served.call("POST", "/v1/scenes", reader, json=hint).status_code == 200
+    deadline = time.monotonic() + 30
+    while (
+        served.call("GET", "/v1/scenes", reader, params={"session": session}).json()["state"] != "ready"
+        or adapter_totals(served)["prefetches"] == before["prefetches"]
+    ):
+        assert time.monotonic() < deadline, "KV or adapter were never brought"
+    again = first_turn(served, reader, session=session)
+    assert again.headers["x-memos-adapter"] == "style@1" and uncached(again) < 64
+
+
 def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memos, references: References) -> None:
     key, who = f"key-{uuid.uuid4().hex}", ["--tenant", "shop", "--user", "a"]
     memory = served.call("POST", "/v1/memories", "shop-a", json={"text": "My job is baker."}).json()["id"]
