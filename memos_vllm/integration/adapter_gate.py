@@ -32,6 +32,7 @@ from memos_vllm.adapters.registry import AdapterRegistry, InUse, Removed
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound, RequestError
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.types import Principal
 
@@ -115,8 +116,11 @@ class Coming:
 class AdapterGate:
     """One per API process, in its event loop."""
 
-    def __init__(self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig) -> None:
+    def __init__(
+        self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig, metrics: MemoryMetrics
+    ) -> None:
         self.registry = registry
+        self._metrics = metrics
         self.totals = GateTotals()
         self._engine = engine
         self._config = config
@@ -169,16 +173,22 @@ class AdapterGate:
             choice.close()
             # What the request names must exist; only what exists may fail softly.
             refused = named is not None and isinstance(error, (AdapterError, NotFound))
-            if isinstance(error, asyncio.CancelledError) or refused or self._config.on_error == "fail":
+            if isinstance(error, asyncio.CancelledError):
                 raise
+            if refused or self._config.on_error == "fail":
+                self._metrics.adapter_requested("refused")
+                raise
+            self._metrics.adapter_requested("base")
             self.totals.fallbacks += 1
             logger.warning("adapter %r of %s is not used: %s", reference, who, error)
             return Choice(reference=reference, why=_in_a_header(error))
         _hand_over(serving)
         self.totals.requests += 1
+        self._metrics.adapter_requested("served")
         if used.version.lora_name in self._prefetched:
             self._prefetched.discard(used.version.lora_name)
             self.totals.prefetch_used += 1
+            self._metrics.adapter_prefetch_used()
         choice.request, choice.name = lora_request(used), used.reference
         choice.instead_of = self._instead_of(used, who)
         return choice
@@ -215,7 +225,9 @@ class AdapterGate:
             began = time.monotonic()
             await self._add(lora_request(used), used.reference)
             self.totals.loads += 1
-            self.totals.load_s += time.monotonic() - began
+            waited_s = time.monotonic() - began
+            self.totals.load_s += waited_s
+            self._metrics.adapter_loaded("request", waited_s)
         self._loading.pop(name, None)
 
     async def _add(self, lora: LoRARequest, reference: str) -> None:
@@ -284,6 +296,7 @@ class AdapterGate:
             try:
                 await self._hold(files, self.registry.use_named(lora.lora_name))
                 await self._add(lora, lora.lora_name)
+                self._metrics.adapter_loaded("build")
             except AdapterUnavailable:
                 await engine_channel.call(self._engine, "forget_adapter", {"lora_name": lora.lora_name})
                 raise
@@ -328,6 +341,7 @@ class AdapterGate:
                 logger.warning("adapter %r of %s is not prefetched: %s", reference, who, error)
                 return
             self._prefetched.add(used.version.lora_name)
+        self._metrics.adapter_loaded("prefetch")
         self.totals.prefetches += 1
         self.totals.prefetch_s += time.monotonic() - began
 

@@ -68,7 +68,8 @@ class MemosEndpoints:
         count_tokens = token_counter(engine_client)
         service = MemoryService(store, config.memory, count_tokens=count_tokens, embedder=embedder)
         secret = data_dir.secret(config.data_dir)
-        adapters = await asyncio.to_thread(open_adapters, engine_client, config)
+        metrics = MemoryMetrics()
+        adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics)
         planner = ScenePlanner(
             engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
         )
@@ -81,7 +82,7 @@ class MemosEndpoints:
             secret=secret,
             planner=planner,
             builder=SceneBuilder(engine_client, config.prediction.build, planner, starts, adapters),
-            metrics=MemoryMetrics(),
+            metrics=metrics,
             adapters=adapters,
             count_tokens=count_tokens,
         )
@@ -89,7 +90,7 @@ class MemosEndpoints:
         state.memos.caretaker.start()
 
 
-def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:
+def open_adapters(engine_client: Any, config: MemosConfig, metrics: MemoryMetrics) -> AdapterGate:
     """The registry of LoRA adapters, for what this server serves."""
     registry = AdapterRegistry(
         data_dir.adapters_dir(config.data_dir),
@@ -97,7 +98,7 @@ def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:
         base_of(engine_client.vllm_config, config.adapters),
         fingerprint_of(engine_client.vllm_config),
     )
-    return AdapterGate(engine_client, registry, config.adapters)
+    return AdapterGate(engine_client, registry, config.adapters, metrics)
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

@@ -197,6 +197,10 @@ class MemoryService:
             who, *self._store.write(who, lambda user: (removal.remove_all(user), user.kv_epoch), frees=True)
         )
 
+    def drop_kv(self, who: Principal) -> None:
+        """Makes the user's KV unreachable, and due for removal. Nothing else changes."""
+        self._store.write(who, lambda user: user.new_kv_epoch())
+
     def search(
         self,
         who: Principal,

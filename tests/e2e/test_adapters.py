@@ -1,6 +1,7 @@
 """Adapters over HTTP: the right weights for every request, over two API processes and few slots.
 
-MEMOS_ADAPTER_REQUESTS=2000 makes the test of mix-ups as long as that.
+MEMOS_ADAPTER_REQUESTS=2000 makes the test of mix-ups as long as that, and compares the answers with those of a
+server without the plugin that holds one adapter at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.e2e
 USERS = [f"adapter-user-{index}" for index in range(4)]
 NUM_ADAPTERS, NUM_SLOTS = 64, 4
 NUM_REQUESTS = int(os.environ.get("MEMOS_ADAPTER_REQUESTS", "160"))
+HAS_SINGLE_SERVER = NUM_REQUESTS >= 2000
 REFERENCE_DISTANCE = 0.5
 """Between log-probabilities in bfloat16 as served and in float32."""
 
@@ -62,7 +64,30 @@ def references(recall_model: Path, folders: dict[str, Path]) -> References:
 
 
 @pytest.fixture(scope="module")
-def served(recall_model: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memos]:
+def single(recall_model: Path, folders: dict[str, Path]) -> dict[tuple[str, int], dict[int, float]]:
+    """What vLLM says that has one adapter in its only slot; nothing in a short run."""
+    if not HAS_SINGLE_SERVER:
+        return {}
+    flags = ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "1", "--max-lora-rank", str(RANK)]
+    said = {}
+    with (
+        serve(recall_model, extra=flags, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as server,
+        server.http() as client,
+    ):
+        for name, folder in folders.items():
+            adapter = {"lora_name": name, "lora_path": str(folder)}
+            assert client.post("/v1/load_lora_adapter", json=adapter).status_code == 200
+            for prompt in range(len(PROMPTS)):
+                said[name, prompt] = logprobs(client.post("/v1/chat/completions", json=question(name, prompt)))
+            assert client.post("/v1/unload_lora_adapter", json=adapter).status_code == 200
+    return said
+
+
+@pytest.fixture(scope="module")
+def served(
+    single: Any, recall_model: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Memos]:
+    # After the server that holds one at a time, so that one server runs at a time.
     data_dir = tmp_path_factory.mktemp("adapters")
     config = data_dir / "memos.yaml"
     config.write_text(CONFIG.format(data_dir=data_dir / "data", import_dir=folders["a0"].parent))
@@ -92,17 +117,20 @@ def upload(served: Memos, key: str, name: str, folder: Path, **fields: str) -> h
 def ask(served: Memos, key: str, adapter: str | None, prompt: int = 0, **fields: Any) -> httpx.Response:
     """One token and the log-probabilities of the likeliest."""
     memos = {"recall": False, "remember": False, **({"adapter": adapter} if adapter else {}), **fields}
-    body = {
-        "model": served.server.model,
+    body = {**question(served.server.model, prompt), "memos": memos}
+    return served.call("POST", "/v1/chat/completions", key, json=body)
+
+
+def question(model: str, prompt: int) -> dict[str, Any]:
+    return {
+        "model": model,
         "messages": PROMPTS[prompt],
         "max_tokens": 1,
         "temperature": 0,
         "logprobs": True,
         "top_logprobs": 8,
         "return_tokens_as_token_ids": True,
-        "memos": memos,
     }
-    return served.call("POST", "/v1/chat/completions", key, json=body)
 
 
 def logprobs(response: httpx.Response) -> dict[int, float]:
@@ -119,8 +147,11 @@ def nearest(references: References, prompt: int, response: httpx.Response) -> tu
 
 
 @pytest.fixture(scope="module")
-def alone(served: Memos, owned: dict[str, str], references: References) -> dict[tuple[str, int], dict[int, float]]:
-    """What each adapter, and the base model, says while nothing else runs; checked with torch and PEFT."""
+def alone(
+    served: Memos, owned: dict[str, str], references: References, single: dict[tuple[str, int], dict[int, float]]
+) -> dict[tuple[str, int], dict[int, float]]:
+    """What each adapter, and the base model, says while nothing else runs; checked with torch and PEFT, and replaced
+    by what the server says that holds it alone, where there is one."""
     said = {}
     for name, key in (*owned.items(), ("base", USERS[0])):
         for prompt in range(len(PROMPTS)):
@@ -128,7 +159,7 @@ def alone(served: Memos, owned: dict[str, str], references: References) -> dict[
             found, distance, _ = nearest(references, prompt, response)
             assert found == name and distance < REFERENCE_DISTANCE, f"{name} says what {found} says, at {distance}"
             said[name, prompt] = logprobs(response)
-    return said
+    return said | single
 
 
 def test_no_answer_is_from_another_adapter(
@@ -250,6 +281,25 @@ def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(
     assert upload(served, key, "one", one, scope="tenant").status_code == 200
     assert cached("one") == 0, "the same content again finds nothing of before the deletion"
     assert cached("two") > 200, "another adapter's KV is untouched"
+
+
+def test_dropping_a_users_kv_leaves_his_adapters_and_others_kv(served: Memos, folders: dict[str, Path]) -> None:
+    """Activation to plaintext; the next request is the undo."""
+    key, other = (f"key-{uuid.uuid4().hex}" for _ in range(2))
+    long = [{"role": "user", "content": "The train is late again. " * 60}]
+
+    def cached(who: str) -> int:
+        return cached_tokens(served.chat(who, long, {"adapter": "style", "recall": False, "remember": False}))
+
+    for who in (key, other):
+        upload(served, who, "style", folders["a12"])
+        assert cached(who) == 0 and cached(who) > 200
+    served.settle()
+    receipt = served.call("DELETE", "/v1/scenes", key).json()
+    assert receipt["dropped"] and receipt["kv"]["disk_blocks"] > 5
+    assert cached(other) > 200
+    assert cached(key) == 0 and cached(key) > 200
+    assert [adapter["name"] for adapter in served.call("GET", "/v1/adapters", key).json()["data"]] == ["style"]
 
 
 def test_an_adapter_in_a_folder_of_the_operator(served: Memos, references: References) -> None:
