@@ -1,6 +1,7 @@
 """LoRA adapters per request: what the first use, a resident one, a prefetched one and eviction cost.
 
     python -m benchmarks.adapters --preset smoke|cpu|gpu [--adapters 1,8,64] [--slots 4] [--json FILE]
+    python -m benchmarks.adapters_table FILE... [--plot FILE.png]
 
 Two servers with the same flags, both alive, one paused while the other is asked:
 
@@ -36,9 +37,8 @@ from typing import Any
 
 import httpx
 import yaml
-from rich.table import Table
 
-from benchmarks import lora, models, report, texts
+from benchmarks import adapters_table, lora, models, report, texts
 from benchmarks.arguments import output_file
 from benchmarks.client import Answer, RequestFailed, chat
 from benchmarks.serving import Server, ServerError, has_gpu
@@ -290,23 +290,6 @@ def _distance(one: Answer, other: Answer) -> float:
     return max((abs(a - b) for a, b in pairs), default=0.0) + (0.0 if one.text[:1] == other.text[:1] else 10.0)
 
 
-def show(rows: Sequence[dict[str, Any]], problems: Sequence[str]) -> None:
-    console = report.console()
-    table = Table("adapters", "use", "arm", "TTFT p50 ms", "p95", "ITL p99 ms", "mix-ups", "n")
-    for row in sorted(rows, key=lambda row: (row["adapters"], row["use"], row["order"], row["arm"])):
-        times = (f"{row[name] * 1000:.1f}" for name in ("ttft_p50_s", "ttft_p95_s", "itl_p99_s"))
-        use = f"{row['use']} {row['order']}".strip()
-        table.add_row(str(row["adapters"]), use, row["arm"], *times, str(row["mixups"]), str(row["n"]))
-    console.print(table)
-    for number in sorted({row["adapters"] for row in rows}):
-        found = {row["use"]: row["ttft_p50_s"] for row in rows if row["adapters"] == number and row["arm"] == "memos"}
-        if {"prefetched", "resident"} <= found.keys():
-            ratio = found["prefetched"] / found["resident"]
-            console.print(f"{number} adapters: prefetched first use takes {ratio:.2f} times a resident use's TTFT")
-    for problem in problems:
-        console.print(f"[red]{problem}[/red]")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     preset, options, target = parse(argv)
     folder = Path(tempfile.mkdtemp(prefix="memos-adapters-"))
@@ -321,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = {"preset": preset, "model": options.model.name, "problems": run.problems}
         flags |= {name: getattr(options, name) for name in ("slots", "host", "rank", "clients", "max_tokens", "seed")}
         report.write_json(target, "adapters", flags, run.rows)
-    show(run.rows, run.problems)
+    adapters_table.show(run.rows, run.problems)
     return 1 if run.problems else 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import adapters, models
+from benchmarks import adapters_table, models, report
 from benchmarks.adapters import Arm, Options, Run, parse
 from benchmarks.client import Answer
 
@@ -76,6 +76,21 @@ def test_the_table_says_what_a_prefetch_is_worth(capsys: pytest.CaptureFixture[s
     run = churn(FakeArm())
     for use in ("resident", "prefetched"):
         run._row(FakeArm(), 3, use, [answer("a")])
-    adapters.show(run.rows, ["a problem"])
+    adapters_table.show(run.rows, ["a problem"])
     shown = capsys.readouterr().out
     assert "prefetched first use takes 1.00 times a resident use's TTFT" in shown and "a problem" in shown
+
+
+def test_runs_are_shown_and_plotted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for number, file in enumerate(files, 1):
+        run = churn(FakeArm())
+        run._row(FakeArm(), number, "first", [answer("a")])
+        report.write_json(file, "adapters", {"problems": []}, run.rows)
+    target = tmp_path / "plot.png"
+    assert adapters_table.main([*map(str, files), "--plot", str(target)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("first") == 2 and shown.count("churn") == 2 and target.read_bytes()[:4] == b"\x89PNG"
+    files[0].write_text(files[0].read_text().replace('"cores"', '"other"'))
+    with pytest.raises(SystemExit):
+        adapters_table.main([*map(str, files)])
