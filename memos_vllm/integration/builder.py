@@ -148,13 +148,17 @@ class SceneBuilder:
         """Declares what has changed and builds what is absent, while the engine is idle; whether something is left."""
         if declared := await self._starts.declare_changed(self._planner.told):
             self._planner.starts_declared(declared)
+        took_slots = False
         while self._idle.is_set():
             if await self._engine.is_sleeping():
                 return True
             reply = await self._claim()
             if (piece := reply.get("piece")) is None:
+                if took_slots:  # perhaps those of adapters that are expected sooner
+                    await self._adapters.prefetch(self._planner.told)
                 return bool(reply.get("busy") or reply.get("unknown"))
             await self._build(piece)
+            took_slots = took_slots or piece["lora"] is not None
         return True  # it gave way
 
     async def _claim(self) -> dict[str, Any]:

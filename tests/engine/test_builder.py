@@ -90,6 +90,7 @@ class Adapters:
     def __init__(self) -> None:
         self.registry = SimpleNamespace(stamp=lambda: self.num_changes)
         self.num_changes = 0
+        self.num_prefetches = 0
         self.choices: dict[str | None, Coming] = {}
         self.expected: dict[str, str | None] = {}
         self.gone = False
@@ -103,6 +104,9 @@ class Adapters:
 
     def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
         self.expected[scene_id] = reference
+
+    async def prefetch(self, scene_ids: list[str]) -> None:
+        self.num_prefetches += 1
 
     @asynccontextmanager
     async def building(self, lora: Any) -> AsyncIterator[None]:
@@ -348,6 +352,20 @@ def test_a_start_leaves_out_what_its_adapter_stands_for(run: Any) -> None:
         parts.turn()
         (text,) = await parts.declare()
         assert other.text in text and known.text not in text
+
+    run(play)
+
+
+def test_after_builds_with_adapters_those_that_are_expected_get_their_slots_back(run: Any) -> None:
+    lora = {"lora_name": "style", "lora_int_id": 7, "lora_path": "/adapters"}
+
+    async def play(parts: Parts) -> None:
+        engine = parts.engine
+        engine.pieces += [{**PIECE, "lora": lora}, PIECE]
+        engine.finish.set()
+        assert not await parts.builder._work() and parts.adapters.num_prefetches == 1
+        engine.pieces.append(PIECE)
+        assert not await parts.builder._work() and parts.adapters.num_prefetches == 1, "no slot was taken"
 
     run(play)
 
