@@ -289,14 +289,14 @@ async def end_turn(
     A write that fails is logged; nobody waits for it any more.
     """
     state.planner.turn_ended(scene_id)
+    superseded = False
     try:
         if turn.options.remember:
             remember = partial(state.service.remember, session=turn.options.session, request=turn.request_id)
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
+            superseded = any(record.supersedes for record in records)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
-            if any(record.supersedes for record in records):
-                await state.withdraw_adapters(turn.who)
     except MemosError as error:
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:
@@ -309,6 +309,8 @@ async def end_turn(
     try:
         note = partial(state.service.life.used, turn.who, used, session=turn.options.session, scene=scene_id)
         await asyncio.to_thread(note)
+        if superseded:
+            await state.withdraw_adapters(turn.who)
     except MemosError as error:
         logger.error("what a turn of %s used was not noted: %s", turn.who, error)
 

@@ -76,6 +76,8 @@ class MemosState:
             ``name@version`` of each.
         """
         stale = await asyncio.to_thread(self._stale_sources, who)
+        if not stale:
+            return []
         removed = await asyncio.to_thread(self.adapters.registry.withdraw, who, stale)
         await self.adapters.remove(removed)
         return list(removed.references)
