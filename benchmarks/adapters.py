@@ -23,6 +23,7 @@ code is 1. So it is if the two servers disagree about an adapter.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shutil
 import sys
@@ -44,9 +45,10 @@ from benchmarks.client import Answer, RequestFailed, chat
 from benchmarks.serving import Server, ServerError, has_gpu
 
 ZIPF_EXPONENT = 1.0
-COMPARED_TOKENS = 3
+LIKELIEST = {"top_logprobs": 20, "return_tokens_as_token_ids": True}
 AGREE = 0.15
-"""Log-probabilities of one adapter differ by less, over batches and servers, in bfloat16."""
+"""Log-probabilities of one adapter differ by less, over batches and servers, in bfloat16. They are compared token
+by token: which of two tokens that are as likely is the greedy answer differs from batch to batch."""
 
 PREFETCH_TIMEOUT_S = 60.0
 KEY = "adapters"
@@ -95,9 +97,9 @@ class Arm:
     def ask(self, http: httpx.Client, adapter: str, text: str, max_tokens: int) -> Answer:
         messages = [{"role": "user", "content": text}]
         if self.name == "resolver":
-            return chat(http, adapter, messages, max_tokens=max_tokens)
+            return chat(http, adapter, messages, max_tokens=max_tokens, **LIKELIEST)
         memos = {"adapter": adapter, "recall": False, "remember": False}
-        return chat(http, self.server.model, messages, max_tokens=max_tokens, memos=memos)
+        return chat(http, self.server.model, messages, max_tokens=max_tokens, memos=memos, **LIKELIEST)
 
 
 class Run:
@@ -241,15 +243,21 @@ class Run:
 
         with ThreadPoolExecutor(options.clients) as pool:
             done = [each for part in pool.map(work, range(options.clients)) for each in part]
-        wrong = [name for name, text, answer in done if text == self._prompt and not self._is_from(arm, name, answer)]
-        self.problems += [f"{arm.name}: an answer for {name} is from another adapter ({order})" for name in wrong]
+        asked = [(name, answer) for name, text, answer in done if text == self._prompt]
+        wrong = [what for name, answer in asked if (what := self._mixup(arm, name, answer))]
+        self.problems += [f"{arm.name}, {order}: {what}" for what in wrong]
         self._row(arm, number, "churn", [answer for _, _, answer in done], order=order, mixups=len(wrong))
 
     # -- checks ---------------------------------------------------------------------------------
 
-    def _is_from(self, arm: Arm, name: str, answer: Answer) -> bool:
+    def _mixup(self, arm: Arm, name: str, answer: Answer) -> str | None:
+        """What is wrong with an answer; None if it is the adapter's own."""
         own = _distance(arm.first[name], answer)
-        return own <= AGREE or own <= min(_distance(other, answer) for other in arm.first.values())
+        nearest = min(arm.first, key=lambda other: _distance(arm.first[other], answer))
+        if own <= AGREE or nearest == name:
+            return None
+        distance = _distance(arm.first[nearest], answer)
+        return f"an answer for {name} is {own:.2f} from its own and {distance:.2f} from that of {nearest}"
 
     def _compare(self, arms: Sequence[Arm], known: list[str]) -> None:
         for name in known:
@@ -285,9 +293,11 @@ def _totals(http: httpx.Client) -> dict[str, Any]:
 
 
 def _distance(one: Answer, other: Answer) -> float:
-    """Between the log-probabilities of the first tokens; without end where the texts begin differently."""
-    pairs = list(zip(one.logprobs[:COMPARED_TOKENS], other.logprobs[:COMPARED_TOKENS], strict=False))
-    return max((abs(a - b) for a, b in pairs), default=0.0) + (0.0 if one.text[:1] == other.text[:1] else 10.0)
+    """Between the log-probabilities of the first tokens that both show; without end where these are few."""
+    both = one.first_token.keys() & other.first_token.keys()
+    if len(both) <= len(one.first_token) // 2:
+        return math.inf
+    return max(abs(one.first_token[token] - other.first_token[token]) for token in both)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

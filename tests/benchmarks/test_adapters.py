@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ KEYS = {"arm", "adapters", "slots", "use", "order", "ttft_p50_s", "ttft_p95_s", 
 
 
 def answer(name: str, noise: float = 0.0) -> Answer:
-    return Answer(0.1, 0.2, "text", (LOGPROBS[name] + noise,) * 4, 10, 0, (0.01, 0.02))
+    """Like every answer it begins with one of two tokens; noise moves both."""
+    likeliest = {"token_id:5": LOGPROBS[name] + noise, "token_id:6": LOGPROBS[name] + noise}
+    return Answer(0.1, 0.2, "text", (0.0,) * 4, 10, 0, (0.01, 0.02), likeliest)
 
 
 class FakeArm(Arm):
@@ -50,7 +53,16 @@ def test_right_answers_are_no_mixups_whatever_the_batch_does_to_them(order: str)
 
 def test_an_answer_of_another_adapter_is_a_mixup() -> None:
     run = churn(FakeArm(wrong={"b": "c"}))
-    assert run.rows[0]["mixups"] == 2 and "an answer for b is from another adapter" in run.problems[0]
+    assert run.rows[0]["mixups"] == 2
+    assert run.problems[0] == "memos, round_robin: an answer for b is 1.90 from its own and 0.10 from that of c"
+
+
+def test_an_answer_that_shows_other_tokens_is_a_mixup_and_one_that_begins_otherwise_is_none() -> None:
+    run, arm = churn(FakeArm()), FakeArm()
+    own = answer("a")
+    assert run._mixup(arm, "a", replace(own, text="other", logprobs=(-9.0,))) is None
+    arm.first["c"] = replace(answer("c"), first_token={"token_id:8": -1.0, "token_id:9": -1.0})
+    assert "inf from its own and 0.00" in (run._mixup(arm, "a", arm.first["c"]) or "")
 
 
 def test_servers_that_disagree_are_reported() -> None:
