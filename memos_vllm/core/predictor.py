@@ -252,7 +252,8 @@ class Predictor:
         wait.prompt_tokens = wait.new_tokens = wait.output_tokens = None
         if owner is not None:
             self._follow(wait, owner, now)
-        self._pass_turn(wait, now)
+        if wait.scene.kind is not SceneKind.SESSION_START:  # that is part of the turn of the session which starts so
+            self._pass_turn(wait, now)
 
     def _end(self, wait: Wait, event: TurnEnded, now: float) -> None:
         """The answer is complete: what is known now decides how the return is predicted."""

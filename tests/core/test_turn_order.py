@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
-from memos_vllm.core.scenes import Closed, Scene, TurnEnded, TurnStarted
+from memos_vllm.core.scenes import Closed, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.core.turn_order import TurnOrder
 
 USERS = tuple("abcdefgh")
@@ -40,6 +40,21 @@ def test_a_rota_is_known_after_one_round() -> None:
         assert best(predictor, now - 1.0) == user
         turn(predictor, user, now)
         now += 2.0
+
+
+def test_what_a_session_starts_with_has_no_turn_of_its_own() -> None:
+    predictor, now = predictor_of(), 0.0
+    for user in USERS:
+        predictor.add(Scene(f"start of {user}", owner=f"owner of {user}", kind=SceneKind.SESSION_START))
+    for user in USERS:
+        turn(predictor, f"start of {user}", now)
+        turn(predictor, user, now + 0.01)
+        now += 2.0
+    turn(predictor, USERS[0], now)
+    for user in USERS[1:]:
+        assert best(predictor, now + 1.0) == user
+        now += 2.0
+        turn(predictor, user, now)
 
 
 def test_the_reason_names_whose_turn_it_follows() -> None:
