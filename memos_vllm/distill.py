@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -65,6 +66,7 @@ def distil(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
     except ImportError as error:
         raise RequestError(f"distillation needs PEFT ({error}); pip install 'memos-vllm[distill]'") from error
 
+    began = time.monotonic()
     use_threads(options.threads)
     who = Principal(options.tenant, options.user)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
@@ -97,6 +99,7 @@ def distil(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
                 "model": str(model),
                 "settings": asdict(settings),
                 "evaluation": evaluation.as_json(),
+                "took_s": round(time.monotonic() - began, 1),
             }
             refused = evaluation.refusal(settings) or _changed(service, who, memories)
             published = None

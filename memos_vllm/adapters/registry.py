@@ -330,6 +330,23 @@ class AdapterRegistry:
             sources = [each.origin.get("distilled") for each in self._versions(txn)]
         return {Principal(source["tenant"], source["user"]) for source in sources if source}
 
+    def distilled_from(self, who: Principal, memory_id: str) -> list[str]:
+        """The versions, by reference, that know a memory of the user."""
+        with self._env.begin() as txn:
+            return [
+                f"{adapter.name}@{each.version}"
+                for adapter in self._adapters(txn)
+                for each in adapter.versions
+                if any(source["id"] == memory_id for source in each.sources_of(who))
+            ]
+
+    def distillation_s(self) -> float | None:
+        """How long the newest distillation took; None: there is none."""
+        with self._env.begin() as txn:
+            distilled = [each for each in self._versions(txn) if each.origin.get("distilled")]
+        newest = max(distilled, key=lambda each: each.created_at, default=None)
+        return None if newest is None else newest.origin["distilled"].get("took_s")
+
     def withdraw(self, who: Principal, memory_ids: Collection[str]) -> Removed:
         """Removes the versions that were distilled from these memories of a user."""
 

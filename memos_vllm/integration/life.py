@@ -75,7 +75,10 @@ async def roll_back(raw_request: Request, snapshot_id: str, user: str | None = N
 @answers_errors
 async def cube(raw_request: Request, memory_id: str, user: str | None = None) -> Any:
     state = state_of(raw_request)
-    return await asyncio.to_thread(state.service.life.cube, principal(raw_request, state, user), memory_id)
+    who = principal(raw_request, state, user)
+    found = await asyncio.to_thread(state.service.life.cube, who, memory_id)
+    found["payload"]["adapters"] = await asyncio.to_thread(state.adapters.registry.distilled_from, who, memory_id)
+    return found
 
 
 @router.get("/{memory_id}/history")

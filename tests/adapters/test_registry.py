@@ -246,6 +246,7 @@ def test_withdrawing_a_memory_removes_what_was_distilled_from_it(registry: Adapt
     add(registry, tmp_path, name="hand-made")
     add(registry, tmp_path, name="knows", seed=1, origin=distilled("m1"))
     add(registry, tmp_path, name="knows", seed=2, origin=distilled("m1", "m2"))
+    assert registry.distilled_from(ALICE, "m1") == ["knows@1", "knows@2"] and registry.distilled_from(BOB, "m1") == []
     assert registry.withdraw(BOB, ["m2"]).references == ()
     assert registry.withdraw(ALICE, ["m2"]).references == ("knows@2",)
     assert registry.find(ALICE, "knows")[1].version == 1, "the newest of the rest is current"

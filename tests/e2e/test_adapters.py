@@ -468,6 +468,10 @@ def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memo
     assert [(each["question"], each["memory"]) for each in probed["answers"]] == [("What is my job?", memory)]
     assert probed["answers"][0]["answer"] and probed["adapter"] == "knows@1"
     assert served.call("POST", "/v1/adapters/knows/probe", key, json={}).status_code == 404
+    cube = served.call("GET", f"/v1/memories/{memory}/cube", "shop-a").json()
+    assert cube["payload"]["adapters"] == ["knows@1"]
+    form = served.call("GET", f"/v1/memories/{memory}/form", "shop-a").json()
+    assert 0 < form["measured"]["training_s"] < 120, "what it took here"
 
     def recalled(**adapter: str) -> list[str]:
         response = served.chat("shop-a", "What is my job?", {"explain": True, "remember": False, **adapter})
