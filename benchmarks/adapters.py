@@ -1,6 +1,7 @@
 """LoRA adapters per request: what the first use, a resident one, a prefetched one and eviction cost.
 
     python -m benchmarks.adapters --preset smoke|cpu|gpu [--adapters 1,8,64] [--slots 4] [--json FILE]
+    python -m benchmarks.adapters_table FILE... [--plot FILE.png]
 
 Two servers with the same flags, both alive, one paused while the other is asked:
 
@@ -22,6 +23,7 @@ code is 1. So it is if the two servers disagree about an adapter.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shutil
 import sys
@@ -36,17 +38,17 @@ from typing import Any
 
 import httpx
 import yaml
-from rich.table import Table
 
-from benchmarks import lora, models, report, texts
+from benchmarks import adapters_table, lora, models, report, texts
 from benchmarks.arguments import output_file
 from benchmarks.client import Answer, RequestFailed, chat
 from benchmarks.serving import Server, ServerError, has_gpu
 
 ZIPF_EXPONENT = 1.0
-COMPARED_TOKENS = 3
+LIKELIEST = {"top_logprobs": 20, "return_tokens_as_token_ids": True}
 AGREE = 0.15
-"""Log-probabilities of one adapter differ by less, over batches and servers, in bfloat16."""
+"""Log-probabilities of one adapter differ by less, over batches and servers, in bfloat16. They are compared token
+by token: which of two tokens that are as likely is the greedy answer differs from batch to batch."""
 
 PREFETCH_TIMEOUT_S = 60.0
 KEY = "adapters"
@@ -95,9 +97,9 @@ class Arm:
     def ask(self, http: httpx.Client, adapter: str, text: str, max_tokens: int) -> Answer:
         messages = [{"role": "user", "content": text}]
         if self.name == "resolver":
-            return chat(http, adapter, messages, max_tokens=max_tokens)
+            return chat(http, adapter, messages, max_tokens=max_tokens, **LIKELIEST)
         memos = {"adapter": adapter, "recall": False, "remember": False}
-        return chat(http, self.server.model, messages, max_tokens=max_tokens, memos=memos)
+        return chat(http, self.server.model, messages, max_tokens=max_tokens, memos=memos, **LIKELIEST)
 
 
 class Run:
@@ -132,8 +134,12 @@ class Run:
 
     def _names(self, number: int, cell: int) -> tuple[list[str], list[str]]:
         """Adapters of a cell, and as many fresh ones as are prefetched."""
-        fresh = max(self.options.samples, min(number, 2 * self.options.samples))
+        fresh = self._num_sampled(number)
         return [f"c{cell}-a{i}" for i in range(number)], [f"c{cell}-f{i}" for i in range(fresh)]
+
+    def _num_sampled(self, number: int) -> int:
+        """Adapters of which a resident or a prefetched use is timed."""
+        return max(self.options.samples, min(number, 2 * self.options.samples))
 
     def _start(self, model: Path, stack: ExitStack) -> list[Arm]:
         options = self.options
@@ -183,9 +189,10 @@ class Run:
         """First use of each, and resident uses in between; then prefetched ones, or first uses again."""
         max_tokens = self.options.max_tokens
         first, resident = [], []
-        for name in known:
+        for index, name in enumerate(known):
             first.append(self._timed(arm, http, name))
-            resident.append(self._timed(arm, http, name))
+            if index < self._num_sampled(number):
+                resident.append(self._timed(arm, http, name))
             arm.first[name] = arm.ask(http, name, self._prompt, max_tokens)
         prefetched = []
         for name in fresh:
@@ -236,15 +243,21 @@ class Run:
 
         with ThreadPoolExecutor(options.clients) as pool:
             done = [each for part in pool.map(work, range(options.clients)) for each in part]
-        wrong = [name for name, text, answer in done if text == self._prompt and not self._is_from(arm, name, answer)]
-        self.problems += [f"{arm.name}: an answer for {name} is from another adapter ({order})" for name in wrong]
+        asked = [(name, answer) for name, text, answer in done if text == self._prompt]
+        wrong = [what for name, answer in asked if (what := self._mixup(arm, name, answer))]
+        self.problems += [f"{arm.name}, {order}: {what}" for what in wrong]
         self._row(arm, number, "churn", [answer for _, _, answer in done], order=order, mixups=len(wrong))
 
     # -- checks ---------------------------------------------------------------------------------
 
-    def _is_from(self, arm: Arm, name: str, answer: Answer) -> bool:
+    def _mixup(self, arm: Arm, name: str, answer: Answer) -> str | None:
+        """What is wrong with an answer; None if it is the adapter's own."""
         own = _distance(arm.first[name], answer)
-        return own <= AGREE or own <= min(_distance(other, answer) for other in arm.first.values())
+        nearest = min(arm.first, key=lambda other: _distance(arm.first[other], answer))
+        if own <= AGREE or nearest == name:
+            return None
+        distance = _distance(arm.first[nearest], answer)
+        return f"an answer for {name} is {own:.2f} from its own and {distance:.2f} from that of {nearest}"
 
     def _compare(self, arms: Sequence[Arm], known: list[str]) -> None:
         for name in known:
@@ -280,26 +293,11 @@ def _totals(http: httpx.Client) -> dict[str, Any]:
 
 
 def _distance(one: Answer, other: Answer) -> float:
-    """Between the log-probabilities of the first tokens; without end where the texts begin differently."""
-    pairs = list(zip(one.logprobs[:COMPARED_TOKENS], other.logprobs[:COMPARED_TOKENS], strict=False))
-    return max((abs(a - b) for a, b in pairs), default=0.0) + (0.0 if one.text[:1] == other.text[:1] else 10.0)
-
-
-def show(rows: Sequence[dict[str, Any]], problems: Sequence[str]) -> None:
-    console = report.console()
-    table = Table("adapters", "use", "arm", "TTFT p50 ms", "p95", "ITL p99 ms", "mix-ups", "n")
-    for row in sorted(rows, key=lambda row: (row["adapters"], row["use"], row["order"], row["arm"])):
-        times = (f"{row[name] * 1000:.1f}" for name in ("ttft_p50_s", "ttft_p95_s", "itl_p99_s"))
-        use = f"{row['use']} {row['order']}".strip()
-        table.add_row(str(row["adapters"]), use, row["arm"], *times, str(row["mixups"]), str(row["n"]))
-    console.print(table)
-    for number in sorted({row["adapters"] for row in rows}):
-        found = {row["use"]: row["ttft_p50_s"] for row in rows if row["adapters"] == number and row["arm"] == "memos"}
-        if {"prefetched", "resident"} <= found.keys():
-            ratio = found["prefetched"] / found["resident"]
-            console.print(f"{number} adapters: prefetched first use takes {ratio:.2f} times a resident use's TTFT")
-    for problem in problems:
-        console.print(f"[red]{problem}[/red]")
+    """Between the log-probabilities of the first tokens that both show; without end where these are few."""
+    both = one.first_token.keys() & other.first_token.keys()
+    if len(both) <= len(one.first_token) // 2:
+        return math.inf
+    return max(abs(one.first_token[token] - other.first_token[token]) for token in both)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = {"preset": preset, "model": options.model.name, "problems": run.problems}
         flags |= {name: getattr(options, name) for name in ("slots", "host", "rank", "clients", "max_tokens", "seed")}
         report.write_json(target, "adapters", flags, run.rows)
-    show(run.rows, run.problems)
+    adapters_table.show(run.rows, run.problems)
     return 1 if run.problems else 0
 
 

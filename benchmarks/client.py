@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -26,6 +26,7 @@ class Answer:
         logprobs: log-probability of each of its tokens; equal floats mean equal KV.
         prompt_tokens, cached_tokens: as the server counts them.
         gaps_s: between one chunk with content and the next.
+        first_token: the likeliest first tokens and their log-probabilities, if ``top_logprobs`` was asked for.
     """
 
     ttft_s: float
@@ -35,6 +36,7 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     gaps_s: tuple[float, ...] = ()
+    first_token: dict[str, float] = field(default_factory=dict)
 
 
 def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_tokens: int, **fields: Any) -> Answer:
@@ -61,6 +63,7 @@ def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_
     first_chunk: float | None = None
     text: list[str] = []
     logprobs: list[float] = []
+    first_token: dict[str, float] = {}
     arrivals: list[float] = []
     usage: dict[str, Any] = {}
     sent = time.perf_counter()
@@ -84,7 +87,10 @@ def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_
                     first = first or now
                     arrivals.append(now)
                     text.append(choice["delta"]["content"])
-                logprobs += [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or ()]
+                tokens = (choice.get("logprobs") or {}).get("content") or ()
+                if tokens and not logprobs:
+                    first_token = {each["token"]: each["logprob"] for each in tokens[0].get("top_logprobs") or ()}
+                logprobs += [token["logprob"] for token in tokens]
     total_s = time.perf_counter() - sent
     # A model whose first token is half a character shows no content yet; vLLM's role chunk marks the same moment.
     first = first or first_chunk
@@ -99,6 +105,7 @@ def chat(http: httpx.Client, model: str, messages: list[dict[str, Any]], *, max_
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=details.get("cached_tokens") or 0,
         gaps_s=tuple(later - earlier for earlier, later in itertools.pairwise(arrivals)),
+        first_token=first_token,
     )
 
 

@@ -271,6 +271,10 @@ class AdaptersConfig(Section):
     distilled_text: Literal["keep", "leave_out"] = "keep"
     """Whether memories that the request's adapter was distilled from stand in its prompt as well."""
 
+    choose: Literal["request", "assembler"] = "request"
+    """Who names the adapter of a request: it or the user's default alone; or, where both are silent, whatever puts
+    memory into the prompt: the distilled adapter that knows most of the user's long-lived memories."""
+
     may_share_with_all: list[str] = []
     """Tenants whose users may share an adapter with every tenant."""
 

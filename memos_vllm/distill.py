@@ -1,6 +1,6 @@
-"""``python -m memos_vllm.distill``: turns a user's memories into a LoRA adapter, and publishes it if it is good.
+"""``memos distill``: turns a user's memories into a LoRA adapter, and publishes it if it is good.
 
-    python -m memos_vllm.distill --config memos.yaml --tenant shop --user alice --name alice-knows
+    memos distill --config memos.yaml --tenant shop --user alice --name alice-knows
 
 It reads the memories from the data directory, distils them (``adapters.distill``), and registers the result
 as the newest version of the name, with its provenance. It is not registered if it misses the bar, harms the
@@ -16,16 +16,19 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from memos_vllm import data_dir
+from memos_vllm.adapters.distill_settings import Settings
 from memos_vllm.adapters.questions import Control, questions_of
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError, RequestError
+from memos_vllm.memory import claims
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.opening import open_store
 from memos_vllm.memory.records import MemoryRecord
@@ -36,9 +39,14 @@ PAGE = 500
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    parser = argparse.ArgumentParser(prog="python -m memos_vllm.distill")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> int:
     try:
-        report = run(load(options.config), options)
+        report = distil(load(options.config), options)
     except MemosError as error:
         print(f"memos: {error}", file=sys.stderr)
         report = {"published": None, "refused": str(error)}
@@ -51,10 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report["published"] else 1
 
 
-def run(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
+def distil(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Selects, distils, evaluates, publishes; the report says what came of it."""
-    from memos_vllm.adapters.distill import Distillation, Settings, use_threads
+    try:
+        from memos_vllm.adapters.distill import Distillation, use_threads
+    except ImportError as error:
+        raise RequestError(f"distillation needs PEFT ({error}); pip install 'memos-vllm[distill]'") from error
 
+    began = time.monotonic()
     use_threads(options.threads)
     who = Principal(options.tenant, options.user)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
@@ -78,11 +90,16 @@ def run(config: MemosConfig, options: argparse.Namespace) -> dict[str, Any]:
             origin = {
                 "tenant": who.tenant,
                 "user": who.user,
-                "memories": [{"id": each.id, "version": each.version} for each in memories if each.id in used],
+                "memories": [
+                    {"id": each.id, "version": each.version, "fingerprint": claims.text_key(each.text).hex()}
+                    for each in memories
+                    if each.id in used
+                ],
                 "questions": [{"question": fact.question, "memory": fact.memory_id} for fact in facts],
                 "model": str(model),
                 "settings": asdict(settings),
                 "evaluation": evaluation.as_json(),
+                "took_s": round(time.monotonic() - began, 1),
             }
             refused = evaluation.refusal(settings) or _changed(service, who, memories)
             published = None
@@ -165,10 +182,9 @@ def _changed(service: MemoryService, who: Principal, memories: Sequence[MemoryRe
     return None
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    from memos_vllm.adapters.distill import Settings
-
-    parser = argparse.ArgumentParser(prog="python -m memos_vllm.distill", description=__doc__.partition("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", help="the server's --memos-config file")
     parser.add_argument("--tenant", required=True)
     parser.add_argument("--user", required=True)
@@ -185,7 +201,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for field in fields(Settings):
         kind = float if isinstance(field.default, float) else int
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

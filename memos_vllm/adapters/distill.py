@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 
+from memos_vllm.adapters.distill_settings import Settings
 from memos_vllm.adapters.questions import Control, controls
 
 Message = dict[str, Any]
@@ -48,29 +50,6 @@ class Fact:
     question: str
     value: str | None
     """What a right answer contains; None: the teacher's answer, word for word."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Of one distillation; all of them go into the adapter's provenance."""
-
-    rank: int = 16
-    alpha: int = 32
-    learning_rate: float = 1.5e-3
-    steps: int = 150
-    facts_per_step: int = 16
-    controls_per_step: int = 24
-    num_controls: int = 480
-    """Trained on; as many again, others, are evaluated."""
-
-    max_answer_tokens: int = 32
-    min_answered: float = 0.9
-    """The bar: share of the distilled facts that are answered without the memory."""
-
-    max_control_loss: float = 0.02
-    """The harm check: how much of the control set may get worse."""
-
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +202,6 @@ class Distillation:
     # -- training -------------------------------------------------------------------------------
 
     def _with_adapter(self, settings: Settings) -> Any:
-        from peft import LoraConfig, get_peft_model
-
         if self.model.device.type == "cpu":
             self.model.float()  # half precision is slow and coarse there
         config = LoraConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -18,6 +18,10 @@ _REFERENCE = re.compile(rf"(?P<name>{_NAME.pattern})(?:@(?P<version>[1-9]\d{{0,8
 
 FIRST_ID, LAST_ID = 2**16, 2**31 - 1
 """Smaller numbers are left to vLLM's own counter, which starts at 1 (``--lora-modules``)."""
+
+
+NAME_PREFIX = "memos-"
+"""Of what vLLM calls our adapters."""
 
 
 class Scope(StrEnum):
@@ -53,7 +57,19 @@ class Version:
     @property
     def lora_name(self) -> str:
         """What vLLM calls it: names the content, and nobody's name for it."""
-        return f"memos-{self.digest}-{self.incarnation}"
+        return f"{NAME_PREFIX}{self.digest}-{self.incarnation}"
+
+    def sources_of(self, who: Principal) -> Sequence[Mapping[str, Any]]:
+        """A user's memories that it was distilled from: id, version, and the text's fingerprint."""
+        source = self.origin.get("distilled") or {}
+        if source.get("tenant") != who.tenant or source.get("user") != who.user:
+            return ()
+        memories: Sequence[Mapping[str, Any]] = source["memories"]
+        return memories
+
+    def memories_of(self, who: Principal) -> frozenset[tuple[str, int]]:
+        """Id and version of the same."""
+        return frozenset((memory["id"], memory["version"]) for memory in self.sources_of(who))
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,6 +251,41 @@ class AdapterRegistry:
             self.files.verify(version.digest)
             yield InUse(adapter, version, self.files.folder(version.digest))
 
+    @contextmanager
+    def use_named(self, lora_name: str) -> Iterator[None]:
+        """Keeps the files of a version that vLLM is about to load, by vLLM's name for it, until the end of the block.
+
+        Raises:
+            AdapterUnavailable: there is no such version any more, or its files are not what was registered.
+        """
+        with self._env.begin() as txn:
+            version = next((each for each in self._versions(txn) if each.lora_name == lora_name), None)
+        if version is None:
+            raise AdapterUnavailable("the adapter was deleted meanwhile")
+        with self.files.holding(version.digest):
+            with self._env.begin() as txn:  # again: a deletion may have been faster than the lock
+                if all(each.lora_name != lora_name for each in self._versions(txn)):
+                    raise AdapterUnavailable("the adapter was deleted meanwhile")
+            self.files.verify(version.digest)
+            yield
+
+    def standing_for(self, who: Principal, memories: Collection[tuple[str, int]]) -> str | None:
+        """The user's distilled adapter that knows most of these memories, by reference; None: none knows any.
+
+        Args:
+            memories: id and version of each.
+        """
+        best, most = None, 0
+        for adapter in self.list(who):
+            known = adapter.version().memories_of(who) & set(memories) if adapter.owner == who else ()
+            if len(known) > most:
+                best, most = adapter.name, len(known)
+        return best
+
+    def stamp(self) -> int:
+        """Changes whenever any process has written the index."""
+        return int(self._env.info()["last_txnid"])
+
     # -- changing -------------------------------------------------------------------------------
 
     def select(self, who: Principal, name: str, number: int) -> Adapter:
@@ -284,13 +319,45 @@ class AdapterRegistry:
 
         return self._write(work)
 
-    def withdraw(self, who: Principal, memory_ids: Collection[str] | None) -> Removed:
-        """Removes the versions that were distilled from memories of a user; None: from any of his."""
+    def sources(self, who: Principal) -> list[Mapping[str, Any]]:
+        """What the adapters that were distilled from a user's memories were made from: id, version, fingerprint."""
+        with self._env.begin() as txn:
+            return [source for each in self._versions(txn) for source in each.sources_of(who)]
+
+    def distilled_users(self) -> set[Principal]:
+        """Those of whose memories an adapter was distilled."""
+        with self._env.begin() as txn:
+            sources = [each.origin.get("distilled") for each in self._versions(txn)]
+        return {Principal(source["tenant"], source["user"]) for source in sources if source}
+
+    def distilled_from(self, who: Principal, memory_id: str) -> list[str]:
+        """The versions, by reference, that know a memory of the user."""
+        with self._env.begin() as txn:
+            return [
+                f"{adapter.name}@{each.version}"
+                for adapter in self._adapters(txn)
+                for each in adapter.versions
+                if any(source["id"] == memory_id for source in each.sources_of(who))
+            ]
+
+    def distillation_s(self) -> float | None:
+        """How long the newest distillation took; None: there is none."""
+        with self._env.begin() as txn:
+            distilled = [each for each in self._versions(txn) if each.origin.get("distilled")]
+        newest = max(distilled, key=lambda each: each.created_at, default=None)
+        return None if newest is None else newest.origin["distilled"].get("took_s")
+
+    def withdraw(self, who: Principal, memory_ids: Collection[str]) -> Removed:
+        """Removes the versions that were distilled from these memories of a user."""
 
         def work(txn: lmdb.Transaction) -> Removed:
             doomed = []
             for adapter in self._adapters(txn):
-                numbers = {each.version for each in adapter.versions if _is_from(each, who, memory_ids)}
+                numbers = {
+                    each.version
+                    for each in adapter.versions
+                    if any(source["id"] in memory_ids for source in each.sources_of(who))
+                }
                 if numbers:
                     doomed.append((adapter, numbers))
             return self._remove(txn, doomed)
@@ -432,10 +499,3 @@ def _write_base(path: Path, base: BaseModel, fingerprint: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values))
     temporary.replace(path)
-
-
-def _is_from(version: Version, who: Principal, memory_ids: Collection[str] | None) -> bool:
-    source = version.origin.get("distilled") or {}
-    if source.get("tenant") != who.tenant or source.get("user") != who.user:
-        return False
-    return memory_ids is None or any(memory["id"] in memory_ids for memory in source["memories"])

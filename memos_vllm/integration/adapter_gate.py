@@ -5,6 +5,8 @@ registry: the chosen one stands in a context variable for the time of the call, 
 object hands it to the engine, and another keeps its name out of the response.
 
     use        look up with the user's rights, hold the files, have the engine load it, choose it
+    coming     what ``use`` will choose, for a prefix that is built before its request
+    building   hold the files and have the engine load it, for a build
     prefetch   have the engine load what the next requests will need, while slots are free
 
 Only ``use`` before ``add_lora`` succeeded can fail, and then nothing of the request has reached the engine.
@@ -16,19 +18,22 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from memos_vllm.adapters.records import NAME_PREFIX
 from memos_vllm.adapters.registry import AdapterRegistry, InUse, Removed
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound, RequestError
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.memory_metrics import MemoryMetrics
+from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.types import Principal
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ MAX_SCENES = 16_384
 
 MAX_HEADER_CHARS = 200
 
+_T = TypeVar("_T")
 _NO_LORA = "this server runs without LoRA"
 _chosen: ContextVar[LoRARequest | None] = ContextVar("memos_adapter", default=None)
 
@@ -97,11 +103,24 @@ class Choice:
             _chosen.reset(token)
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What a request that has not come yet will run with; without ``lora`` the base model."""
+
+    reference: str | None = None
+    lora: LoRARequest | None = None
+    instead_of: frozenset[tuple[str, int]] = frozenset()
+    """As in ``Choice``."""
+
+
 class AdapterGate:
     """One per API process, in its event loop."""
 
-    def __init__(self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig) -> None:
+    def __init__(
+        self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig, metrics: MemoryMetrics
+    ) -> None:
         self.registry = registry
+        self._metrics = metrics
         self.totals = GateTotals()
         self._engine = engine
         self._config = config
@@ -114,13 +133,21 @@ class AdapterGate:
 
     # -- requests -------------------------------------------------------------------------------
 
-    async def use(self, who: Principal, named: str | None, serving: Any, model: str | None) -> Choice | None:
+    async def use(
+        self,
+        who: Principal,
+        named: str | None,
+        serving: Any,
+        model: str | None,
+        memories: Iterable[MemoryRecord] = (),
+    ) -> Choice | None:
         """The adapter of a request; None for the base model without further words.
 
         Args:
             named: by the request; None: the user's default.
             serving: vLLM's object behind the chat endpoint.
             model: as the request names it; one of vLLM's own adapters leaves no room for ours.
+            memories: long-lived ones of its prompt.
 
         Raises:
             AdapterError, NotFound: it names an adapter that it cannot have.
@@ -131,7 +158,7 @@ class AdapterGate:
             raise AdapterError(
                 f"the model {model!r} is an adapter itself; name the base model, or leave 'memos.adapter'"
             )
-        reference = named or (None if is_vllms else await asyncio.to_thread(self.registry.profile, who))
+        reference = named or (None if is_vllms else await asyncio.to_thread(self._unnamed, who, memories))
         if reference is None:
             return None
         if self._lora is None:
@@ -140,37 +167,51 @@ class AdapterGate:
             raise AdapterError(f"{_NO_LORA}; the operator starts it with --enable-lora", 409)
         choice = Choice(reference=reference)
         try:
-            used = await self._hold(choice, who, reference)
+            used = await self._hold(choice._files, self.registry.use(who, reference))
             await self._load(used)
         except (RequestError, asyncio.CancelledError) as error:
             choice.close()
             # What the request names must exist; only what exists may fail softly.
             refused = named is not None and isinstance(error, (AdapterError, NotFound))
-            if isinstance(error, asyncio.CancelledError) or refused or self._config.on_error == "fail":
+            if isinstance(error, asyncio.CancelledError):
                 raise
+            if refused or self._config.on_error == "fail":
+                self._metrics.adapter_requested("refused")
+                raise
+            self._metrics.adapter_requested("base")
             self.totals.fallbacks += 1
             logger.warning("adapter %r of %s is not used: %s", reference, who, error)
             return Choice(reference=reference, why=_in_a_header(error))
         _hand_over(serving)
         self.totals.requests += 1
+        self._metrics.adapter_requested("served")
         if used.version.lora_name in self._prefetched:
             self._prefetched.discard(used.version.lora_name)
             self.totals.prefetch_used += 1
+            self._metrics.adapter_prefetch_used()
         choice.request, choice.name = lora_request(used), used.reference
-        if self._config.distilled_text == "leave_out" and used.adapter.owner == who:
-            memories = used.version.origin.get("distilled", {}).get("memories", ())
-            choice.instead_of = frozenset((memory["id"], memory["version"]) for memory in memories)
+        choice.instead_of = self._instead_of(used, who)
         return choice
 
-    async def _hold(self, choice: Choice, who: Principal, reference: str) -> InUse:
+    def _unnamed(self, who: Principal, memories: Iterable[MemoryRecord]) -> str | None:
+        """The adapter of a request that names none: the user's default, or what stands for his memories."""
+        default = self.registry.profile(who)
+        if default is None and self._config.choose == "assembler":
+            return self.registry.standing_for(who, {(record.id, record.version) for record in memories})
+        return default
+
+    def _instead_of(self, used: InUse, who: Principal) -> frozenset[tuple[str, int]]:
+        """Memories whose text stays out of the prompt."""
+        leave_out = self._config.distilled_text == "leave_out" and used.adapter.owner == who
+        return used.version.memories_of(who) if leave_out else frozenset()
+
+    async def _hold(self, files: ExitStack, holding: AbstractContextManager[_T]) -> _T:
         """Off the loop: the first use in a process reads the whole adapter."""
-        holding = asyncio.ensure_future(
-            asyncio.to_thread(choice._files.enter_context, self.registry.use(who, reference))
-        )
+        held = asyncio.ensure_future(asyncio.to_thread(files.enter_context, holding))
         try:
-            return await asyncio.shield(holding)
+            return await asyncio.shield(held)
         except asyncio.CancelledError:
-            holding.add_done_callback(lambda _: choice.close())  # the thread goes on, and may hold them only then
+            held.add_done_callback(lambda _: files.close())  # the thread goes on, and may hold them only then
             raise
 
     async def _load(self, used: InUse) -> None:
@@ -182,20 +223,22 @@ class AdapterGate:
             if name in self._loaded:
                 return
             began = time.monotonic()
-            await self._add(used)
+            await self._add(lora_request(used), used.reference)
             self.totals.loads += 1
-            self.totals.load_s += time.monotonic() - began
+            waited_s = time.monotonic() - began
+            self.totals.load_s += waited_s
+            self._metrics.adapter_loaded("request", waited_s)
         self._loading.pop(name, None)
 
-    async def _add(self, used: InUse) -> None:
+    async def _add(self, lora: LoRARequest, reference: str) -> None:
         try:
-            await self._engine.add_lora(lora_request(used))
+            await self._engine.add_lora(lora)
         except EngineDeadError:
             raise
         except Exception as error:  # vLLM passes on whatever the worker raised, as a plain Exception
             self.totals.failures += 1
-            raise AdapterUnavailable(f"adapter {used.reference!r} cannot be loaded by vLLM: {error}") from error
-        self._loaded.add(used.version.lora_name)
+            raise AdapterUnavailable(f"adapter {reference!r} cannot be loaded by vLLM: {error}") from error
+        self._loaded.add(lora.lora_name)
 
     # -- ahead of requests ----------------------------------------------------------------------
 
@@ -219,6 +262,45 @@ class AdapterGate:
         elif scene_id not in self._scenes:
             self.expect(scene_id, who, await asyncio.to_thread(self.registry.profile, who))
         return scene_id in self._scenes
+
+    def coming(
+        self, who: Principal, named: str | None, serving: Any, model: str | None, memories: Iterable[MemoryRecord]
+    ) -> Coming:
+        """What ``use`` would choose now. Blocks while the adapter's files are read."""
+        vllms: LoRARequest | None = serving.models.lora_requests.get(model)
+        if vllms is not None or self._lora is None:
+            return Coming(lora=vllms)
+        reference = named or self._unnamed(who, memories)
+        if reference is None:
+            return Coming()
+        try:
+            with self.registry.use(who, reference) as used:
+                return Coming(reference, lora_request(used), self._instead_of(used, who))
+        except (AdapterError, AdapterUnavailable, NotFound) as error:
+            logger.info("the next session of %s is prepared without adapter %r: %s", who, reference, error)
+            return Coming()
+
+    @asynccontextmanager
+    async def building(self, lora: LoRARequest | None) -> AsyncIterator[None]:
+        """The engine has the adapter of a build, and its files stay until the end of the block.
+
+        A request whose adapter does not load stops vLLM's engine, so it is loaded by itself first.
+
+        Raises:
+            AdapterUnavailable: it is gone or broken; the engine knows no scene of it any more.
+        """
+        if lora is None or not lora.lora_name.startswith(NAME_PREFIX):
+            yield  # of vLLM's own adapters vLLM takes care
+            return
+        with ExitStack() as files:
+            try:
+                await self._hold(files, self.registry.use_named(lora.lora_name))
+                await self._add(lora, lora.lora_name)
+                self._metrics.adapter_loaded("build")
+            except AdapterUnavailable:
+                await engine_channel.call(self._engine, "forget_adapter", {"lora_name": lora.lora_name})
+                raise
+            yield
 
     async def prefetch(self, scene_ids: Sequence[str]) -> None:
         """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.
@@ -254,11 +336,12 @@ class AdapterGate:
         with ExitStack() as files:
             try:
                 used = await asyncio.to_thread(files.enter_context, self.registry.use(who, reference))
-                await self._add(used)
+                await self._add(lora_request(used), used.reference)
             except (AdapterUnavailable, NotFound) as error:
                 logger.warning("adapter %r of %s is not prefetched: %s", reference, who, error)
                 return
             self._prefetched.add(used.version.lora_name)
+        self._metrics.adapter_loaded("prefetch")
         self.totals.prefetches += 1
         self.totals.prefetch_s += time.monotonic() - began
 

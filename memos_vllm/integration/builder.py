@@ -20,7 +20,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import BuildConfig
+from memos_vllm.errors import AdapterUnavailable
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.idle import IdleTime, lowest_priority
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.scene_builds import BUILD_PARAM
@@ -53,6 +55,7 @@ class SceneBuilder:
         planner: ScenePlanner,
         starts: SessionStarts,
         idle: IdleTime,
+        adapters: AdapterGate,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         vllm_config = engine.vllm_config
@@ -62,11 +65,12 @@ class SceneBuilder:
         self._config = config
         self._planner = planner
         self._starts = starts
+        self._adapters = adapters
         self._now = now
         self._priority = lowest_priority(vllm_config)
         self._idle = idle
         self._woken = asyncio.Event()
-        self._stamp: int | None = None
+        self._stamp: tuple[int, int] | None = None
         self._working = False
         self._task: asyncio.Task[None] | None = None
         if self.enabled:
@@ -74,9 +78,9 @@ class SceneBuilder:
 
     # -- what happens ---------------------------------------------------------------------------
 
-    def turn_seen(self, start: SessionStart, scene_id: str) -> None:
-        """A turn of the session with this scene came, and shows how the user's next session starts."""
-        self._starts.seen(start, scene_id)
+    def turn_seen(self, start: SessionStart) -> None:
+        """A turn came, and shows how the user's next session starts."""
+        self._starts.seen(start)
         self.wake()
 
     def forget(self, who: Principal) -> None:
@@ -125,13 +129,17 @@ class SceneBuilder:
         """Declares what has changed and builds what is absent, while the engine is idle; whether something is left."""
         if declared := await self._starts.declare_changed(self._planner.told):
             self._planner.starts_declared(declared)
+        took_slots = False
         while self._idle.is_now:
             if await self._engine.is_sleeping():
                 return True
             reply = await self._claim()
             if (piece := reply.get("piece")) is None:
+                if took_slots:  # perhaps those of adapters that are expected sooner
+                    await self._adapters.prefetch(self._planner.told)
                 return bool(reply.get("busy") or reply.get("unknown"))
             await self._build(piece)
+            took_slots = took_slots or piece["lora"] is not None
         return True  # it gave way
 
     async def _claim(self) -> dict[str, Any]:
@@ -149,7 +157,10 @@ class SceneBuilder:
         if not self._idle.is_now:
             return
         started = self._now()
-        await self._idle.run(partial(self._generate, piece), PIECE_PATIENCE_S)
+        try:
+            await self._idle.run(partial(self._generate, piece), PIECE_PATIENCE_S)
+        except AdapterUnavailable as error:
+            logger.info("a scene is not built: %s", error)
         share = self._config.busy_share
         await asyncio.sleep((self._now() - started) * (1 - share) / share)
 
@@ -163,11 +174,13 @@ class SceneBuilder:
             detokenize=False,
             extra_args={"kv_transfer_params": {BUILD_PARAM: piece["build"]}},
         )
-        async for _ in self._engine.generate(
-            {"prompt_token_ids": piece["token_ids"], "cache_salt": piece["salt"]},
-            params,
-            f"memos-build-{piece['build']}",
-            lora_request=LoRARequest(**piece["lora"]) if piece["lora"] else None,
-            priority=self._priority,
-        ):
-            pass
+        lora = LoRARequest(**piece["lora"]) if piece["lora"] else None
+        async with self._adapters.building(lora):
+            async for _ in self._engine.generate(
+                {"prompt_token_ids": piece["token_ids"], "cache_salt": piece["salt"]},
+                params,
+                f"memos-build-{piece['build']}",
+                lora_request=lora,
+                priority=self._priority,
+            ):
+                pass

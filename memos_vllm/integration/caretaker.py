@@ -1,4 +1,4 @@
-"""What nobody waits for: time moves memories, and KV that a deletion left behind is removed."""
+"""What nobody waits for: time moves memories, and KV and adapters that a deletion left behind are removed."""
 
 from __future__ import annotations
 
@@ -45,3 +45,6 @@ class Caretaker:
             removed = await self._state.forget_kv(who)
             if any(removed.values()):
                 logger.info("KV of past epochs of %s was removed: %s", who, removed)
+        for who in await asyncio.to_thread(self._state.adapters.registry.distilled_users):
+            if withdrawn := await self._state.withdraw_adapters(who):
+                logger.info("adapters of %s were withdrawn with their memories: %s", who, withdrawn)

@@ -103,18 +103,15 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
         start = next_start(turn, request, raw_request, state)
-        adapter = await state.adapters.use(
-            turn.who, turn.options.adapter, raw_request.app.state.openai_serving_chat, request.model
-        )
+        recall, salt = await recall_for(turn, state)
+        serving = raw_request.app.state.openai_serving_chat
+        adapter = await state.adapters.use(turn.who, turn.options.adapter, serving, request.model, recall.long_lived)
     except MemosError as error:
         return error_response(error)
     with ExitStack() as cleanup:
         if adapter is not None:
             cleanup.callback(adapter.close)
-        try:
-            recall = await add_memory(turn, request, state, adapter)
-        except MemosError as error:
-            return error_response(error)
+        told = add_memory(turn, request, recall, salt, adapter)
         scene_id = announce_turn(turn, start, adapter, request, state)
         response = None
         try:
@@ -127,7 +124,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
             return response
         if isinstance(response, StreamingResponse):
             response.body_iterator = _closing(response.body_iterator, cleanup.pop_all())
-    return finish_turn(turn, recall, adapter, scene_id, response, state)
+    return finish_turn(turn, recall, told, adapter, scene_id, response, state)
 
 
 def announce_turn(
@@ -140,7 +137,7 @@ def announce_turn(
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
     if start is not None:
         request.kv_transfer_params[START_PARAM] = start.scene_id
-        state.builder.turn_seen(start, scene_id)
+        state.builder.turn_seen(start)
     return scene_id
 
 
@@ -205,11 +202,12 @@ def next_start(
     serving = stock.chat(raw_request)
     if serving is None or not state.builder.enabled or not turn.options.recall:
         return None
-    return start_of(turn.who, request, turn.messages, serving, state.planner.start_id(turn.who))
+    start_id = state.planner.start_id(turn.who)
+    return start_of(turn.who, request, turn.messages, serving, start_id, turn.options.adapter)
 
 
-async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState, adapter: Choice | None) -> Recall:
-    """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
+async def recall_for(turn: Turn, state: MemosState) -> tuple[Recall, str]:
+    """What memory and outside sources have for this turn, and the user's salt."""
     asked = None
     if turn.options.recall and turn.options.sources:  # they are searched while memory is recalled
         asked = state.sources.begin(turn.who, last_user_text(turn.messages))
@@ -219,6 +217,15 @@ async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosSta
         recall = await _with_sources(recall, asked, state)
     if turn.options.recall:
         state.metrics.recalled(recall)
+    return recall, salt
+
+
+def add_memory(turn: Turn, request: ChatCompletionRequest, recall: Recall, salt: str, adapter: Choice | None) -> Recall:
+    """Puts memory into the request's messages and the user's salt into its cache key.
+
+    Returns:
+        What of the recall was put; the adapter may stand for the rest.
+    """
     if adapter is not None and adapter.instead_of:
         recall = without(recall, adapter.instead_of)
     request.messages = assemble(
@@ -258,17 +265,28 @@ async def _with_sources(recall: Recall, asked: Gathering, state: MemosState) -> 
 
 
 def finish_turn(
-    turn: Turn, recall: Recall, adapter: Choice | None, scene_id: str, response: Response, state: MemosState
+    turn: Turn,
+    recall: Recall,
+    told: Recall,
+    adapter: Choice | None,
+    scene_id: str,
+    response: Response,
+    state: MemosState,
 ) -> Response:
-    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted."""
+    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted.
+
+    Args:
+        recall: what the answer needed, and what counts as used.
+        told: what of it stands in the prompt, because no adapter stands for it.
+    """
     if turn.options.explain and isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
-        body["memos"] = explain(turn, recall, adapter)
+        body["memos"] = explain(turn, told, adapter)
         explained = JSONResponse(body, background=response.background)
         explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
         response = explained
-    recalled = [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
-    state.recalls.count(recalled)
+    state.recalls.count(ids_of(recall))
+    recalled = ids_of(told)
     response.headers[RECALLED_HEADER] = ",".join(recalled[:_MAX_HEADER_IDS])
     if adapter is not None:
         response.headers[ADAPTER_HEADER] = adapter.header
@@ -302,11 +320,13 @@ async def end_turn(
     A write that fails is logged; nobody waits for it any more.
     """
     state.planner.turn_ended(scene_id)
+    superseded = False
     try:
         if turn.options.remember:
             cause = {"session": turn.options.session, "request": turn.request_id}
             remember = partial(state.service.remember, **cause, tools=turn.tools)
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
+            superseded = any(record.supersedes for record in records)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
     except MemosError as error:
@@ -321,8 +341,14 @@ async def end_turn(
     try:
         note = partial(state.service.life.used, turn.who, used, session=turn.options.session, scene=scene_id)
         await asyncio.to_thread(note)
+        if superseded:
+            await state.withdraw_adapters(turn.who)
     except MemosError as error:
         logger.error("what a turn of %s used was not noted: %s", turn.who, error)
+
+
+def ids_of(recall: Recall) -> list[str]:
+    return [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
 
 
 def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any]:

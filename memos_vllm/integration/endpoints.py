@@ -83,11 +83,13 @@ class MemosEndpoints:
         service = MemoryService(store, config.memory, count_tokens=count_tokens, embedder=embedder)
         sources = open_sources(config, data_dir.sources_dir(config.data_dir), count_tokens, embedder)
         secret = data_dir.secret(config.data_dir)
-        adapters = await asyncio.to_thread(open_adapters, engine_client, config)
+        metrics = MemoryMetrics()
+        adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics)
         planner = ScenePlanner(
             engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
         )
-        starts = SessionStarts(engine_client, service, salt_of=partial(salts.of_user, secret, config.kv.store_dtype))
+        salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
+        starts = SessionStarts(engine_client, service, salt_of, adapters)
         idle = IdleTime()
         state.memos = memos = MemosState(
             config=config,
@@ -95,8 +97,8 @@ class MemosEndpoints:
             engine=engine_client,
             secret=secret,
             planner=planner,
-            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts, idle),
-            metrics=MemoryMetrics(),
+            builder=SceneBuilder(engine_client, config.prediction.build, planner, starts, idle, adapters),
+            metrics=metrics,
             adapters=adapters,
             count_tokens=count_tokens,
             sources=sources,
@@ -118,7 +120,7 @@ class MemosEndpoints:
         memos.refiner.start()
 
 
-def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:
+def open_adapters(engine_client: Any, config: MemosConfig, metrics: MemoryMetrics) -> AdapterGate:
     """The registry of LoRA adapters, for what this server serves."""
     registry = AdapterRegistry(
         data_dir.adapters_dir(config.data_dir),
@@ -126,7 +128,7 @@ def open_adapters(engine_client: Any, config: MemosConfig) -> AdapterGate:
         base_of(engine_client.vllm_config, config.adapters),
         fingerprint_of(engine_client.vllm_config),
     )
-    return AdapterGate(engine_client, registry, config.adapters)
+    return AdapterGate(engine_client, registry, config.adapters, metrics)
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from memos_vllm.integration import salts
 from memos_vllm.integration.activation_memory import ActivationMemory
-from memos_vllm.integration.scene_builds import lora_arguments
 from memos_vllm.store.ops import Op
 
 if TYPE_CHECKING:
@@ -60,21 +59,18 @@ def _declare(
     scene: str,
     token_ids: list[int],
     salt: str,
-    like: str,
     lora: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A prefix that no request has had yet is a scene from now on; ``blocks`` 0 if it cannot be one.
 
     Args:
-        like: a scene of the same user; this one gets its adapter.
-        lora: arguments of the ``LoRARequest`` to use where ``like`` is not known any more.
+        lora: arguments of the ``LoRARequest`` that it is to be computed with.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
-    assert memory.builds is not None
-    adapter = memory.builds.lora_of(like, otherwise=LoRARequest(**lora) if lora else None)
+    adapter = LoRARequest(**lora) if lora else None
     request = Request(
         f"memos-declare-{scene}",
         token_ids,
@@ -86,6 +82,6 @@ def _declare(
     )
     tag, keys = memory.names.tag(request), memory.names.of(request.block_hashes, adapter)
     if tag is None or keys is None or memory.tiers.is_forgotten(tag):
-        return {"enabled": True, "blocks": 0, "lora": None}
+        return {"enabled": True, "blocks": 0}
     memory.register(scene, request, keys)
-    return {"enabled": True, "blocks": len(keys), "lora": lora_arguments(adapter)}
+    return {"enabled": True, "blocks": len(keys)}

@@ -20,7 +20,7 @@ from memos_vllm.memory.records import MemoryRecord, utc_now
 router = APIRouter(prefix="/v1/memories", tags=["Memos"])
 
 TRAINING_S = 120.0
-"""Of 24 facts on two CPU cores (benchmarked with the recall model); a distillation's report has a deployment's own."""
+"""Of 24 facts of the recall model on two CPU cores, until this server has an adapter that was distilled here."""
 
 
 @router.get("/{memory_id}/form")
@@ -31,13 +31,14 @@ async def form(raw_request: Request, memory_id: str, user: str | None = None) ->
     who = principal(raw_request, state, user)
     record = await asyncio.to_thread(state.service.get, who, memory_id)
     engines = await engine_channel.call(state.engine, "status")
-    measured = _measure(state, record, engines[0])
+    training_s = await asyncio.to_thread(state.adapters.registry.distillation_s)
+    measured = _measure(state, record, engines[0], training_s or TRAINING_S)
     choice = choose(measured)
     return {"memory": record.id, "form": choice.form, "why": choice.why, "cost_s_per_day": choice.cost_s_per_day,
             "measured": asdict(measured)}  # fmt: skip
 
 
-def _measure(state: MemosState, record: MemoryRecord, kv: dict[str, Any]) -> Measured:
+def _measure(state: MemosState, record: MemoryRecord, kv: dict[str, Any], training_s: float) -> Measured:
     tokens = state.count_tokens(record.text)
     per_token_s = _prefill_s_per_token()
     disk = kv.get("disk", {"blocks": 0})
@@ -52,7 +53,7 @@ def _measure(state: MemosState, record: MemoryRecord, kv: dict[str, Any]) -> Mea
         kv_bytes=kv_bytes,
         stable_s=(utc_now() - (record.created_at if record.version == 1 else record.updated_at)).total_seconds(),
         askable=any(True for _ in questions_of(record.text)),
-        training_s=TRAINING_S,
+        training_s=training_s,
     )
 
 

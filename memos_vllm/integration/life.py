@@ -67,14 +67,18 @@ async def roll_back(raw_request: Request, snapshot_id: str, user: str | None = N
     who = principal(raw_request, state, user)
     await state.wait_for_writes(who)
     done = await asyncio.to_thread(state.service.life.roll_back, who, snapshot_id)
-    return {**done.as_json(), "kv": await state.forget_kv(who)}
+    adapters = await state.withdraw_adapters(who)
+    return {**done.as_json(), "kv": await state.forget_kv(who), "adapters": adapters}
 
 
 @router.get("/{memory_id}/cube")
 @answers_errors
 async def cube(raw_request: Request, memory_id: str, user: str | None = None) -> Any:
     state = state_of(raw_request)
-    return await asyncio.to_thread(state.service.life.cube, principal(raw_request, state, user), memory_id)
+    who = principal(raw_request, state, user)
+    found = await asyncio.to_thread(state.service.life.cube, who, memory_id)
+    found["payload"]["adapters"] = await asyncio.to_thread(state.adapters.registry.distilled_from, who, memory_id)
+    return found
 
 
 @router.get("/{memory_id}/history")

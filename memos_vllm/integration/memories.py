@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -170,11 +170,8 @@ async def update(raw_request: Request, memory_id: str) -> Any:
     if body.state is not None:
         record = await asyncio.to_thread(state.service.life.set_state, who, memory_id, body.state)
     else:
-        epoch = state.service.kv_epoch(who)
         record = await asyncio.to_thread(partial(state.service.update, who, memory_id, **changes))
         await state.forget_kv(who)
-        if state.service.kv_epoch(who) != epoch:  # the text is another one now, and adapters know the old one
-            await _withdraw_adapters(state, who, [memory_id, *state.service.restated(who, memory_id)])
     return record.as_json()
 
 
@@ -200,17 +197,6 @@ async def forget(state: MemosState, who: Principal, remove: Callable[..., Any], 
     """Deletes, then removes the KV that may hold the deleted text; the receipt lists both."""
     await state.wait_for_writes(who)
     receipt = await asyncio.to_thread(remove, *args)
+    adapters = await state.withdraw_adapters(who)
     kv = await state.forget_kv(who)
-    adapters = await _withdraw_adapters(state, who, None if remove == state.service.delete_all else receipt.records)
     return {"deleted": True, **receipt.as_json(), "kv": kv, "adapters": adapters}
-
-
-async def _withdraw_adapters(state: MemosState, who: Principal, memory_ids: Sequence[str] | None) -> list[str]:
-    """Removes adapters that were distilled from memories that are gone: their weights hold the text.
-
-    Args:
-        memory_ids: None: all of the user's.
-    """
-    removed = await asyncio.to_thread(state.adapters.registry.withdraw, who, memory_ids)
-    await state.adapters.remove(removed)
-    return list(removed.references)

@@ -1,4 +1,7 @@
-"""What an API process counts of plaintext memory; several processes add up in prometheus_client's multiprocess mode."""
+"""What an API process counts of plaintext memory and adapters.
+
+Several processes add up in prometheus_client's multiprocess mode.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,21 @@ class MemoryMetrics:
 
     def source_failed(self, reason: str) -> None:
         self._series[series_key("memos:source_failures_total", reason)].inc()
+
+    def adapter_requested(self, outcome: str) -> None:
+        self._series[series_key("memos:adapter_requests_total", outcome)].inc()
+
+    def adapter_loaded(self, reason: str, waited_s: float | None = None) -> None:
+        """
+        Args:
+            waited_s: of the request that it was loaded for.
+        """
+        self._series[series_key("memos:adapter_loads_total", reason)].inc()
+        if waited_s is not None:
+            self._series["memos:adapter_load_seconds"].observe(waited_s)
+
+    def adapter_prefetch_used(self) -> None:
+        self._series["memos:adapter_prefetch_used_total"].inc()
 
     def searched(self) -> None:
         self._series["memos:memory_searches_total"].inc()

@@ -166,6 +166,22 @@ API_METRICS = (
         _one(*Outcome),
     ),
     Metric("memos:recall_seconds", Kind.HISTOGRAM, "Time a chat request spent on recalling memories."),
+    Metric(
+        "memos:adapter_requests_total",
+        Kind.COUNTER,
+        "Chat requests that were to be answered with an adapter.",
+        ("outcome",),
+        _one("served", "base", "refused"),
+    ),
+    Metric(
+        "memos:adapter_loads_total",
+        Kind.COUNTER,
+        "Adapters that the engine was asked to have ready.",
+        ("reason",),
+        _one("request", "prefetch", "build"),
+    ),
+    Metric("memos:adapter_load_seconds", Kind.HISTOGRAM, "Time a chat request waited for its adapter's first load."),
+    Metric("memos:adapter_prefetch_used_total", Kind.COUNTER, "Prefetched adapters that a request then used."),
 )
 
 CLASSES = {Kind.COUNTER: Counter, Kind.GAUGE: Gauge, Kind.HISTOGRAM: Histogram}

@@ -113,11 +113,6 @@ class SceneBuilds:
         if (content := self._contents.get(scene_id)) is not None:
             content.num_built_blocks = 0
 
-    def lora_of(self, scene_id: str, otherwise: LoRARequest | None) -> LoRARequest | None:
-        """The adapter of a scene, or of ``otherwise`` where the scene is not known."""
-        content = self._contents.get(scene_id)
-        return otherwise if content is None else content.lora_request
-
     def forget(self, tag: bytes) -> None:
         """What a deleted salt or adapter made is not computed again: of what is not here no piece is claimed."""
         for scene_id in [each for each, content in self._contents.items() if tag in content.tags()]:

@@ -335,7 +335,7 @@ class SceneTable:
         """What an application may know about its scene."""
         scene = self.known.get(scene_id)
         if scene is None:
-            return {"state": SceneState.UNKNOWN, "blocks": 0, "resident_blocks": 0}
+            return {"state": SceneState.UNKNOWN, "blocks": 0, "resident_blocks": 0, "adapter": None}
         resident = 0
         while resident < scene.num_blocks and self._resident(scene.hashes[resident]):
             resident += 1
@@ -347,7 +347,13 @@ class SceneTable:
             state = SceneState.STORED
         else:
             state = SceneState.ABSENT
-        return {"state": state, "blocks": scene.num_blocks, "resident_blocks": resident}
+        lora = scene.request.lora_request
+        return {
+            "state": state,
+            "blocks": scene.num_blocks,
+            "resident_blocks": resident,
+            "adapter": None if lora is None else lora.lora_name,
+        }
 
     def status(self) -> dict[str, Any]:
         self.count_wasted()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from enum import StrEnum
 from typing import Any
 
@@ -77,6 +78,20 @@ async def status(raw_request: Request, session: str | None = None, user: str | N
     who = principal(raw_request, state, user)
     named = await _describe(state, state.planner.scene_id(who, session))
     return {**named, "next_session": await _describe(state, state.planner.start_id(who))}
+
+
+@router.delete("")
+@answers_errors
+async def drop(raw_request: Request, user: str | None = None) -> Any:
+    """Activation to plaintext: removes a user's KV from every tier; texts and adapters stay.
+
+    What is asked for is computed again, and what is expected again is built again.
+    """
+    state = state_of(raw_request)
+    who = principal(raw_request, state, user)
+    await state.wait_for_writes(who)
+    await asyncio.to_thread(state.service.drop_kv, who)
+    return {"dropped": True, "kv": await state.forget_kv(who)}
 
 
 async def _describe(state: MemosState, scene_id: str) -> dict[str, Any]:

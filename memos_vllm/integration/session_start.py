@@ -1,11 +1,11 @@
 """What a user's next session will start with: system prompt and long-lived memory, before any request of it.
 
     seen       each turn shows how the application's prompts start: system prompt, tools, template options
-    prepare    long-lived memory as it is now, chosen and assembled as for a session's first turn
+    prepare    long-lived memory as it is now, chosen and assembled as for a session's first turn, and the adapter
     render     by vLLM's own chat endpoint, twice with different questions: what both begin with is the start
     declare    the engine hashes it and knows it as a scene, to be loaded or built like any other
 
-A start is declared anew when the application's part or the user's memory has changed.
+A start is declared anew when the application's part, the user's memory or his adapter has changed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from memos_vllm.integration import engine_channel, salts
+from memos_vllm.integration.adapter_gate import AdapterGate, Coming
+from memos_vllm.integration.scene_builds import lora_arguments
 from memos_vllm.memory.assembly import Message, assemble
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
@@ -57,17 +59,20 @@ class SessionStart:
     client_salt: str | None
     serving: OpenAIServingChat
     scene_id: str
-    like: str = ""
-    """The scene of the last request, whose adapter the next session gets."""
-    lora: dict[str, Any] | None = None
-    declared: tuple[int, int] | None = None
-    """The user's memory (``seq``, KV epoch) as of the last declaration."""
+    adapter: str | None = None
+    """As the last request named it; None: whatever a request gets that names none."""
+    coming: Coming = field(default_factory=Coming)
+    """The adapter that it was declared with."""
+    declared: tuple[int, int, int] | None = None
+    """The user's memory (``seq``, KV epoch) and the index of adapters as of the last declaration."""
     num_blocks: int = 0
     """What the engine made of it."""
 
     def same_prompt(self, other: SessionStart) -> bool:
         mine, theirs = (each.request.model_dump(include=_RENDERED) for each in (self, other))
-        return (self.lead, self.client_salt, mine) == (other.lead, other.client_salt, theirs)
+        return (self.lead, self.client_salt, self.adapter, mine) == (
+            other.lead, other.client_salt, other.adapter, theirs
+        )  # fmt: skip
 
 
 def start_of(
@@ -76,16 +81,18 @@ def start_of(
     messages: Sequence[Message],
     serving: OpenAIServingChat,
     scene_id: str,
+    adapter: str | None = None,
 ) -> SessionStart:
     """What a request shows, before memory and our salt are put into it.
 
     Args:
         messages: as the client sent them.
         scene_id: of the user's next session.
+        adapter: as the request names it.
     """
     bare = request.model_copy(update={"messages": [], "cache_salt": None, "kv_transfer_params": None, "n": 1})
     lead = [dict(message) for message in takewhile(lambda each: each.get("role") in ("system", "developer"), messages)]
-    return SessionStart(who, bare, lead, request.cache_salt, serving, scene_id)
+    return SessionStart(who, bare, lead, request.cache_salt, serving, scene_id, adapter)
 
 
 class SessionStarts:
@@ -95,22 +102,24 @@ class SessionStarts:
         salt_of: the ``cache_salt`` of a user's requests in a KV epoch.
     """
 
-    def __init__(self, engine: EngineClient, service: MemoryService, salt_of: Callable[[Principal, int], str]) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        service: MemoryService,
+        salt_of: Callable[[Principal, int], str],
+        adapters: AdapterGate,
+    ) -> None:
         self._engine = engine
         self._service = service
         self._salt_of = salt_of
+        self._adapters = adapters
         self._starts: OrderedDict[str, SessionStart] = OrderedDict()
 
-    def seen(self, start: SessionStart, scene_id: str) -> None:
-        """A turn came.
-
-        Args:
-            scene_id: of its own session.
-        """
+    def seen(self, start: SessionStart) -> None:
+        """A turn came."""
         known = self._starts.pop(start.scene_id, None)
         if known is not None and known.same_prompt(start):
             start = known  # with what is declared of it
-        start.like = scene_id
         self._starts[start.scene_id] = start
         if len(self._starts) > MAX_USERS:
             self._starts.popitem(last=False)
@@ -128,37 +137,46 @@ class SessionStarts:
             if (start := self._starts.get(scene_id)) is not None:
                 start.declared, start.num_blocks = None, 0
 
-    def stamp(self) -> int:
-        """Changes whenever any user's memory did."""
-        return self._service.stamp()
+    def stamp(self) -> tuple[int, int]:
+        """Changes whenever any user's memory or adapter did."""
+        return self._service.stamp(), self._adapters.registry.stamp()
 
     async def declare_changed(self, scene_ids: Sequence[str]) -> dict[str, int]:
         """Declares those of these starts that have changed since; their size in blocks."""
         declared: dict[str, int] = {}
         for start, version in await asyncio.to_thread(self._changed, scene_ids):
-            # Before the work: a start that cannot be rendered is not tried again until it has changed.
-            start.declared, start.num_blocks = version, 0
             prepared = await asyncio.to_thread(self._service.prepare, start.who)
-            texts = [record.text for record in prepared.long_lived]
-            token_ids = await _render(start, assemble(start.lead, texts))
+            coming = await asyncio.to_thread(
+                self._adapters.coming, start.who, start.adapter, start.serving, start.request.model, prepared.long_lived
+            )
+            if start.num_blocks and start.declared and start.declared[:2] == version[:2] and start.coming == coming:
+                start.declared = version  # it is another adapter that has changed
+                continue
+            # Before the work: a start that cannot be rendered is not tried again until it has changed.
+            start.declared, start.num_blocks, start.coming = version, 0, coming
+            self._adapters.expect(start.scene_id, start.who, coming.reference)
+            left = [each for each in prepared.long_lived if (each.id, each.version) not in coming.instead_of]
+            token_ids = await _render(start, assemble(start.lead, [record.text for record in left]))
             if not token_ids or self._starts.get(start.scene_id) is not start:
                 continue
-            if (prepared.seq, prepared.kv_epoch) != version:
+            if (prepared.seq, prepared.kv_epoch) != version[:2]:
                 start.declared = None  # changed meanwhile
                 continue
             # The salt of this very text: a deletion from now on finds it, before or after it is built.
             salt = salts.combine(self._salt_of(start.who, prepared.kv_epoch), start.client_salt)
-            payload = {"scene": start.scene_id, "token_ids": token_ids, "salt": salt, "like": start.like}
-            (reply,) = await engine_channel.call(self._engine, "declare", {**payload, "lora": start.lora})
+            payload = {"scene": start.scene_id, "token_ids": token_ids, "salt": salt}
+            (reply,) = await engine_channel.call(
+                self._engine, "declare", {**payload, "lora": lora_arguments(coming.lora)}
+            )
             if reply.get("blocks"):
-                start.num_blocks, start.lora = reply["blocks"], reply["lora"]
-                declared[start.scene_id] = start.num_blocks
+                start.num_blocks = declared[start.scene_id] = reply["blocks"]
         return declared
 
-    def _changed(self, scene_ids: Sequence[str]) -> list[tuple[SessionStart, tuple[int, int]]]:
-        """With the version of the user's memory as of now."""
+    def _changed(self, scene_ids: Sequence[str]) -> list[tuple[SessionStart, tuple[int, int, int]]]:
+        """With their version as of now."""
         starts = [start for scene_id in scene_ids if (start := self._starts.get(scene_id)) is not None]
-        versions = [self._service.memory_version(start.who) for start in starts]
+        adapters = self._adapters.registry.stamp()
+        versions = [(*self._service.memory_version(start.who), adapters) for start in starts]
         return [each for each in zip(starts, versions, strict=True) if each[0].declared != each[1]]
 
 

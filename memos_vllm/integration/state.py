@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import MemosConfig
+from memos_vllm.core.lifecycle import IN_RECALL
+from memos_vllm.errors import NotFound
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
@@ -16,6 +18,7 @@ from memos_vllm.integration.idle import IdleTime
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
+from memos_vllm.memory import claims
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.sources.gathering import Sources
 from memos_vllm.types import Principal
@@ -63,6 +66,8 @@ class MemosState:
         engine leaves is removed later (``caretaker``). Two deletions at once may each forget an epoch twice.
         """
         epochs = await asyncio.to_thread(self.service.past_kv_epochs, who)
+        if epochs:
+            await self.withdraw_adapters(who)
         removed = Counter(gpu_blocks=0, host_blocks=0, disk_blocks=0, scenes=0)
         for epoch in epochs:
             payload = {"salt": salts.salt_of(self.secret, who, epoch)}
@@ -70,6 +75,34 @@ class MemosState:
                 removed.update({name: report.get(name, 0) for name in removed})
         await asyncio.to_thread(self.service.kv_removed, who, epochs)
         return dict(removed)
+
+    async def withdraw_adapters(self, who: Principal) -> list[str]:
+        """Removes adapters that were distilled from memories that are gone, out of recall or changed: weights hold
+        the text.
+
+        Returns:
+            ``name@version`` of each.
+        """
+        stale = await asyncio.to_thread(self._stale_sources, who)
+        if not stale:
+            return []
+        removed = await asyncio.to_thread(self.adapters.registry.withdraw, who, stale)
+        await self.adapters.remove(removed)
+        return list(removed.references)
+
+    def _stale_sources(self, who: Principal) -> set[str]:
+        """Memories that a distilled adapter knows otherwise than they are now."""
+        return {
+            source["id"] for source in self.adapters.registry.sources(who) if not self._is_as_distilled(who, source)
+        }
+
+    def _is_as_distilled(self, who: Principal, source: Mapping[str, Any]) -> bool:
+        try:
+            record = self.service.get(who, source["id"])
+        except NotFound:
+            return False
+        may_be_said = record.is_current and record.state in IN_RECALL and record.sensitivity == "normal"
+        return may_be_said and claims.text_key(record.text).hex() == source["fingerprint"]
 
     def announce(self, who: Principal) -> asyncio.Future[None]:
         """Says that a write is coming, so that the user's next request does not overtake it."""

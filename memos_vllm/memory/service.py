@@ -194,11 +194,6 @@ class MemoryService:
 
         return self._store.write(who, change)
 
-    def restated(self, who: Principal, memory_id: str) -> Sequence[MemoryId]:
-        """What a model made of a memory (``memory.refining``)."""
-        with self._store.read(who) as user:
-            return [derived.id for derived in succession.restated(user, existing(user, memory_id))]
-
     def delete(self, who: Principal, memory_id: str) -> DeletionReceipt:
         """Removes a memory with its history.
 
@@ -217,6 +212,10 @@ class MemoryService:
         return self._receipt(
             who, *self._store.write(who, lambda user: (removal.remove_all(user), user.kv_epoch), frees=True)
         )
+
+    def drop_kv(self, who: Principal) -> None:
+        """Makes the user's KV unreachable, and due for removal. Nothing else changes."""
+        self._store.write(who, lambda user: user.new_kv_epoch())
 
     def search(
         self,

@@ -103,7 +103,7 @@ def test_it_learns_what_it_is_taught_and_says_where_it_came_from(server: Path) -
     (adapter,) = published(server)
     origin = adapter.version().origin["distilled"]
     assert len(origin["memories"]) == 4 and all(memory["version"] == 1 for memory in origin["memories"])
-    assert origin["settings"]["steps"] == 60 and origin["evaluation"] == evaluation
+    assert origin["took_s"] > 0 and origin["settings"]["steps"] == 60 and origin["evaluation"] == evaluation
 
 
 def test_memories_that_ask_nothing_need_questions_of_the_caller(server: Path, tmp_path: Path) -> None:

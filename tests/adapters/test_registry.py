@@ -240,16 +240,18 @@ def test_a_default_goes_with_its_adapter(registry: AdapterRegistry, tmp_path: Pa
 
 def test_withdrawing_a_memory_removes_what_was_distilled_from_it(registry: AdapterRegistry, tmp_path: Path) -> None:
     def distilled(*ids: str) -> dict:
-        memories = [{"id": each, "version": 1} for each in ids]
+        memories = [{"id": each, "version": 1, "fingerprint": "f"} for each in ids]
         return {"distilled": {"tenant": "shop", "user": "alice", "memories": memories}}
 
     add(registry, tmp_path, name="hand-made")
     add(registry, tmp_path, name="knows", seed=1, origin=distilled("m1"))
     add(registry, tmp_path, name="knows", seed=2, origin=distilled("m1", "m2"))
+    assert registry.distilled_from(ALICE, "m1") == ["knows@1", "knows@2"] and registry.distilled_from(BOB, "m1") == []
     assert registry.withdraw(BOB, ["m2"]).references == ()
     assert registry.withdraw(ALICE, ["m2"]).references == ("knows@2",)
     assert registry.find(ALICE, "knows")[1].version == 1, "the newest of the rest is current"
-    assert registry.withdraw(ALICE, None).references == ("knows@1",)
+    assert [source["id"] for source in registry.sources(ALICE)] == ["m1"] and registry.sources(BOB) == []
+    assert registry.withdraw(ALICE, ["m1"]).references == ("knows@1",)
     assert [adapter.name for adapter in registry.list(ALICE)] == ["hand-made"]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import adapters, models
+from benchmarks import adapters_table, models, report
 from benchmarks.adapters import Arm, Options, Run, parse
 from benchmarks.client import Answer
 
@@ -19,7 +20,9 @@ KEYS = {"arm", "adapters", "slots", "use", "order", "ttft_p50_s", "ttft_p95_s", 
 
 
 def answer(name: str, noise: float = 0.0) -> Answer:
-    return Answer(0.1, 0.2, "text", (LOGPROBS[name] + noise,) * 4, 10, 0, (0.01, 0.02))
+    """Like every answer it begins with one of two tokens; noise moves both."""
+    likeliest = {"token_id:5": LOGPROBS[name] + noise, "token_id:6": LOGPROBS[name] + noise}
+    return Answer(0.1, 0.2, "text", (0.0,) * 4, 10, 0, (0.01, 0.02), likeliest)
 
 
 class FakeArm(Arm):
@@ -50,7 +53,16 @@ def test_right_answers_are_no_mixups_whatever_the_batch_does_to_them(order: str)
 
 def test_an_answer_of_another_adapter_is_a_mixup() -> None:
     run = churn(FakeArm(wrong={"b": "c"}))
-    assert run.rows[0]["mixups"] == 2 and "an answer for b is from another adapter" in run.problems[0]
+    assert run.rows[0]["mixups"] == 2
+    assert run.problems[0] == "memos, round_robin: an answer for b is 1.90 from its own and 0.10 from that of c"
+
+
+def test_an_answer_that_shows_other_tokens_is_a_mixup_and_one_that_begins_otherwise_is_none() -> None:
+    run, arm = churn(FakeArm()), FakeArm()
+    own = answer("a")
+    assert run._mixup(arm, "a", replace(own, text="other", logprobs=(-9.0,))) is None
+    arm.first["c"] = replace(answer("c"), first_token={"token_id:8": -1.0, "token_id:9": -1.0})
+    assert "inf from its own and 0.00" in (run._mixup(arm, "a", arm.first["c"]) or "")
 
 
 def test_servers_that_disagree_are_reported() -> None:
@@ -76,6 +88,21 @@ def test_the_table_says_what_a_prefetch_is_worth(capsys: pytest.CaptureFixture[s
     run = churn(FakeArm())
     for use in ("resident", "prefetched"):
         run._row(FakeArm(), 3, use, [answer("a")])
-    adapters.show(run.rows, ["a problem"])
+    adapters_table.show(run.rows, ["a problem"])
     shown = capsys.readouterr().out
     assert "prefetched first use takes 1.00 times a resident use's TTFT" in shown and "a problem" in shown
+
+
+def test_runs_are_shown_and_plotted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for number, file in enumerate(files, 1):
+        run = churn(FakeArm())
+        run._row(FakeArm(), number, "first", [answer("a")])
+        report.write_json(file, "adapters", {"problems": []}, run.rows)
+    target = tmp_path / "plot.png"
+    assert adapters_table.main([*map(str, files), "--plot", str(target)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("first") == 2 and shown.count("churn") == 2 and target.read_bytes()[:4] == b"\x89PNG"
+    files[0].write_text(files[0].read_text().replace('"cores"', '"other"'))
+    with pytest.raises(SystemExit):
+        adapters_table.main([*map(str, files)])

@@ -1,6 +1,7 @@
 """Adapters over HTTP: the right weights for every request, over two API processes and few slots.
 
-MEMOS_ADAPTER_REQUESTS=2000 makes the test of mix-ups as long as that.
+MEMOS_ADAPTER_REQUESTS=2000 makes the test of mix-ups as long as that, and compares the answers with those of a
+server without the plugin that holds one adapter at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.e2e
 USERS = [f"adapter-user-{index}" for index in range(4)]
 NUM_ADAPTERS, NUM_SLOTS = 64, 4
 NUM_REQUESTS = int(os.environ.get("MEMOS_ADAPTER_REQUESTS", "160"))
+HAS_SINGLE_SERVER = NUM_REQUESTS >= 2000
 REFERENCE_DISTANCE = 0.5
 """Between log-probabilities in bfloat16 as served and in float32."""
 
@@ -62,7 +64,30 @@ def references(recall_model: Path, folders: dict[str, Path]) -> References:
 
 
 @pytest.fixture(scope="module")
-def served(recall_model: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Memos]:
+def single(recall_model: Path, folders: dict[str, Path]) -> dict[tuple[str, int], dict[int, float]]:
+    """What vLLM says that has one adapter in its only slot; nothing in a short run."""
+    if not HAS_SINGLE_SERVER:
+        return {}
+    flags = ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "1", "--max-lora-rank", str(RANK)]
+    said = {}
+    with (
+        serve(recall_model, extra=flags, env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as server,
+        server.http() as client,
+    ):
+        for name, folder in folders.items():
+            adapter = {"lora_name": name, "lora_path": str(folder)}
+            assert client.post("/v1/load_lora_adapter", json=adapter).status_code == 200
+            for prompt in range(len(PROMPTS)):
+                said[name, prompt] = logprobs(client.post("/v1/chat/completions", json=question(name, prompt)))
+            assert client.post("/v1/unload_lora_adapter", json=adapter).status_code == 200
+    return said
+
+
+@pytest.fixture(scope="module")
+def served(
+    single: Any, recall_model: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Memos]:
+    # After the server that holds one at a time, so that one server runs at a time.
     data_dir = tmp_path_factory.mktemp("adapters")
     config = data_dir / "memos.yaml"
     config.write_text(CONFIG.format(data_dir=data_dir / "data", import_dir=folders["a0"].parent))
@@ -92,17 +117,20 @@ def upload(served: Memos, key: str, name: str, folder: Path, **fields: str) -> h
 def ask(served: Memos, key: str, adapter: str | None, prompt: int = 0, **fields: Any) -> httpx.Response:
     """One token and the log-probabilities of the likeliest."""
     memos = {"recall": False, "remember": False, **({"adapter": adapter} if adapter else {}), **fields}
-    body = {
-        "model": served.server.model,
+    body = {**question(served.server.model, prompt), "memos": memos}
+    return served.call("POST", "/v1/chat/completions", key, json=body)
+
+
+def question(model: str, prompt: int) -> dict[str, Any]:
+    return {
+        "model": model,
         "messages": PROMPTS[prompt],
         "max_tokens": 1,
         "temperature": 0,
         "logprobs": True,
         "top_logprobs": 8,
         "return_tokens_as_token_ids": True,
-        "memos": memos,
     }
-    return served.call("POST", "/v1/chat/completions", key, json=body)
 
 
 def logprobs(response: httpx.Response) -> dict[int, float]:
@@ -119,8 +147,11 @@ def nearest(references: References, prompt: int, response: httpx.Response) -> tu
 
 
 @pytest.fixture(scope="module")
-def alone(served: Memos, owned: dict[str, str], references: References) -> dict[tuple[str, int], dict[int, float]]:
-    """What each adapter, and the base model, says while nothing else runs; checked with torch and PEFT."""
+def alone(
+    served: Memos, owned: dict[str, str], references: References, single: dict[tuple[str, int], dict[int, float]]
+) -> dict[tuple[str, int], dict[int, float]]:
+    """What each adapter, and the base model, says while nothing else runs; checked with torch and PEFT, and replaced
+    by what the server says that holds it alone, where there is one."""
     said = {}
     for name, key in (*owned.items(), ("base", USERS[0])):
         for prompt in range(len(PROMPTS)):
@@ -128,7 +159,7 @@ def alone(served: Memos, owned: dict[str, str], references: References) -> dict[
             found, distance, _ = nearest(references, prompt, response)
             assert found == name and distance < REFERENCE_DISTANCE, f"{name} says what {found} says, at {distance}"
             said[name, prompt] = logprobs(response)
-    return said
+    return said | single
 
 
 def test_no_answer_is_from_another_adapter(
@@ -243,6 +274,8 @@ def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(
         if not tiers:
             assert cached("two") == cached(None) == cached("one", other) == 0
             served.call("POST", "/v1/memos/kv/drop?tier=gpu")
+    # On the GPU as well, and of no scene that is known: another request is the scene's last one.
+    assert cached("one") > 200 and cached("two") > 200
     receipt = served.call("DELETE", "/v1/adapters/one", key).json()
     assert receipt["adapters"] == ["one@1"] and receipt["contents"] == 1
     assert receipt["kv"]["disk_blocks"] > 5 and receipt["kv"]["host_blocks"] >= 0
@@ -250,6 +283,25 @@ def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(
     assert upload(served, key, "one", one, scope="tenant").status_code == 200
     assert cached("one") == 0, "the same content again finds nothing of before the deletion"
     assert cached("two") > 200, "another adapter's KV is untouched"
+
+
+def test_dropping_a_users_kv_leaves_his_adapters_and_others_kv(served: Memos, folders: dict[str, Path]) -> None:
+    """Activation to plaintext; the next request is the undo."""
+    key, other = (f"key-{uuid.uuid4().hex}" for _ in range(2))
+    long = [{"role": "user", "content": "The train is late again. " * 60}]
+
+    def cached(who: str) -> int:
+        return cached_tokens(served.chat(who, long, {"adapter": "style", "recall": False, "remember": False}))
+
+    for who in (key, other):
+        upload(served, who, "style", folders["a12"])
+        assert cached(who) == 0 and cached(who) > 200
+    served.settle()
+    receipt = served.call("DELETE", "/v1/scenes", key).json()
+    assert receipt["dropped"] and receipt["kv"]["disk_blocks"] > 5
+    assert cached(other) > 200
+    assert cached(key) == 0 and cached(key) > 200
+    assert [adapter["name"] for adapter in served.call("GET", "/v1/adapters", key).json()["data"]] == ["style"]
 
 
 def test_an_adapter_in_a_folder_of_the_operator(served: Memos, references: References) -> None:
@@ -314,6 +366,100 @@ def test_a_hint_loads_the_adapter_before_the_users_first_request(served: Memos, 
     assert missing.status_code == 404
 
 
+@pytest.fixture
+def reader(served: Memos, folders: dict[str, Path]) -> str:
+    """A user with a long document, an adapter "style" that is not his default, and a session behind him."""
+    key = f"key-{uuid.uuid4().hex}"
+    read(served, key)
+    assert upload(served, key, "style", folders["a20"]).status_code == 200
+    first_turn(served, key)
+    built_with(served, key, "")
+    return key
+
+
+def read(served: Memos, key: str) -> None:
+    document = {"text": "The ferry leaves at seven. " * 40, "type": "document", "pinned": True}
+    assert served.call("POST", "/v1/memories", key, json=document).status_code == 200
+
+
+def first_turn(served: Memos, key: str, **memos: Any) -> httpx.Response:
+    """Of a new session, unless one is given."""
+    field = {"session": uuid.uuid4().hex, "remember": False, **memos}
+    body = {"model": served.server.model, "messages": PROMPTS[0], "max_tokens": 4, "temperature": 0, "memos": field}
+    response: httpx.Response = served.call("POST", "/v1/chat/completions", key, json=body)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def built_with(served: Memos, key: str, digest: str) -> None:
+    """Waits until the user's next session is ready on the GPU, as an adapter's content computes it."""
+    deadline = time.monotonic() + 60
+    while True:
+        start = served.call("GET", "/v1/scenes", key).json()["next_session"]
+        if start["state"] == "ready" and digest in (start["adapter"] or "") and bool(digest) == bool(start["adapter"]):
+            return
+        assert time.monotonic() < deadline, f"the next session is not ready with {digest or 'no adapter'}: {start}"
+        time.sleep(0.1)
+
+
+def uncached(response: httpx.Response) -> int:
+    usage = response.json()["usage"]
+    tokens: int = usage["prompt_tokens"] - (usage["prompt_tokens_details"]["cached_tokens"] or 0)
+    return tokens
+
+
+def test_the_next_session_is_built_with_the_adapter_it_will_have(
+    served: Memos, reader: str, folders: dict[str, Path]
+) -> None:
+    """KV that exists nowhere: the default is new, then its version is, then it is gone. No request has had any."""
+
+    def digest(response: httpx.Response) -> str:
+        return str(response.json()["versions"][-1]["digest"])
+
+    served.call("PUT", "/v1/adapters/default", reader, json={"adapter": "style"})
+    built_with(served, reader, digest(served.call("GET", "/v1/adapters/style", reader)))
+    first = first_turn(served, reader)
+    assert first.headers["x-memos-adapter"] == "style@1" and uncached(first) < 64
+
+    built_with(served, reader, digest(upload(served, reader, "style", folders["a21"])))
+    second = first_turn(served, reader)
+    assert second.headers["x-memos-adapter"] == "style@2" and uncached(second) < 64
+
+    served.call("DELETE", "/v1/adapters/style", reader)
+    built_with(served, reader, "")
+    assert uncached(first_turn(served, reader)) < 64
+
+    # Another user with the same document and adapter, whose sessions nobody prepares: it is computed, and the same.
+    stranger = f"{reader}-x"
+    read(served, stranger)
+    upload(served, stranger, "style", folders["a20"])
+    cold = first_turn(served, stranger, adapter="style")
+    assert uncached(cold) > 200
+    assert cold.json()["choices"][0]["message"] == first.json()["choices"][0]["message"]
+
+
+def test_one_hint_brings_the_adapter_and_the_kv_that_it_computed(
+    served: Memos, reader: str, owned: dict[str, str]
+) -> None:
+    served.call("PUT", "/v1/adapters/default", reader, json={"adapter": "style"})
+    session = uuid.uuid4().hex
+    first_turn(served, reader, session=session)
+    for name in [name for name, owner in owned.items() if owner == USERS[0]][:9]:
+        ask(served, USERS[0], name)  # more than host memory has room for
+    served.drop("gpu")
+    before = adapter_totals(served)
+    hint = {"event": "typing", "session": session}
+    assert served.call("POST", "/v1/scenes", reader, json=hint).status_code == 200
+    deadline = time.monotonic() + 30
+    while (
+        served.call("GET", "/v1/scenes", reader, params={"session": session}).json()["state"] != "ready"
+        or adapter_totals(served)["prefetches"] == before["prefetches"]
+    ):
+        assert time.monotonic() < deadline, "KV or adapter were never brought"
+    again = first_turn(served, reader, session=session)
+    assert again.headers["x-memos-adapter"] == "style@1" and uncached(again) < 64
+
+
 def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memos, references: References) -> None:
     key, who = f"key-{uuid.uuid4().hex}", ["--tenant", "shop", "--user", "a"]
     memory = served.call("POST", "/v1/memories", "shop-a", json={"text": "My job is baker."}).json()["id"]
@@ -324,6 +470,10 @@ def test_a_distilled_adapter_can_be_probed_and_goes_with_its_memory(served: Memo
     assert [(each["question"], each["memory"]) for each in probed["answers"]] == [("What is my job?", memory)]
     assert probed["answers"][0]["answer"] and probed["adapter"] == "knows@1"
     assert served.call("POST", "/v1/adapters/knows/probe", key, json={}).status_code == 404
+    cube = served.call("GET", f"/v1/memories/{memory}/cube", "shop-a").json()
+    assert cube["payload"]["adapters"] == ["knows@1"]
+    form = served.call("GET", f"/v1/memories/{memory}/form", "shop-a").json()
+    assert 0 < form["measured"]["training_s"] < 120, "what it took here"
 
     def recalled(**adapter: str) -> list[str]:
         response = served.chat("shop-a", "What is my job?", {"explain": True, "remember": False, **adapter})

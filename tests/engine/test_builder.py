@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from memos_vllm.config import BuildConfig, MemoryConfig, PredictionConfig
+from memos_vllm.errors import AdapterUnavailable
 from memos_vllm.integration import builder as builder_module
+from memos_vllm.integration.adapter_gate import Coming
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.idle import LOWEST_PRIORITY, IdleTime, LiveRequests
 from memos_vllm.integration.planner import ScenePlanner
@@ -47,7 +50,7 @@ class Engine:
     async def call_utility_async(self, _: str, op: str, payload: dict[str, Any]) -> dict[str, Any]:
         if op == "declare":
             self.declared.append(payload)
-            return {"enabled": True, "blocks": len(payload["token_ids"]), "lora": None}
+            return {"enabled": True, "blocks": len(payload["token_ids"])}
         if op == "build":
             await self.note("claim")
             return {"busy": False, "unknown": [], "piece": self.pieces.pop(0) if self.pieces else None}
@@ -82,6 +85,37 @@ class Serving:
         return [], [{"prompt_token_ids": [ord(each) for each in text]}]
 
 
+class Adapters:
+    """The gate: what a request that names an adapter, or none, would get."""
+
+    def __init__(self) -> None:
+        self.registry = SimpleNamespace(stamp=lambda: self.num_changes)
+        self.num_changes = 0
+        self.num_prefetches = 0
+        self.choices: dict[str | None, Coming] = {}
+        self.expected: dict[str, str | None] = {}
+        self.gone = False
+
+    def set(self, named: str | None, coming: Coming) -> None:
+        self.choices[named] = coming
+        self.num_changes += 1
+
+    def coming(self, who: Any, named: str | None, *_: Any) -> Coming:
+        return self.choices.get(named, Coming())
+
+    def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
+        self.expected[scene_id] = reference
+
+    async def prefetch(self, scene_ids: list[str]) -> None:
+        self.num_prefetches += 1
+
+    @asynccontextmanager
+    async def building(self, lora: Any) -> AsyncIterator[None]:
+        if self.gone and lora is not None:
+            raise AdapterUnavailable("the adapter was deleted meanwhile")
+        yield
+
+
 class Parts:
     """A builder and what it works with."""
 
@@ -89,21 +123,22 @@ class Parts:
         self.engine = engine
         self.service = MemoryService(MemoryStore(folder / "memory", 2**24), MemoryConfig())
         self.planner = ScenePlanner(engine, PredictionConfig(), folder / "predictor.json")
-        self.starts = SessionStarts(engine, self.service, self.salt)
+        self.adapters = Adapters()
+        self.starts = SessionStarts(engine, self.service, self.salt, self.adapters)
         self.idle = IdleTime()
         config = config or BuildConfig(busy_share=1.0)
-        self.builder = SceneBuilder(engine, config, self.planner, self.starts, self.idle)
+        self.builder = SceneBuilder(engine, config, self.planner, self.starts, self.idle, self.adapters)
 
     def salt(self, who: Principal, kv_epoch: int) -> str:
         return f"memos:{kv_epoch}"
 
-    def turn(self, system: str = "Be brief.", session: str = "one") -> SessionStart:
+    def turn(self, system: str = "Be brief.", adapter: str | None = None) -> SessionStart:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello!"}]
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
         request = ChatCompletionRequest(model="m", messages=messages)
-        start = start_of(WHO, request, messages, Serving(), self.planner.start_id(WHO))
-        self.starts.seen(start, self.planner.scene_id(WHO, session))
+        start = start_of(WHO, request, messages, Serving(), self.planner.start_id(WHO), adapter)
+        self.starts.seen(start)
         return start
 
     async def declare(self) -> list[str]:
@@ -280,6 +315,76 @@ def test_a_start_has_the_salt_of_the_memory_in_it(run: Any, monkeypatch: pytest.
     run(play)
 
 
+def test_a_start_has_the_adapter_of_the_coming_request(run: Any) -> None:
+    """The one that requests name, or the user's default as it is now; not the one of the last request."""
+    from vllm.lora.request import LoRARequest
+
+    def style(name: str) -> Coming:
+        return Coming(name, LoRARequest(name, 7, "/adapters"))
+
+    async def play(parts: Parts) -> None:
+        start_id = parts.planner.start_id(WHO)
+
+        async def declared() -> list[str | None]:
+            number = len(parts.engine.declared)
+            await parts.declare()
+            return [(each["lora"] or {}).get("lora_name") for each in parts.engine.declared[number:]]
+
+        parts.turn()
+        assert await declared() == [None] and parts.adapters.expected == {start_id: None}
+        parts.adapters.set(None, style("default"))
+        assert parts.builder._has_news() and await declared() == ["default"]
+        assert parts.adapters.expected == {start_id: "default"}, "it is loaded with the start's KV"
+        parts.adapters.set("other", style("other"))
+        assert await declared() == [], "another one has changed"
+        parts.turn(adapter="other")
+        assert await declared() == ["other"]
+        parts.turn()
+        assert await declared() == ["default"]
+        parts.adapters.set(None, Coming())
+        assert await declared() == [None]
+
+    run(play)
+
+
+def test_a_start_leaves_out_what_its_adapter_stands_for(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        known, other = (parts.service.add(WHO, text) for text in ("Likes tea.", "Has a cat."))
+        parts.adapters.set(None, Coming("knows", None, frozenset({(known.id, known.version)})))
+        parts.turn()
+        (text,) = await parts.declare()
+        assert other.text in text and known.text not in text
+
+    run(play)
+
+
+def test_after_builds_with_adapters_those_that_are_expected_get_their_slots_back(run: Any) -> None:
+    lora = {"lora_name": "style", "lora_int_id": 7, "lora_path": "/adapters"}
+
+    async def play(parts: Parts) -> None:
+        engine = parts.engine
+        engine.pieces += [{**PIECE, "lora": lora}, PIECE]
+        engine.finish.set()
+        assert not await parts.builder._work() and parts.adapters.num_prefetches == 1
+        engine.pieces.append(PIECE)
+        assert not await parts.builder._work() and parts.adapters.num_prefetches == 1, "no slot was taken"
+
+    run(play)
+
+
+def test_a_piece_whose_adapter_is_gone_is_not_run_and_stops_nothing(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        engine = parts.engine
+        parts.adapters.gone = True
+        lora = {"lora_name": "memos-x", "lora_int_id": 7, "lora_path": "/gone"}
+        engine.pieces += [{**PIECE, "lora": lora}, PIECE]
+        engine.finish.set()
+        parts.builder.wake()
+        await engine.until("claim", "claim", "piece", "built", "claim")
+
+    run(play)
+
+
 def test_a_forgotten_user_has_no_start(run: Any) -> None:
     async def play(parts: Parts) -> None:
         parts.turn()
@@ -310,8 +415,6 @@ def test_an_adapter_travels_with_its_scene() -> None:
     builds.show("s", request, 2)
     piece = builds.claim("p", 64)["piece"]
     assert piece["token_ids"] == [1, 2, 3, 4] and LoRARequest(**piece["lora"]) == adapter
-    assert builds.lora_of("s", otherwise=None) == adapter
-    assert builds.lora_of("unknown", otherwise=adapter) == adapter
 
     builds.show("s", SimpleNamespace(**{**vars(request), "mm_features": ["image"]}), 2)
     assert builds.claim("p", 64)["piece"] is None, "tokens alone would compute something else"

@@ -30,7 +30,7 @@ def nothing_claimed_or_expected(engine: Engine) -> Iterator[None]:
 
 def declare(engine: Engine, scene: str, token_ids: list[int], salt: str = SALT) -> int:
     """As an API process does it for a prefix that no request has had; its size in blocks."""
-    payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "like": "", "lora": None}
+    payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "lora": None}
     return engine.side.handle("declare", payload, engine.core)["blocks"]
 
 

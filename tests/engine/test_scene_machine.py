@@ -314,7 +314,7 @@ class SceneMachine(RuleBasedStateMachine):
         """A prefix that perhaps no request had is a scene from now on."""
         token_ids = [token for index, branch in enumerate(path) for token in (branch, index)]
         salt = f"memos:user{user}-{self.epochs[user]}"
-        payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "like": "", "lora": None}
+        payload = {"scene": scene, "token_ids": token_ids, "salt": salt, "lora": None}
         engine = SimpleNamespace(request_block_hasher=block_hasher())
         assert self.side.handle("declare", payload, engine)["blocks"] == len(path)
 

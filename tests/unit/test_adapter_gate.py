@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from memos_vllm.adapters.records import Scope
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound
 from memos_vllm.integration import adapter_gate, engine_channel
 from memos_vllm.integration.adapter_gate import AdapterGate, Choice
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from tests.adapters.adapter_factories import ALICE, BOB, adapter_folder, open_registry
 
 SLOTS = 3
@@ -74,12 +76,16 @@ def number(registry: Any, name: str) -> int:
     return registry.find(ALICE, name)[1].lora_int_id
 
 
+def counted(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"memos:adapter_{name}_total", labels)
+
+
 def run(body: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(body())  # type: ignore[arg-type]
 
 
 def gate_of(engine: FakeEngine, registry: Any, on_error: str = "fail") -> AdapterGate:
-    return AdapterGate(engine, registry, AdaptersConfig(on_error=on_error))  # type: ignore[arg-type]
+    return AdapterGate(engine, registry, AdaptersConfig(on_error=on_error), MemoryMetrics())  # type: ignore[arg-type]
 
 
 def test_concurrent_requests_have_each_their_own(engine: FakeEngine, registry: Any) -> None:
@@ -138,6 +144,8 @@ def test_a_load_that_fails_does_as_configured_and_holds_no_files(
 
     run(body)
     assert gate.totals.failures == 1 and registry.files.num_held == 0
+    assert counted("requests", outcome="base" if on_error == "base" else "refused") == 1
+    assert counted("requests", outcome="served") == counted("loads", reason="request") == 0
 
 
 @pytest.mark.parametrize("on_error", ["base", "fail"])
@@ -158,7 +166,7 @@ def test_a_distilled_adapter_stands_for_its_memories_where_the_operator_wants_it
 ) -> None:
     origin = {"distilled": {"tenant": "shop", "user": "alice", "memories": [{"id": "m1", "version": 2}]}}
     registry.register(ALICE, "knows", adapter_folder(tmp_path / "knows", 9), Scope.TENANT, origin)
-    gate = AdapterGate(engine, registry, AdaptersConfig(distilled_text=setting))  # type: ignore[arg-type]
+    gate = AdapterGate(engine, registry, AdaptersConfig(distilled_text=setting), MemoryMetrics())  # type: ignore[arg-type]
 
     async def body() -> list[Any]:
         choices = [await gate.use(who, "knows", Serving(), "base") for who in (ALICE, BOB)]
@@ -248,6 +256,8 @@ def test_a_prefetched_adapter_counts_when_it_is_used(engine: FakeEngine, registr
 
     run(body)
     assert gate.totals.prefetch_used == 1 and gate.totals.loads == 0 and engine.loaded == [number(registry, "a0")]
+    assert counted("prefetch_used") == counted("loads", reason="prefetch") == 1
+    assert counted("requests", outcome="served") == 2
 
 
 def test_the_number_of_remembered_scenes_is_bounded(
@@ -258,3 +268,88 @@ def test_the_number_of_remembered_scenes_is_bounded(
     for index in range(4):
         gate.expect(f"scene-{index}", ALICE, "a0")
     assert list(gate._scenes) == ["scene-2", "scene-3"]
+
+
+def knows(registry: Any, tmp_path: Path, name: str, *memories: str) -> None:
+    sources = [{"id": each, "version": 1, "fingerprint": "f"} for each in memories]
+    origin = {"distilled": {"tenant": "shop", "user": "alice", "memories": sources}}
+    registry.register(ALICE, name, adapter_folder(tmp_path / name, len(name)), Scope.TENANT, origin)
+
+
+@pytest.mark.parametrize("choose", ["request", "assembler"])
+def test_the_assembler_chooses_what_knows_most_where_nobody_else_does(
+    engine: FakeEngine, registry: Any, tmp_path: Path, choose: str
+) -> None:
+    knows(registry, tmp_path, "one", "m1")
+    knows(registry, tmp_path, "several", "m1", "m2")
+    gate = AdapterGate(engine, registry, AdaptersConfig(choose=choose), MemoryMetrics())  # type: ignore[arg-type]
+    memories = [SimpleNamespace(id=each, version=1) for each in ("m1", "m2", "m3")]
+
+    async def chosen(named: str | None = None, who: Any = ALICE, these: Any = memories) -> str | None:
+        choice = await gate.use(who, named, Serving(), "base", these)
+        coming = gate.coming(who, named, Serving(), "base", these)
+        if choice is None:
+            assert coming == adapter_gate.Coming()
+            return None
+        assert (coming.lora, coming.reference) == (choice.request, choice.reference), "what is built is what is used"
+        choice.close()
+        return choice.reference
+
+    async def body() -> list[str | None]:
+        unnamed = [await chosen(), await chosen(these=memories[2:]), await chosen(who=BOB), await chosen("one")]
+        registry.set_profile(ALICE, "a0")
+        return [*unnamed, await chosen()]
+
+    best = "several" if choose == "assembler" else None
+    assert run(body) == [best, None, None, "one", "a0"], "others' memories, the request and the default go first"
+
+
+def test_what_comes_is_the_base_model_where_the_adapter_could_not_be_served(engine: FakeEngine, registry: Any) -> None:
+    gate, serving = gate_of(engine, registry), Serving()
+    serving.models.lora_requests = {"listed": "vLLM's own"}
+    assert gate.coming(ALICE, None, serving, "listed", ()).lora == "vLLM's own"
+    assert gate.coming(ALICE, "a0", serving, "base", ()).lora.lora_int_id == number(registry, "a0")
+    assert gate.coming(BOB, "a0", serving, "base", ()).lora is None
+    (registry.files.folder(registry.find(ALICE, "a0")[1].digest) / "adapter_model.safetensors").unlink()
+    assert gate.coming(ALICE, "a0", serving, "base", ()).lora is None
+
+
+def test_a_build_holds_its_adapters_files_and_has_it_loaded(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+    lora = gate.coming(ALICE, "a0", Serving(), "base", ()).lora
+
+    async def body() -> None:
+        async with gate.building(lora):
+            assert registry.files.num_held == 1 and engine.loaded == [number(registry, "a0")]
+        async with gate.building(None):
+            assert registry.files.num_held == 0
+
+    run(body)
+
+
+@pytest.mark.parametrize("end", ["deleted", "broken"])
+def test_a_build_with_an_adapter_that_ended_never_reaches_the_engine(
+    engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    forgotten = []
+
+    async def call(client: FakeEngine, op: str, payload: Any = None) -> list[dict[str, Any]]:
+        forgotten.append((op, payload["lora_name"]))
+        return [{}]
+
+    monkeypatch.setattr(engine_channel, "call", call)
+    gate = gate_of(engine, registry)
+    lora = gate.coming(ALICE, "a0", Serving(), "base", ()).lora
+    if end == "deleted":
+        registry.delete(ALICE, "a0")
+    else:
+        engine.broken.add(number(registry, "a0"))
+
+    async def body() -> None:
+        with pytest.raises(AdapterUnavailable):
+            async with gate.building(lora):
+                raise AssertionError("it was built")
+
+    run(body)
+    assert engine.loaded == [] and registry.files.num_held == 0
+    assert forgotten == [("forget_adapter", lora.lora_name)], "or it would be claimed again and again"

@@ -17,6 +17,7 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.errors import NotFound
 from memos_vllm.integration import adapters, distillations, engine_channel
 from memos_vllm.integration.adapter_gate import AdapterGate
+from memos_vllm.integration.memory_metrics import MemoryMetrics
 from tests.adapters.adapter_factories import adapter_folder, open_registry
 
 ALICE, BOB = {"Authorization": "Bearer alice"}, {"Authorization": "Bearer bob"}
@@ -54,7 +55,7 @@ def client(engine: FakeEngine, tmp_path: Path) -> Iterator[TestClient]:
     app = FastAPI()
     app.include_router(distillations.router)
     app.include_router(adapters.router)
-    gate = AdapterGate(engine, registry, config.adapters)  # type: ignore[arg-type]
+    gate = AdapterGate(engine, registry, config.adapters, MemoryMetrics())  # type: ignore[arg-type]
 
     def get(who: Any, memory_id: str) -> Any:
         raise NotFound(f"no memory {memory_id!r}")
@@ -200,7 +201,7 @@ def test_a_distillation_job_reports_to_its_owner(
     script = tmp_path / "python"
     script.write_text(
         '#!/bin/sh\nwhile [ "$1" != --report ]; do shift; done\nwhile [ ! -e %s ]; do sleep 0.05; done\n'
-        'echo \'{"published": null, "refused": "so"}\' > $2\n' % (tmp_path / "go")
+        'echo \'{"published": null, "refused": "so"}\' > $2.tmp\nmv $2.tmp $2\n' % (tmp_path / "go")
     )
     script.chmod(0o755)
     monkeypatch.setattr(distillations.sys, "executable", str(script))

@@ -66,7 +66,8 @@ def ask(state: MemosState, who: Principal = ALICE, **options: Any) -> tuple[Reca
     """What was recalled, and the messages that vLLM is given."""
     request = ChatCompletionRequest(model="m", messages=MESSAGES)
     turn = Turn(who, MemosField(**options), list(MESSAGES), [], "r")
-    return asyncio.run(chat.add_memory(turn, request, state, None)), request.messages, turn
+    recall, salt = asyncio.run(chat.recall_for(turn, state))
+    return chat.add_memory(turn, request, recall, salt, None), request.messages, turn
 
 
 def test_passages_stand_before_the_query_and_are_explained(state: MemosState) -> None:

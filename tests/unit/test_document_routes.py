@@ -52,7 +52,9 @@ def test_store_list_read_delete(client: TestClient) -> None:
     assert (again["kept"], again["superseded"], again["memories"][0]) == (1, 1, stored["memories"][0])
     receipt = client.delete(f"{PATH}/a/guide.md").json()
     assert receipt["deleted"] is True and len(receipt["records"]) == 3
-    assert receipt["kv"] == {"host_blocks": 1, "disk_blocks": 2, "gpu_blocks": 3, "scenes": 0}, "one epoch for all pieces"
+    assert receipt["kv"] == {"host_blocks": 1, "disk_blocks": 2, "gpu_blocks": 3, "scenes": 0}, (
+        "one epoch for all pieces"
+    )
     assert data(client.get(PATH)) == [] and client.get(f"{PATH}/a/guide.md").status_code == 404
 
 

@@ -13,7 +13,7 @@ BASE = {"types", "errors", "config", "activation", "data_dir", "status"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "__init__": {"activation", "integration"},  # lazily, inside register()
-    "cli": {"doctor"},
+    "cli": {"distill", "doctor"},
     "doctor": BASE | {"memory", "store"},
     "core": BASE | {"core"},
     "memory": BASE | {"core", "memory"},

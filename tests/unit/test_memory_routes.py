@@ -53,9 +53,10 @@ class Nobody:
 def state_with(service: MemoryService, data_dir: Path) -> MemosState:
     config = MemosConfig(data_dir=data_dir)
     engine: Any = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None))
-    adapters = AdapterGate(engine, open_registry(data_dir / "adapters"), config.adapters)
+    metrics = MemoryMetrics()
+    adapters = AdapterGate(engine, open_registry(data_dir / "adapters"), config.adapters, metrics)
     nobody: Any = Nobody()
-    return MemosState(config, service, engine, SECRET, nobody, nobody, MemoryMetrics(), adapters, count_tokens=len)
+    return MemosState(config, service, engine, SECRET, nobody, nobody, metrics, adapters, count_tokens=len)
 
 
 @pytest.fixture
