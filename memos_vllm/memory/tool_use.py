@@ -110,8 +110,13 @@ def _calls(messages: Sequence[Message]) -> list[tuple[str, str, str]]:
         for call in message.get("tool_calls") or () if message.get("role") == "assistant" else ():
             function = call.get("function") if isinstance(call, Mapping) else None
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-                found.append((str(call.get("id")), function["name"], str(function.get("arguments") or "")))
+                found.append((str(call.get("id")), function["name"], _json(function.get("arguments") or "")))
     return found
+
+
+def _json(arguments: Any) -> str:
+    """JSON as clients send it, or what vLLM has read of it."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 def _start(text: str, num_chars: int) -> str:

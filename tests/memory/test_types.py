@@ -97,7 +97,7 @@ def test_rules_tell_what_a_statement_is(text: str, kind: str) -> None:
     assert kind_of(text) == kind
 
 
-def call(number: int, name: str = "weather", arguments: str = '{"city": "Turin"}') -> dict[str, Any]:
+def call(number: int, name: str = "weather", arguments: Any = '{"city": "Turin"}') -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
     return {"role": "assistant", "tool_calls": [{"id": f"c{number}", "type": "function", "function": function}]}
 
@@ -122,6 +122,11 @@ class TestToolUse:
             'Task: What is the weather in Turin?\n1. weather({"city": "Turin"}) -> 18 degrees'
         ]
         assert of_type(service, "tool_schema") == ['Tool weather: Tells the weather.\nParameters: {"city": "string"}']
+
+    @pytest.mark.parametrize("arguments", ['{"city": "Turin"}', {"city": "Turin"}], ids=["sent", "read"])
+    def test_arguments_are_json(self, service: MemoryService, arguments: Any) -> None:
+        service.remember(ALICE, [TASK, call(1, arguments=arguments), result(1)])
+        assert 'weather({"city": "Turin"}) -> 18' in of_type(service, "trajectory")[0]
 
     def test_a_trajectory_grows_while_the_agent_works(self, service: MemoryService, tmp_path: Path) -> None:
         messages = [TASK]
