@@ -98,6 +98,20 @@ class EmbedderConfig(Section):
         return self
 
 
+class DocumentsConfig(Section):
+    """Text, Markdown, HTML and PDF as memories."""
+
+    max_bytes: Annotated[Bytes, Field(ge=1)] = 16 * 2**20
+    """Of one document."""
+
+    piece_words: int = Field(default=120, ge=20, le=2000)
+    """Longest piece that a document is cut into. Words and not tokens: a document is then cut the same whichever
+    model is served, so that its pieces keep their ids."""
+
+    pdf_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a PDF may take to be read, in a process of its own."""
+
+
 class MemoryConfig(Section):
     """Plaintext memory."""
 
@@ -117,6 +131,8 @@ class MemoryConfig(Section):
     """How long an idle session keeps its frozen long-lived memory."""
 
     embedder: EmbedderConfig = EmbedderConfig()
+
+    documents: DocumentsConfig = DocumentsConfig()
 
     archive_after_s: float = Field(default=90 * 86400.0, ge=0)
     """An unused memory leaves recall after this time, a used one later (``core.lifecycle``); 0: never."""
@@ -236,6 +252,80 @@ class AdaptersConfig(Section):
     """Tenants whose users may share an adapter with every tenant."""
 
 
+class SourceUser(Section):
+    """A user, or without ``user`` all of a tenant. A key that ``identity.keys`` does not list is a tenant by its
+    digest."""
+
+    tenant: str = Field(min_length=1)
+    user: str | None = None
+
+
+SourceUsers = Literal["all"] | Annotated[list[SourceUser], Field(min_length=1)]
+SourceName = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+
+class FolderConfig(Section):
+    """A folder whose text, Markdown, HTML and PDF files are recalled from."""
+
+    name: SourceName
+    path: ExpandedPath
+
+    users: SourceUsers
+    """Who is given what stands in it; there is no default."""
+
+    refresh_s: float = Field(default=60.0, ge=1)
+    """How often changes are looked for; each time every file's size and time are read."""
+
+    max_files: int = Field(default=10_000, ge=1)
+
+
+class WebConfig(Section):
+    """Web search: any endpoint that answers a GET with JSON. The user's question is sent there."""
+
+    name: SourceName = "web"
+
+    url: str = Field(pattern=r"^https?://.*\{query\}")
+    """With ``{query}``, and ``{limit}`` where the endpoint wants to know how many."""
+
+    users: SourceUsers
+    headers_env: dict[str, str] = {}
+    """Header to the environment variable with its value, for keys."""
+
+    results: str = "results"
+    """Where the list of results stands in the answer, with dots between the names."""
+
+    title: str = "title"
+    link: str = "url"
+    text: str = "content"
+    """Names in a result."""
+
+    deadline_s: float = Field(default=2.0, gt=0)
+    """How long a chat waits for it, counted from the start of its recall."""
+
+
+class SourcesConfig(Section):
+    """What is recalled beside memory, and never becomes one."""
+
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of ``memory.late_tokens`` that sources may take; what they leave is memory's."""
+
+    top_k: int = Field(default=5, ge=1, le=100)
+    """How many passages each source gives at most."""
+
+    deadline_s: float = Field(default=0.3, gt=0)
+    """How long a chat waits for folders, counted from the start of its recall."""
+
+    folders: list[FolderConfig] = Field(default=[], max_length=16)
+    web: WebConfig | None = None
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in (*self.folders, *([self.web] if self.web else []))]
+        if len(set(names)) < len(names):
+            raise ValueError("two sources have one name")
+        return self
+
+
 class MemosConfig(Section):
     """The whole file."""
 
@@ -244,6 +334,7 @@ class MemosConfig(Section):
 
     identity: IdentityConfig = IdentityConfig()
     memory: MemoryConfig = MemoryConfig()
+    sources: SourcesConfig = SourcesConfig()
     kv: KVConfig = KVConfig()
     prediction: PredictionConfig = PredictionConfig()
     adapters: AdaptersConfig = AdaptersConfig()

@@ -5,6 +5,7 @@ data_dir/
   secret          32 random bytes; tenant salts derive from it
   predictor.json  what next-scene prediction has learned
   memory/         LMDB: plaintext memory, the single source of truth
+  sources/        LMDB: what stands in the configured folders; it can be removed, and is then read again
   adapters/       LoRA adapters: files, and LMDB of their names
   kv/dp<index>/   LMDB index and safetensors files of activation memory, per data-parallel engine
 """
@@ -29,6 +30,10 @@ _held: BinaryIO | None = None
 
 def memory_dir(data_dir: Path) -> Path:
     return data_dir / "memory"
+
+
+def sources_dir(data_dir: Path) -> Path:
+    return data_dir / "sources"
 
 
 def adapters_dir(data_dir: Path) -> Path:

@@ -9,11 +9,13 @@
     |   +-- Forbidden          403, an identity without the right
     |   +-- NotFound           404, no such memory or adapter for this user
     |   +-- Conflict           409, the memory's state does not allow it
+    |   +-- DocumentError      a document that cannot be taken; 400, 411, 413 or 415
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
     |   `-- AdapterUnavailable 503, an adapter that is known but cannot be loaded now
     +-- StoreError             plaintext store: a write that was not acknowledged
     |   |-- StoreFull          no room: the disk or the map is full; HTTP 507
     |   `-- StoreUncertain     it may have been stored: the database could not be asked
+    +-- SourceError            an outside source gave no answer; the chat goes on without
     +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
         +-- KVFileMismatch     written by another model, dtype, layout, ...
@@ -64,6 +66,14 @@ class Conflict(RequestError):
     status = 409
 
 
+class DocumentError(RequestError):
+    """A document that cannot be taken: its format, its size or what is in it."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class AdapterError(RequestError):
     """A LoRA adapter that is not taken, or not as it is asked for."""
 
@@ -86,6 +96,10 @@ class StoreError(MemosError):
 
 class StoreFull(StoreError):
     status = 507
+
+
+class SourceError(MemosError):
+    """An outside source could not be searched."""
 
 
 class StoreUncertain(StoreError):

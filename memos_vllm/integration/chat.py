@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Collection
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,10 @@ from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
 from memos_vllm.integration.session_start import SessionStart, start_of
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.assembly import assemble
-from memos_vllm.memory.service import Recall
+from memos_vllm.memory.messages import last_user_text
+from memos_vllm.memory.recall import with_sources
+from memos_vllm.memory.results import Recall
+from memos_vllm.memory.sources.gathering import Gathering
 from memos_vllm.types import Principal
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,9 @@ class MemosField(BaseModel):
     recall: bool = True
     remember: bool = True
     top_k: int | None = Field(default=None, ge=1, le=1000)
+    sources: bool = True
+    """Whether outside sources are asked, where the server has any."""
+
     adapter: str | None = Field(default=None, min_length=1, max_length=128)
     """Parametric memory for this request, ``name`` or ``name@version``; absent: the user's default."""
 
@@ -201,14 +207,22 @@ def next_start(
 
 async def add_memory(turn: Turn, request: ChatCompletionRequest, state: MemosState, adapter: Choice | None) -> Recall:
     """Recalls, puts memory into the request's messages and the user's salt into its cache key."""
+    asked = None
+    if turn.options.recall and turn.options.sources:  # they are searched while memory is recalled
+        asked = state.sources.begin(turn.who, last_user_text(turn.messages))
     await state.wait_for_writes(turn.who)
     recall, salt = await asyncio.to_thread(_recall, turn, state)
+    if asked is not None:
+        recall = await _with_sources(recall, asked, state)
+    if turn.options.recall:
+        state.metrics.recalled(recall)
     if adapter is not None and adapter.instead_of:
         recall = without(recall, adapter.instead_of)
     request.messages = assemble(
         turn.messages,
         [record.text for record in recall.long_lived],
         [hit.record.text for hit in recall.late],
+        [passage.quoted for passage in recall.sources],
     )  # type: ignore[assignment]
     request.cache_salt = salts.combine(salt, request.cache_salt)
     return recall
@@ -218,7 +232,7 @@ def without(recall: Recall, left_out: Collection[tuple[str, int]]) -> Recall:
     """What is left of a recall when these memories, by id and version, are known another way."""
     standing = tuple(record for record in recall.long_lived if (record.id, record.version) not in left_out)
     late = tuple(hit for hit in recall.late if (hit.record.id, hit.record.version) not in left_out)
-    return Recall(standing, late)
+    return replace(recall, long_lived=standing, late=late)
 
 
 def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
@@ -228,8 +242,16 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
         return Recall((), ()), salt
     with state.metrics.recalling():
         recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
-    state.metrics.recalled(recall)
     return recall, salt
+
+
+async def _with_sources(recall: Recall, asked: Gathering, state: MemosState) -> Recall:
+    with state.metrics.waiting_for_sources():
+        gathered = await asked.finish()
+    for reason in gathered.failures:
+        state.metrics.source_failed(reason)
+    late_tokens, share = state.config.memory.late_tokens, state.config.sources.share
+    return with_sources(recall, gathered.passages, late_tokens, share, state.count_tokens)
 
 
 def finish_turn(
@@ -306,6 +328,7 @@ def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any
         "recalled": [
             *({"where": "long_lived", **record.as_json()} for record in recall.long_lived),
             *({"where": "late", "score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in recall.late),
+            *({"where": "source", **passage.as_json()} for passage in recall.sources),
         ],
     }
 

@@ -27,6 +27,7 @@ from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.opening import open_store
 from memos_vllm.memory.service import MemoryService
+from memos_vllm.memory.sources.opening import open_sources
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,10 +48,21 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import adapters, chat, distillations, forms, life, memories, operations, scenes
+        from memos_vllm.integration import (
+            adapters,
+            chat,
+            distillations,
+            documents,
+            forms,
+            life,
+            memories,
+            operations,
+            scenes,
+        )
 
         _remove_route(app, "/v1/chat/completions", "POST")
-        routers = (chat, life, memories, forms, distillations, adapters, scenes, operations)
+        # Documents first: the path of a memory would match theirs.
+        routers = (chat, documents, life, memories, forms, distillations, adapters, scenes, operations)
         for router in (module.router for module in routers):
             app.include_router(router)
         app.add_middleware(LiveRequests)
@@ -67,6 +79,7 @@ class MemosEndpoints:
         store = await asyncio.to_thread(open_store, config, aging)
         count_tokens = token_counter(engine_client)
         service = MemoryService(store, config.memory, count_tokens=count_tokens, embedder=embedder)
+        sources = open_sources(config, data_dir.sources_dir(config.data_dir), count_tokens, embedder)
         secret = data_dir.secret(config.data_dir)
         adapters = await asyncio.to_thread(open_adapters, engine_client, config)
         planner = ScenePlanner(
@@ -83,6 +96,7 @@ class MemosEndpoints:
             metrics=MemoryMetrics(),
             adapters=adapters,
             count_tokens=count_tokens,
+            sources=sources,
         )
         state.memos.caretaker = Caretaker(state.memos)
         state.memos.caretaker.start()

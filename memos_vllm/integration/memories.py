@@ -183,7 +183,7 @@ async def update(raw_request: Request, memory_id: str) -> Any:
 async def delete(raw_request: Request, memory_id: str, user: str | None = None) -> Any:
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
-    return await _forget(state, who, state.service.delete, who, memory_id)
+    return await forget(state, who, state.service.delete, who, memory_id)
 
 
 @router.delete("")
@@ -193,10 +193,10 @@ async def delete_all(raw_request: Request, user: str | None = None) -> Any:
     who = principal(raw_request, state, user)
     state.planner.forget(who)
     state.builder.forget(who)
-    return await _forget(state, who, state.service.delete_all, who)
+    return await forget(state, who, state.service.delete_all, who)
 
 
-async def _forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:
+async def forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:
     """Deletes, then removes the KV that may hold the deleted text; the receipt lists both."""
     await state.wait_for_writes(who)
     receipt = await asyncio.to_thread(remove, *args)

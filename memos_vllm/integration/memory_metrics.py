@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from memos_vllm.integration.metrics import API_METRICS, CLASSES, create, series_key
@@ -27,13 +27,23 @@ class MemoryMetrics:
     def recalled(self, recall: Recall) -> None:
         self._series[series_key("memos:memories_recalled_total", "long_lived")].inc(len(recall.long_lived))
         self._series[series_key("memos:memories_recalled_total", "late")].inc(len(recall.late))
+        self._series["memos:source_passages_total"].inc(len(recall.sources))
+
+    def source_failed(self, reason: str) -> None:
+        self._series[series_key("memos:source_failures_total", reason)].inc()
 
     def searched(self) -> None:
         self._series["memos:memory_searches_total"].inc()
 
-    @contextmanager
-    def recalling(self) -> Iterator[None]:
+    def recalling(self) -> AbstractContextManager[None]:
         """Takes the time of a recall that succeeds."""
+        return self._timing("memos:recall_seconds")
+
+    def waiting_for_sources(self) -> AbstractContextManager[None]:
+        return self._timing("memos:source_wait_seconds")
+
+    @contextmanager
+    def _timing(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._series["memos:recall_seconds"].observe(time.perf_counter() - began)
+        self._series[name].observe(time.perf_counter() - began)

@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from memos_vllm.memory.sources.gathering import FAILURES
 from memos_vllm.store.copy_totals import ROUTES
 
 LATENCY_BUCKETS_S = (
@@ -119,7 +120,7 @@ API_METRICS = (
         Kind.COUNTER,
         "Memories that were newly written.",
         ("origin",),
-        _one("chat", "api"),
+        _one("chat", "api", "document"),
     ),
     Metric(
         "memos:memories_recalled_total",
@@ -127,6 +128,19 @@ API_METRICS = (
         "Memories that were put into prompts.",
         ("where",),
         _one("long_lived", "late"),
+    ),
+    Metric("memos:source_passages_total", Kind.COUNTER, "Passages of outside sources that were put into prompts."),
+    Metric(
+        "memos:source_failures_total",
+        Kind.COUNTER,
+        "Questions to an outside source that a chat went on without an answer to.",
+        ("reason",),
+        _one(*FAILURES),
+    ),
+    Metric(
+        "memos:source_wait_seconds",
+        Kind.HISTOGRAM,
+        "Time a chat request waited for outside sources once memory was recalled.",
     ),
     Metric("memos:memory_searches_total", Kind.COUNTER, "Searches over /v1/memories/search."),
     Metric("memos:recall_seconds", Kind.HISTOGRAM, "Time a chat request spent on recalling memories."),

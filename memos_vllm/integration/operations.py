@@ -29,7 +29,7 @@ async def status(raw_request: Request) -> Any:
     summary = summarize(accounts) if accounts else None
     build = state.builder.status()
     adapters = await state.adapters.status()
-    parts = {"memory": memory, "build": build, "adapters": adapters}
+    parts = {"memory": memory, "build": build, "adapters": adapters, "sources": state.sources.status()}
     return {"summary": summary, "kv": engines[0], "engines": engines, **parts}
 
 

@@ -19,19 +19,18 @@ request that needs the blocks takes them.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
+from memos_vllm.integration.scene_loads import Places, SceneLoads
 from memos_vllm.integration.scene_totals import SceneTotals
+from memos_vllm.integration.unused_blocks import UnusedBlocks
 from memos_vllm.store.manager import TierManager
 from memos_vllm.store.ops import Op
 from memos_vllm.types import BlockKey
@@ -64,22 +63,6 @@ TRACKED_BLOCKS = 1024
 
 
 @dataclass(slots=True)
-class _Load:
-    """One chunk of a prefetch under way."""
-
-    scene: Scene
-    first: int
-    """Position of the first block in the scene."""
-    blocks: list[KVCacheBlock]
-    op_ids: set[int]
-    failed: bool = False
-
-    @property
-    def hashes(self) -> list[bytes]:
-        return self.scene.hashes[self.first : self.first + len(self.blocks)]
-
-
-@dataclass(slots=True)
 class SceneTable:
     """Owned by the engine's loop.
 
@@ -102,11 +85,10 @@ class SceneTable:
     """Of the scenes that the policy tracks, i.e. that are told and known: block hash to position."""
     _cached: Any = field(init=False)
     """The pool's prefix cache that the policy knows; a reset puts another one in its place."""
-    _loads: list[_Load] = field(default_factory=list)
     _failed: set[bytes] = field(default_factory=set)
     """Blocks whose load failed; not again before the next word of a planner."""
-    _unused: dict[bytes, None] = field(default_factory=dict)
-    """Hashes of prefetched blocks that no request was given yet; those looked at last are at the end."""
+    _loads: SceneLoads = field(init=False)
+    _unused: UnusedBlocks = field(init=False)
     _num_arrivals: int = 0
 
     def __post_init__(self) -> None:
@@ -115,6 +97,8 @@ class SceneTable:
         self.pool.free_block_queue = self.queue
         self.known = KnownScenes(self.pool.enable_kv_cache_events)
         self._cached = self.pool.cached_block_hash_to_block
+        self._loads = SceneLoads(self.pool, self.tiers, self.block_size)
+        self._unused = UnusedBlocks(self.pool)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -134,8 +118,7 @@ class SceneTable:
 
     def clear(self) -> None:
         """Forgets all scenes; what is under way is not published."""
-        for load in self._loads:
-            load.failed = True
+        self._loads.fail()
         for scene in list(self.known):
             self._remove(scene.scene_id)
         self._refile()
@@ -162,19 +145,14 @@ class SceneTable:
             self.totals.other += 1
         elif num_resident_blocks >= num_shared:
             self.totals.ready += 1
-        elif any(load.scene.scene_id == scene_id for load in self._loads):
+        elif self._loads.has(scene_id):
             self.totals.late += 1
         else:
             self.totals.missed += 1
 
     def use(self, request: Request, num_blocks: int) -> int:
         """A request was given its leading blocks on the GPU; how many of them a prefetch had brought for it."""
-        num_prefetched = 0
-        for block_hash in request.block_hashes[:num_blocks] if self._unused else ():
-            key = make_block_hash_with_group_id(block_hash, 0)
-            if key in self._unused:
-                del self._unused[key]
-                num_prefetched += 1
+        num_prefetched = self._unused.use(request, num_blocks)
         self.totals.used_blocks += num_prefetched
         return num_prefetched
 
@@ -187,8 +165,7 @@ class SceneTable:
         self.pool.evict_blocks(
             {block.block_id for scene in gone for each in scene.hashes if (block := self._resident(each))}
         )
-        for load in self._loads:
-            load.failed |= tag in load.scene.tags()  # arrives, and is not published
+        self._loads.fail(tag)
         return len(gone)
 
     # -- value ---------------------------------------------------------------------------------
@@ -249,7 +226,7 @@ class SceneTable:
         self._follow()
         self._give_up_excess()
         busy = self._values.busy()
-        places = _Places(
+        places = Places(
             (scene, positions)
             for scene_id, positions in self._places.items()
             if scene_id not in busy and (scene := self.known.get(scene_id)) is not None
@@ -278,8 +255,8 @@ class SceneTable:
             )
             budget -= len(plan.fetch)
             self.queue.give_up(plan.evict)
-            for scene, first, end in _runs(places, plan.fetch, self.chunk_blocks):
-                operations += self._load(scene, first, end)
+            for scene, first, end in places.runs(plan.fetch, self.chunk_blocks):
+                operations += self._loads.start(scene, first, end)
             num_before = self._policy.num_resident
             for block_hash in missed[: max(0, self._room)]:  # on the GPU, which the policy did not know
                 self.queue.worth_something(block_hash, self._resident(block_hash))
@@ -297,48 +274,21 @@ class SceneTable:
         self._policy.absent(excess)
         self.queue.give_up(excess)
 
-    def _load(self, scene: Scene, first: int, end: int) -> list[Op]:
-        blocks = self.pool.get_new_blocks(end - first)
-        operations = self.tiers.plan_load(scene.keys[first:end], [block.block_id for block in blocks], prefetch=True)
-        self._loads.append(_Load(scene, first, blocks, {operation.op_id for operation in operations}))
-        return operations
-
     def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
         """Publishes and releases what has arrived; returns the copies that follow."""
-        done = []
-        for load in self._loads:
-            load.failed |= bool(load.op_ids & failed_ops)
-            load.op_ids -= finished_ops
-            if load.op_ids:
-                continue
-            done.append(load)
+        for load in self._loads.take_ended(finished_ops, failed_ops):
             if load.failed:
                 self.totals.failed_blocks += len(load.blocks)
                 self._failed.update(load.hashes)  # not again and again
                 self._policy.absent(load.hashes)
             else:
-                self._publish(load)
-        for load in done:
-            self._loads.remove(load)
-            self.pool.free_blocks(reversed(load.blocks))
-        return self.advance()
-
-    def _publish(self, load: _Load) -> None:
-        """Publishes runs of blocks; a block that a live request computed meanwhile is left out."""
-        scene = load.scene
-        by_index = [None] * load.first + load.blocks  # vLLM looks at the part from `first` on only
-        for resident, group in itertools.groupby(
-            range(load.first, len(by_index)), lambda index: self._resident(scene.hashes[index]) is not None
-        ):
-            indices = list(group)
-            if resident:
-                continue
-            first, end = indices[0], indices[-1] + 1
-            self.pool.cache_full_blocks(scene.request, by_index, first, end, self.block_size, 0)
-            self._unused.update(dict.fromkeys(scene.hashes[first:end]))
-            self.totals.prefetched_blocks += end - first
+                published = self._loads.publish(load)
+                self._unused.add(published)
+                self.totals.prefetched_blocks += len(published)
+            self._loads.release(load)
         if len(self._unused) > self.pool.num_gpu_blocks:
             self.count_wasted()
+        return self.advance()
 
     # -- what only a forward pass can bring -----------------------------------------------------
 
@@ -378,7 +328,7 @@ class SceneTable:
 
     @property
     def num_loading_blocks(self) -> int:
-        return sum(len(load.blocks) for load in self._loads)
+        return self._loads.num_blocks
 
     def state(self, scene_id: str) -> dict[str, Any]:
         """What an application may know about its scene."""
@@ -390,7 +340,7 @@ class SceneTable:
             resident += 1
         if resident == scene.num_blocks:
             state = SceneState.READY
-        elif any(load.scene is scene for load in self._loads):
+        elif self._loads.has(scene_id):
             state = SceneState.LOADING
         elif self.tiers.match(scene.keys[resident:]).num_blocks or resident:
             state = SceneState.STORED
@@ -418,45 +368,9 @@ class SceneTable:
 
     def count_wasted(self, limit: int | None = None) -> int:
         """Looks which of the unused blocks are gone, all of them or the next ``limit``; how many are."""
-        num_gone = 0
-        for block_hash in list(itertools.islice(self._unused, limit)):
-            del self._unused[block_hash]
-            if self._resident(block_hash) is None:
-                num_gone += 1
-            else:
-                self._unused[block_hash] = None
+        num_gone = self._unused.take_gone(limit)
         self.totals.wasted_blocks += num_gone
         return num_gone
 
     def _resident(self, block_hash: Hashable) -> KVCacheBlock | None:
         return self.pool.cached_block_hash_to_block.get_one_block(block_hash)
-
-
-class _Places:
-    """Where blocks are in the scenes that may be loaded."""
-
-    def __init__(self, scenes: Iterable[tuple[Scene, dict[bytes, int]]]) -> None:
-        self._scenes = list(scenes)
-        self._last: tuple[Scene, dict[bytes, int]] | None = None
-
-    def find(self, block_hash: Any) -> tuple[Scene, int] | None:
-        """A scene with this block, that of the block before if it has both, and the position in it."""
-        if self._last is None or block_hash not in self._last[1]:
-            self._last = next((each for each in self._scenes if block_hash in each[1]), None)
-        return None if self._last is None else (self._last[0], self._last[1][block_hash])
-
-
-def _runs(places: _Places, hashes: Sequence[Any], max_blocks: int) -> Iterator[tuple[Scene, int, int]]:
-    """Cuts into chunks of one scene's consecutive blocks: the scene, the first position, the end."""
-    scene, first, end = None, 0, 0
-    for block_hash in hashes:
-        place = places.find(block_hash)
-        assert place is not None
-        if scene is place[0] and end == place[1] and end - first < max_blocks:
-            end += 1
-            continue
-        if scene is not None:
-            yield scene, first, end
-        scene, first, end = place[0], place[1], place[1] + 1
-    if scene is not None:
-        yield scene, first, end

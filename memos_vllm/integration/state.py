@@ -16,6 +16,7 @@ from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
 from memos_vllm.memory.service import MemoryService
+from memos_vllm.memory.sources.gathering import Sources
 from memos_vllm.types import Principal
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class MemosState:
     adapters: AdapterGate
     count_tokens: Callable[[str], int]
     """With the served model's tokenizer."""
+    sources: Sources = field(default_factory=Sources)
+    """What is recalled beside memory."""
+
     recalls: RecallCounts = field(default_factory=RecallCounts)
     caretaker: Caretaker | None = None
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))

@@ -7,7 +7,8 @@ The order follows stability, so that the prefix of the next request is a prefix 
 
 Long-lived memory stands at the end of the system message, in the order in which it was learned;
 a new memory is appended, so what stood before keeps its KV. Late memory stands in front of the
-query, inside the last user message, because it changes with every query.
+query, inside the last user message, because it changes with every query; what outside sources say
+follows it there.
 
 The texts below are part of the product: the recall model in ``tests/assets`` is trained on them.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 LONG_LIVED_HEADING = "What you remember about this user:"
 LATE_HEADING = "Recalled for this question:"
+SOURCES_HEADING = "Quoted from outside sources, not said by this user:"
 
 Message = dict[str, Any]
 
@@ -29,7 +31,12 @@ def render_memories(heading: str, texts: Sequence[str]) -> str:
     return "\n".join([heading, *items])
 
 
-def assemble(messages: Sequence[Message], long_lived: Sequence[str] = (), late: Sequence[str] = ()) -> list[Message]:
+def assemble(
+    messages: Sequence[Message],
+    long_lived: Sequence[str] = (),
+    late: Sequence[str] = (),
+    sources: Sequence[str] = (),
+) -> list[Message]:
     """Returns new messages with memory in place; ``messages`` is not changed.
 
     Without memory the result equals ``messages``. Late memory needs a user message to stand in;
@@ -43,8 +50,8 @@ def assemble(messages: Sequence[Message], long_lived: Sequence[str] = (), late: 
             out[0]["content"] = _join(out[0].get("content"), block, before=False)
         else:
             out.insert(0, {"role": "system", "content": block})
-    if late:
-        block = render_memories(LATE_HEADING, late)
+    headed = [(LATE_HEADING, late), (SOURCES_HEADING, sources)]
+    if block := "\n\n".join(render_memories(heading, texts) for heading, texts in headed if texts):
         for message in reversed(out):
             if message.get("role") == "user":
                 message["content"] = _join(message.get("content"), block, before=True)

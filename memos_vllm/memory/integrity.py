@@ -127,6 +127,23 @@ class RecordChecks(Checks):
                 mend = self._delete("current", key, memory)
                 yield Problem("current", name_of(key[:8] + memory), "is found by what it does not say", mend)
 
+    def pieces(self) -> Iterator[Problem]:
+        """Of each document the memories that say they are its pieces, and nothing else."""
+        for key, raw in self._rows("records", counted=False):
+            record = self._decode(raw)
+            if record is not None and record.document is not None:
+                place = key[:8] + tables.document_key(record.document) + key[8:]
+                if self._txn.get(place, db=self._dbs["pieces"]) is None:
+                    yield Problem(
+                        "pieces", name_of(key), "its document does not know it", self._put("pieces", place, b"")
+                    )
+        for key, _ in self._rows("pieces"):
+            memory = key[:8] + key[8 + tables.DOCUMENT_KEY_BYTES :]
+            record = self._record(memory)
+            known = record.document if record else None
+            if known is None or tables.document_key(known) != key[8 : 8 + tables.DOCUMENT_KEY_BYTES]:
+                yield Problem("pieces", name_of(memory), "is no piece of that document", self._delete("pieces", key))
+
     def changes(self) -> Iterator[Problem]:
         """Of each user the last changes up to the owner's number, without a gap."""
         seen: dict[bytes, list[int]] = {}
@@ -188,7 +205,7 @@ class Examination(RecordChecks, LifeChecks):
 
     def run(self) -> Report:
         for check in (
-            *(self.owners, self.records, self.versions, self.current, self.changes, self.sessions),
+            *(self.owners, self.records, self.versions, self.current, self.pieces, self.changes, self.sessions),
             *(self.usage, self.due, self.events, self.vectors, self.links, self.successors, self.snapshots),
             self.kv_removals,
         ):

@@ -14,6 +14,9 @@ from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId
 
 SUPERSEDES, MERGED_INTO, CONTRADICTS, DERIVED_FROM = "supersedes", "merged_into", "contradicts", "derived_from"
+FOLLOWED_BY = "followed_by"
+"""From a piece of a document to the next one."""
+
 RESERVED = frozenset({SUPERSEDES, MERGED_INTO})
 """Made by corrections and merges only, for the records say the same."""
 

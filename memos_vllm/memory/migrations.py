@@ -77,5 +77,9 @@ def _to_2(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
         user.finish()
 
 
-STEPS: dict[int, Step] = {1: _to_2}
+def _to_3(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+    """Documents have a table of their pieces; there were none before."""
+
+
+STEPS: dict[int, Step] = {1: _to_2, 2: _to_3}
 """By the version that a step starts from."""

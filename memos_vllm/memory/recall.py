@@ -15,11 +15,12 @@ goes in front of the facts, behind the pinned ones, and may push facts out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from memos_vllm.memory.records import MemoryRecord
-from memos_vllm.memory.results import Hit
+from memos_vllm.memory.results import Hit, Passage, Recall
 from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.transactions import UserReader
 from memos_vllm.types import MemoryId
@@ -37,6 +38,10 @@ class Budget:
 
     def cost(self, text: str) -> int:
         return self._count_tokens(f"- {text}\n")
+
+    @property
+    def taken(self) -> int:
+        return self.num_tokens - self._left
 
     def take(self, cost: int) -> bool:
         if cost > self._left:
@@ -69,3 +74,20 @@ def _run(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetim
 def fitting(hits: Iterable[Hit], budget: Budget) -> list[Hit]:
     """The hits that fit. Nothing here need be stable, so a large one does not block the others."""
     return [hit for hit in hits if budget.take(budget.cost(hit.record.text))]
+
+
+def with_sources(
+    recall: Recall, passages: Sequence[Passage], num_tokens: int, share: float, count_tokens: CountTokens
+) -> Recall:
+    """What sources say beside what is remembered, both within the budget for late memory.
+
+    Args:
+        num_tokens: the whole budget.
+        share: of it for sources at most; memory has what they leave.
+    """
+    for_sources = Budget(int(num_tokens * share), count_tokens)
+    quoted = tuple(passage for passage in passages if for_sources.take(for_sources.cost(passage.quoted)))
+    if not quoted:
+        return recall
+    for_memory = Budget(num_tokens - for_sources.taken, count_tokens)
+    return replace(recall, late=tuple(fitting(recall.late, for_memory)), sources=quoted)

@@ -89,6 +89,12 @@ class MemoryRecord:
     def said_at(self) -> datetime:
         return self.valid_from or self.created_at
 
+    @property
+    def document(self) -> str | None:
+        """The name of the document that it is a piece of."""
+        place = self.origin.get("document")
+        return place["name"] if isinstance(place, Mapping) else None
+
     def is_recallable(self, now: datetime) -> bool:
         """Whether it may go into a prompt."""
         return (

@@ -28,13 +28,13 @@ def keep(user: UserWriter, extracted: Extract, origin: Mapping[str, Any], now: d
         The new record, or the known one.
     """
     claim = claims.claim_of(extracted.text)
-    rivals = user.holders(claims.subject_key(claim)) if claim else []
-    same = user.holders(claims.text_key(extracted.text)) or [
+    rivals = _said(user, claims.subject_key(claim)) if claim else []
+    same = _said(user, claims.text_key(extracted.text)) or [
         rival for rival in rivals if claims.claim_of(rival.text) == claim
     ]
     if same:
         return _said_again(user, same[-1], origin, now)
-    near = [] if claim else user.holders(claims.near_key(extracted.text))
+    near = [] if claim else _said(user, claims.near_key(extracted.text))
     changed = [rival for rival in rivals if rival.state is not State.FROZEN]
     new = user.insert(
         now,
@@ -51,6 +51,11 @@ def keep(user: UserWriter, extracted: Extract, origin: Mapping[str, Any], now: d
     if near and near[-1].state is not State.FROZEN:
         return succession.merge(user, _said_again(user, near[-1], origin, now), [replace(new, uses=0)], now)
     return new
+
+
+def _said(user: UserWriter, key: bytes) -> list[MemoryRecord]:
+    """Memories that say what the key stands for; what a document says, the user has not said."""
+    return [record for record in user.holders(key) if record.document is None]
 
 
 def _said_again(user: UserWriter, known: MemoryRecord, origin: Mapping[str, Any], now: datetime) -> MemoryRecord:

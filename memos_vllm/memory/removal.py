@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from memos_vllm.memory import links, sessions, snapshots, tables
@@ -32,10 +33,17 @@ def remove(user: UserWriter, memory_id: str) -> Removed:
 
     A memory that it superseded stays out of use: a deleted correction does not make the error true.
     """
+    return remove_several(user, [memory_id])
+
+
+def remove_several(user: UserWriter, memory_ids: Iterable[str]) -> Removed:
+    """Like ``remove`` for each; the KV epoch changes once."""
     removed = Removed()
-    waiting = [record] if (record := user.get(memory_id)) else []
+    waiting = [record for memory_id in memory_ids if (record := user.get(memory_id))]
     while waiting:
         record = waiting.pop()
+        if user.get(record.id) is None:  # merged into another one of them
+            continue
         copies = links.of(user, record.id, end=tables.TO, type=links.MERGED_INTO)
         waiting += [copy for link in copies if (copy := user.get(link.source)) and copy.superseded_by == record.id]
         _remove_one(user, record, removed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 from memos_vllm.memory.records import MemoryRecord
@@ -23,9 +24,70 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """What an outside source says to a question; no memory, and never made one."""
+
+    source: str
+    """The source's name."""
+
+    text: str
+    cited: str
+    """A file below the source's folder, or an address."""
+
+    title: str | None = None
+    section: tuple[str, ...] = ()
+    """Headings above it, outermost first."""
+
+    page: int | None = None
+    offset: int | None = None
+    """Characters from the start of the document's text."""
+
+    score: float | None = None
+    """Comparable within one source and question only."""
+
+    why: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def quoted(self) -> str:
+        """As it stands in a prompt, with its citation."""
+        page = f", page {self.page}" if self.page is not None else ""
+        title = f"{self.title}, " if self.title else ""
+        return f"[{self.source}: {title}{self.cited}{page}] {self.text}"
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("cited", "title", "section", "page", "offset")
+        citation = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
+        citation["section"] = list(self.section)
+        return {
+            "source": self.source, "text": self.text, "citation": citation, "score": self.score, "why": self.why,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Recall:
     long_lived: tuple[MemoryRecord, ...]
     late: tuple[Hit, ...]
+    sources: tuple[Passage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    name: str
+    content_type: str
+    pieces: int
+    created_at: datetime
+    updated_at: datetime
+    """When a piece was last changed, or found at another place."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "object": "document",
+            "name": self.name,
+            "content_type": self.content_type,
+            "pieces": self.pieces,
+            "created_at": self.created_at.isoformat(),
+            "updated_at": self.updated_at.isoformat(),
+        }
 
 
 @dataclass(frozen=True, slots=True)

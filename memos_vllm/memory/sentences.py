@@ -12,8 +12,9 @@ _WRAPPED_LINE_CHARS = 60  # a line this long that ends in mid-sentence was wrapp
 # "." only before a space, so that decimals, versions and addresses stay whole. The full stops of
 # Chinese and Japanese need no space after them.
 _END = regex.compile(r"(?:[.!?…]+|[।۔؟։])[\"'”’»)\]]*(?=\s|$)|[。！？｡]+[」』”’）\"']*")
-_QUOTE = regex.compile(r"\"[^\"]*\"|“[^”]*”|«[^»]*»|「[^」]*」|『[^』]*』|\([^()]*\)|（[^）]*）")
+_QUOTE = regex.compile(r"\"[^\"]*\"|“[^“”]*”|«[^«»]*»|「[^「」]*」|『[^『』]*』|\([^()]*\)|（[^（）]*）")
 
+_NEAR_CHARS = 100
 _STOPS = ".!?…।۔؟։。！？｡"
 
 _TITLES = frozenset(
@@ -31,7 +32,7 @@ _SHORTENED = frozenset(
 
 def split(text: str) -> list[str]:
     """The sentences of a text, in order, stripped, without bullets; nothing else is left out."""
-    return [sentence for unit in _units(text) for sentence in _sentences(unit)]
+    return [sentence for unit in _units(text) for sentence in of_line(unit)]
 
 
 def _units(text: str) -> Iterator[str]:
@@ -63,13 +64,18 @@ def _continues(line: str, content: str) -> bool:
     return content[0].islower() or (len(line) >= _WRAPPED_LINE_CHARS and not _END.search(line.rstrip()[-3:]))
 
 
-def _sentences(unit: str) -> Iterator[str]:
+def of_line(unit: str) -> Iterator[str]:
+    """The sentences of one line, stripped."""
     quotes = [match.span() for match in _QUOTE.finditer(unit)]
-    start = 0
+    start, quote = 0, 0
     for match in _END.finditer(unit):
-        if any(left < match.end() < right for left, right in quotes):
+        while quote < len(quotes) and quotes[quote][1] <= match.end():
+            quote += 1
+        if quote < len(quotes) and quotes[quote][0] < match.end():
             continue
-        if _ends_sentence(unit[start : match.start()], match[0], unit[match.end() :].lstrip()):
+        # What is near tells, and looking at all of a long line each time would take its length squared.
+        before = unit[max(start, match.start() - _NEAR_CHARS) : match.start()]
+        if _ends_sentence(before, match[0], unit[match.end() : match.end() + _NEAR_CHARS].lstrip()):
             yield unit[start : match.end()].strip()
             start = match.end()
     if rest := unit[start:].strip():

@@ -12,6 +12,7 @@ from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables
 from memos_vllm.memory.abstract_store import Store
+from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
 from memos_vllm.memory.filters import Filter
@@ -44,6 +45,7 @@ class MemoryService:
         count_tokens: with the served model's tokenizer, for the budgets.
         now: the time in UTC; tests set it.
         embedder: for the dense part of search; without one it goes by words, times and links.
+        keeps_editions: whether what a document said before stays in the history.
 
     All calls that write raise ``StoreFull`` where there is no room and ``StoreError`` where the store
     fails; nothing of the write is then stored. All raise ``RequestError`` for bad input.
@@ -56,6 +58,7 @@ class MemoryService:
         count_tokens: Callable[[str], int] = estimate_tokens,
         now: Callable[[], datetime] = records.utc_now,
         embedder: Embedder | None = None,
+        keeps_editions: bool = True,
     ):
         self._store = store
         self._config = config
@@ -65,6 +68,9 @@ class MemoryService:
         self._retrieval = Retrieval(store, self._indexes, embedder)
         self.life = MemoryLife(store, now)
         self._prepared = PreparedChoices()
+        self.documents = Library(
+            store, config.documents, now, self._receipt, self._take_in, keeps_history=keeps_editions
+        )
 
     def add(
         self,
@@ -362,6 +368,12 @@ class MemoryService:
         chosen = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens), now)
         self._prepared.put(user.who, user.seq, [record.id for record in chosen])
         return chosen
+
+    def _take_in(self, who: Principal) -> None:
+        """Makes index and vectors follow what was written, so that the next search need not: documents are large."""
+        with self._store.read(who) as user, self._indexes.current(user):
+            pass
+        self._retrieval.prepare(who)
 
     def _receipt(self, who: Principal, removed: Removed, kv_epoch: int) -> DeletionReceipt:
         with self._store.read(who) as user:

@@ -15,6 +15,7 @@
     link_ends   owner, memory id, link id        -> which end of the link the memory is
     snapshots   owner, snapshot id               -> Snapshot, JSON
     snapshot_entries  owner, snapshot id, memory id -> version and standing of the memory then, JSON
+    pieces      owner, digest of a document's name, memory id -> nothing; the pieces it has or had
     kv_removals owner, KV epoch                  -> tenant and user, JSON; KV that is still to be removed
 
 An owner is a number given at the user's first write, so keys are short and no separator in a name
@@ -33,15 +34,19 @@ from datetime import UTC, datetime, timedelta
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.types import Principal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NAMES = (
     *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
-    *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "kv_removals"),
+    *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "pieces"),
+    "kv_removals",
 )
 OF_A_MEMORY = ("versions", "vectors", "usage", "events")
 """Keys begin with owner and memory id; cleared when the memory is removed."""
 
-OF_A_USER = (*OF_A_MEMORY, "records", "current", "sessions", "links", "link_ends", "snapshots", "snapshot_entries")
+OF_A_USER = (
+    *(*OF_A_MEMORY, "records", "current", "sessions"),
+    *("links", "link_ends", "snapshots", "snapshot_entries", "pieces"),
+)
 """Keys begin with the owner; cleared when the user's memories are. Changes and KV removals stay."""
 
 SEVERAL_VALUES = frozenset({"current"})
@@ -51,6 +56,8 @@ CHANGES_KEPT = 10_000
 
 EVENTS_KEPT = 100
 """Per memory."""
+
+DOCUMENT_KEY_BYTES = 16
 
 PUT, REMOVE, CLEAR = b"P", b"R", b"C"
 
@@ -118,3 +125,7 @@ def milliseconds(moment: datetime) -> int:
 
 def session_key(session: str) -> bytes:
     return hashlib.blake2b(session.encode(), digest_size=16).digest()
+
+
+def document_key(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=DOCUMENT_KEY_BYTES).digest()

@@ -69,6 +69,13 @@ class UserReader:
         found = (self.get(_id_of(raw)) for _, raw in self.rows("current", key))
         return [record for record in found if record is not None]
 
+    def pieces(self, document: str) -> Iterator[MemoryRecord]:
+        """What a document has or had, in the order of creation; superseded pieces too."""
+        for key, _ in self.rows("pieces", tables.document_key(document)):
+            record = self.get(_id_of(key[tables.DOCUMENT_KEY_BYTES :]))
+            assert record is not None
+            yield record
+
     def changes_after(self, seq: int) -> Iterator[tuple[bytes, MemoryId]]:
         """Operation and memory of each later change that is still in the log."""
         for _, raw in self.rows("changes", start=tables.number_key(seq + 1)):
@@ -156,6 +163,8 @@ class UserWriter(UserReader):
         if record.is_current:
             for key in claims.keys_of(record.text):
                 self.put_row("current", key, uuid.UUID(record.id).bytes)
+        if record.document is not None:
+            self.put_row("pieces", _piece_key(record, record.document), b"")
         self.schedule(record, self.usage(record.id) if old is not None else Usage())
         self._log(tables.PUT, record.id)
 
@@ -229,6 +238,8 @@ class UserWriter(UserReader):
         if (due_at := self.usage(record.id).due_at) is not None:
             self._txn.delete(tables.moment_key(due_at) + self._owner.prefix + key, db=self._dbs["due"])
         self.delete_row("records", key)
+        if record.document is not None:
+            self.delete_row("pieces", _piece_key(record, record.document))
         self.forget_claims(record)
         removed = {table: self.clear(table, key) for table in tables.OF_A_MEMORY}
         self._log(tables.REMOVE, record.id)
@@ -289,6 +300,10 @@ class UserWriter(UserReader):
         self.put_row("changes", tables.number_key(self._owner.seq), operation + uuid.UUID(memory_id).bytes)
         if self._owner.seq > tables.CHANGES_KEPT:
             self.delete_row("changes", tables.number_key(self._owner.seq - tables.CHANGES_KEPT))
+
+
+def _piece_key(record: MemoryRecord, document: str) -> bytes:
+    return tables.document_key(document) + uuid.UUID(record.id).bytes
 
 
 def _id_of(raw: bytes) -> MemoryId:

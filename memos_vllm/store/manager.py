@@ -120,7 +120,7 @@ class TierManager:
         self.disk = disk
         self.totals = TransferTotals()
         self.copies: dict[Route, CopyTotals] = {route: CopyTotals() for route in ROUTES}
-        self._chunk_blocks = chunk_blocks
+        self.chunk_blocks = chunk_blocks
         self._block_bytes = block_bytes
         self._world_size = world_size
         self._op_ids = itertools.count(1)
@@ -171,8 +171,8 @@ class TierManager:
         self.slots.pin([key for source, key, _ in sources if not source])
         for source, group in itertools.groupby(sources, lambda item: item[0]):
             pairs = [(key, block) for _, key, block in group]
-            for start in range(0, len(pairs), self._chunk_blocks):
-                part = pairs[start : start + self._chunk_blocks]
+            for start in range(0, len(pairs), self.chunk_blocks):
+                part = pairs[start : start + self.chunk_blocks]
                 part_keys = tuple(key for key, _ in part)
                 part_blocks = tuple(block for _, block in part)
                 operations.append(self._plan_part(source, part_keys, part_blocks, prefetch))
@@ -233,8 +233,8 @@ class TierManager:
             if self.slots.state(key) is SlotState.ABSENT and (self.disk is None or key not in self.disk)
         ]
         operations: list[Op] = []
-        for start in range(0, len(fresh), self._chunk_blocks):
-            part = fresh[start : start + self._chunk_blocks]
+        for start in range(0, len(fresh), self.chunk_blocks):
+            part = fresh[start : start + self.chunk_blocks]
             part_keys = tuple(key for key, _ in part)
             slots = self.slots.reserve(part_keys)
             if slots is None:

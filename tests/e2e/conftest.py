@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.serving import Server, serve
 from memos_vllm.integration.metrics import series_key
 
-APP, ALICE, BOB = "app-key", "alice-key", "bob-key"
+APP, ALICE, BOB, READER = "app-key", "alice-key", "bob-key", "reader-key"
 CONFIG = f"""
 data_dir: {{data_dir}}
 identity:
@@ -24,8 +24,13 @@ identity:
     {APP}: {{{{tenant: shop}}}}
     personal-key: {{{{tenant: shop, user: carol}}}}
     always-key: {{{{tenant: always, memory: true}}}}
+    {READER}: {{{{tenant: readers}}}}
 memory:
   long_lived_tokens: 2048
+sources:
+  deadline_s: 10
+  folders:
+    - {{{{name: handbook, path: {{folder}}, users: [{{{{tenant: readers}}}}], refresh_s: 1}}}}
 kv:
   host_bytes: 64MiB
   disk_bytes: 256MiB
@@ -111,10 +116,16 @@ def cached_tokens(response: Any) -> int:
 
 
 @pytest.fixture(scope="session")
-def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source for the tenant of ``READER``."""
+    return tmp_path_factory.mktemp("handbook")
+
+
+@pytest.fixture(scope="session")
+def config_path(tmp_path_factory: pytest.TempPathFactory, source_folder: Path) -> Path:
     directory = tmp_path_factory.mktemp("server")
     path = directory / "memos.yaml"
-    path.write_text(CONFIG.format(data_dir=directory / "data"))
+    path.write_text(CONFIG.format(data_dir=directory / "data", folder=source_folder))
     return path
 
 

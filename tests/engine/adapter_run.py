@@ -118,14 +118,14 @@ class Run:
         return answers
 
     def without_digest(self, body: Callable[[], Answer]) -> Answer:
-        from memos_vllm.integration import scheduler_side
+        from memos_vllm.integration import block_names
 
-        original = scheduler_side.adapter_digest
-        scheduler_side.adapter_digest = lambda lora_request: b""
+        original = block_names.adapter_digest
+        block_names.adapter_digest = lambda lora_request: b""
         try:
             return body()
         finally:
-            scheduler_side.adapter_digest = original
+            block_names.adapter_digest = original
 
     def all(self) -> dict[str, Any]:
         num_tokens = NUM_BLOCKS * BLOCK_SIZE + 5

@@ -37,7 +37,7 @@ class Engine:
 
     @property
     def tiers(self) -> Any:
-        return self.side._tiers
+        return self.side.memory.tiers
 
     @property
     def pool(self) -> Any:

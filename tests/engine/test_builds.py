@@ -22,7 +22,7 @@ PIECE_BLOCKS = 4
 @pytest.fixture(autouse=True)
 def nothing_claimed_or_expected(engine: Engine) -> Iterator[None]:
     """No claim is open from the test before, and no scene is loaded in the test after."""
-    engine.side._builds._claim = None
+    engine.side.memory.builds._claim = None
     yield
     tell(engine)
     engine.settle()
@@ -187,7 +187,7 @@ def test_one_process_builds_at_a_time_and_none_while_a_request_is_in_the_engine(
     expect(engine, "s")
     assert claim(engine, "p") is not None
     assert claim(engine, "q") is None
-    builds = engine.side._builds
+    builds = engine.side.memory.builds
     monkeypatch.setattr(builds, "now", lambda: builds._claim.expires_at)
     assert claim(engine, "q") is not None, "the other one is gone"
     add_request(engine, "live", prompt(311), SALT)
@@ -206,7 +206,7 @@ def test_a_deletion_during_a_build_leaves_nothing(engine: Engine) -> None:
     run_until_finished(engine, build_id)
     engine.settle()
     assert claim(engine) is None and state(engine, "s") == "unknown"
-    assert not engine.side._builds._contents.get("s"), "its tokens are gone too"
+    assert not engine.side.memory.builds._contents.get("s"), "its tokens are gone too"
     assert not any(block.block_hash for block in engine.pool.blocks)
     assert salts.tag(salt) not in engine.tiers._host_tags.values()
     assert declare(engine, "s", prompt(312), salt) == 0, "nor does it come back"
@@ -218,7 +218,7 @@ def test_a_build_takes_no_block_of_a_more_valuable_scene(engine: Engine, monkeyp
     declare(engine, "s", prompt(314))
     expect(engine, "kept", "s")
     assert claim(engine) is not None
-    monkeypatch.setattr(type(engine.side._scenes.queue), "num_plain_blocks", PIECE_BLOCKS - 1)
+    monkeypatch.setattr(type(engine.side.memory.scenes.queue), "num_plain_blocks", PIECE_BLOCKS - 1)
     assert claim(engine) is None
 
 

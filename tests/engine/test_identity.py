@@ -175,4 +175,4 @@ def test_another_layout_of_a_block_is_another_identity(config: Any) -> None:
 def test_the_engine_uses_the_identity_of_its_configuration(shared_engine: Engine) -> None:
     config = shared_engine.llm.llm_engine.vllm_config
     layout = shared_engine.worker.handshake().layout
-    assert identity_of(config, layout).digest() == shared_engine.side._identity.digest()
+    assert identity_of(config, layout).digest() == shared_engine.side.memory.names.identity.digest()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memos_vllm.config import MemosConfig
-from memos_vllm.integration import salts, scheduler_side
+from memos_vllm.integration import activation_memory, salts, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
 from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM
@@ -130,12 +130,12 @@ class SceneMachine(RuleBasedStateMachine):
         self.stack = ExitStack()
         folder = self.stack.enter_context(tempfile.TemporaryDirectory())
         self.now = 0.0
-        for target, stand_in in {
-            "identity_of": lambda *_: make_identity(),
-            "engine_channel": SimpleNamespace(serve=lambda _: None),
-            "time": SimpleNamespace(monotonic=lambda: self.now),
-        }.items():
-            self.stack.enter_context(mock.patch.object(scheduler_side, target, stand_in))
+        for module, target, stand_in in (
+            (activation_memory, "identity_of", lambda *_: make_identity()),
+            (scheduler_side, "engine_channel", SimpleNamespace(serve=lambda _: None)),
+            (scheduler_side, "time", SimpleNamespace(monotonic=lambda: self.now)),
+        ):
+            self.stack.enter_context(mock.patch.object(module, target, stand_in))
         self.kv = make_kv_cache_manager()
         self.pool = self.kv.block_pool
         config = MemosConfig.model_validate(
@@ -160,7 +160,7 @@ class SceneMachine(RuleBasedStateMachine):
         self.side = SchedulerSide(vllm_config, self.kv.kv_cache_config, config)
         self.side.bind_block_pool(self.pool)
         self.side.open_tiers([MemosHandshake(("x",), BLOCK_BYTES)] * WORLD_SIZE)
-        assert self.side._scenes is not None, "prediction must be on for this test to mean anything"
+        assert self.side.memory.scenes is not None, "prediction must be on for this test to mean anything"
 
         self.lives: list[Live] = []
         self.under_way: dict[int, UnderWay] = {}
@@ -175,11 +175,11 @@ class SceneMachine(RuleBasedStateMachine):
 
     @property
     def tiers(self) -> Any:
-        return self.side._tiers
+        return self.side.memory.tiers
 
     @property
     def scenes(self) -> Any:
-        return self.side._scenes
+        return self.side.memory.scenes
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ class SceneMachine(RuleBasedStateMachine):
         num_loaded, is_async = self.side.match(request, num_local)
         if num_loaded is None:
             return
-        builds = self.side._builds
+        builds = self.side.memory.builds
         assert not builds.is_build(request) or not builds._live, "a piece shares a step with a live request"
         assert is_async == (num_loaded > 0) and num_local + num_loaded < request.num_tokens
         num_new = 0 if is_async else request.num_tokens - num_local
@@ -587,7 +587,8 @@ class SceneMachine(RuleBasedStateMachine):
                 self.end(live)
         assert not self.referenced() and self.pool.get_num_free_blocks() == USABLE
         assert not self.side.holds_blocks and not self.side.has_work
-        assert not self.side._loading and not self.side._held and not self.side._keys and not self.side._matched
+        assert not self.side._loading and not self.side._matched
+        assert not len(self.side.memory.held) and not len(self.side.memory.names)
         counts = self.tiers.slots.check_integrity()
         assert counts.writing == counts.pinned == counts.doomed == 0
 
@@ -640,7 +641,7 @@ class SceneMachine(RuleBasedStateMachine):
     @invariant()
     def the_forgotten_stay_forgotten(self) -> None:
         assert not {scene.request.cache_salt for scene in self.scenes.known} & self.forgotten
-        assert not {content.salt for content in self.side._builds._contents.values()} & self.forgotten
+        assert not {content.salt for content in self.side.memory.builds._contents.values()} & self.forgotten
         tags = {salts.tag(salt) for salt in self.forgotten}
         found = {
             self.tiers._host_tags[key] for key in self.tiers._host_tags if self.tiers.slots.lookup(key) is not None
@@ -654,8 +655,8 @@ class SceneMachine(RuleBasedStateMachine):
             assert not self.side.has_work
             assert self.side.match(make_request("late", [1] * 9, "memos:late"), 0) == (0, False)
         finally:
-            if self.tiers is not None:
-                self.tiers.disk.close()
+            if self.side.memory is not None:
+                self.side.memory.close()
             self.stack.close()
 
 

@@ -124,7 +124,7 @@ def test_live_requests_take_every_block_they_need(engine: Engine, monkeypatch: p
     finished = run_until_finished(engine, "big0", "big1", "big2")
     assert all(len(output.outputs[0].token_ids) == 4 for output in finished.values())
     assert not preempted
-    engine.side._scenes.check_integrity()
+    engine.side.memory.scenes.check_integrity()
     assert engine.scheduler.reset_prefix_cache(), "kept blocks do not stand in the way of a reset"
 
 

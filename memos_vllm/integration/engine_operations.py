@@ -1,0 +1,91 @@
+"""What the API processes ask of the engine; runs between two of its steps (``engine_channel``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memos_vllm.integration import salts
+from memos_vllm.integration.activation_memory import ActivationMemory
+from memos_vllm.integration.scene_builds import lora_arguments
+from memos_vllm.store.ops import Op
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+
+PREDICTION_OPS = ("expect", "scene", "declare", "build")
+
+
+def serve(
+    memory: ActivationMemory, op: str, payload: dict[str, Any], engine: EngineCore | None = None
+) -> tuple[dict[str, Any], list[Op]]:
+    """The reply, and the copies that follow from it.
+
+    Args:
+        engine: the caller; ``declare`` hashes with its hasher.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+    scenes, builds = memory.scenes, memory.builds
+    memory.accounting.changed()
+    match op:
+        case "status":
+            return memory.status(), []
+        case "drop_host":
+            memory.tiers.drop_host()
+            return memory.status(), []
+        case "forget":
+            return memory.forget(salts.tag(payload["salt"])), []
+        case "forget_adapter":
+            return memory.forget(salts.adapter_tag(payload["lora_name"])), []
+        case "expect" if scenes is not None:
+            operations = scenes.expect(payload["planner"], payload["scenes"], payload.get("busy", ()))
+            return {"enabled": True, "blocks": scenes.expected_blocks()}, operations
+        case "scene" if scenes is not None:
+            return {"enabled": True, **scenes.state(payload["scene"])}, []
+        case "declare" if builds is not None:
+            assert engine is not None
+            return _declare(memory, engine, **payload), []
+        case "build" if builds is not None:
+            claim = builds.claim(payload["planner"], payload["piece_tokens"])
+            return {"enabled": True, "unknown": builds.unknown(payload["declared"]), **claim}, []
+        case _ if op in PREDICTION_OPS:
+            return {"enabled": False}, []
+    raise ValueError(f"unknown operation {op!r}")
+
+
+def _declare(
+    memory: ActivationMemory,
+    engine: EngineCore,
+    scene: str,
+    token_ids: list[int],
+    salt: str,
+    like: str,
+    lora: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A prefix that no request has had yet is a scene from now on; ``blocks`` 0 if it cannot be one.
+
+    Args:
+        like: a scene of the same user; this one gets its adapter.
+        lora: arguments of the ``LoRARequest`` to use where ``like`` is not known any more.
+    """
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.request import Request
+
+    assert memory.builds is not None
+    adapter = memory.builds.lora_of(like, otherwise=LoRARequest(**lora) if lora else None)
+    request = Request(
+        f"memos-declare-{scene}",
+        token_ids,
+        SamplingParams(max_tokens=1),
+        None,
+        lora_request=adapter,
+        cache_salt=salt,
+        block_hasher=engine.request_block_hasher,
+    )
+    tag, keys = memory.names.tag(request), memory.names.of(request.block_hashes, adapter)
+    if tag is None or keys is None or memory.tiers.is_forgotten(tag):
+        return {"enabled": True, "blocks": 0, "lora": None}
+    memory.register(scene, request, keys)
+    return {"enabled": True, "blocks": len(keys), "lora": lora_arguments(adapter)}
