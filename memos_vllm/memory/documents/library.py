@@ -10,12 +10,12 @@ from typing import Any
 from memos_vllm.config import DocumentsConfig
 from memos_vllm.errors import DocumentError, NotFound
 from memos_vllm.memory import inputs, removal, tables
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.documents import formats, keeping, pieces
 from memos_vllm.memory.documents.keeping import Stored
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Document
-from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import Principal
 
@@ -36,7 +36,7 @@ class Library:
 
     def __init__(
         self,
-        store: MemoryStore,
+        store: Store,
         config: DocumentsConfig,
         now: Callable[[], datetime],
         receipt: Receipt,
