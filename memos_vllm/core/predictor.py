@@ -6,7 +6,8 @@
 A scene's probability is that of a use within the horizon, from four sources taken as independent: its
 rate of return (``returns``, ``hazard``), a hint that is open (``hints``), a scene of the same owner that it
 often follows and that was just used (``transitions``), and whose turn is next (``turn_order``). Its value
-is probability x prefill seconds saved / bytes.
+is probability x prefill seconds saved / bytes, the probability being averaged with those of uses in the
+first parts of the horizon (``NEARER``).
 
 Values are kept, not computed when asked for. A scene is visited when an event names it and when
 its wait enters the next bin of elapsed time, less and less often as it waits: ``advance`` does what is due.
@@ -29,9 +30,13 @@ from memos_vllm.core.transitions import Transitions
 from memos_vllm.core.turn_order import TurnOrder
 from memos_vllm.core.waiting import Trigger, Wait
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 HORIZON_S = 10.0
 """A scene is worth having if it is used within this time; of the order of a few loads and turns."""
+
+NEARER = (1.0, 1 / 16)
+"""Parts of the horizon in which a use counts once each. Of two scenes that will surely be used within it the sooner
+one is worth more: the other can still be brought when that one has been used, as Belady would have it."""
 
 MAX_SCENES = 200_000
 _MAX_TRIGGERS = 4
@@ -96,7 +101,7 @@ class Predictor:
             self._ranking.set(scene.id, 0.0)
         else:
             wait.scene = scene
-            self._set(wait, wait.probability)
+            self._set(wait, wait.probability, wait.urgency)
         self._roles[scene.owner, scene.role] = scene.id
 
     def remove(self, scene_id: str) -> None:
@@ -330,21 +335,24 @@ class Predictor:
             wait.turn = None
         self._returns.count(wait, now)
         gone = wait.closed and wait.hint is None
-        self._set(wait, 0.0 if gone else self._probability(wait, now))
+        within = [0.0 if gone else self._probability(wait, now, part * self.horizon_s) for part in NEARER]
+        self._set(wait, within[0], sum(within) / len(within))
         self._schedule(wait, None if gone else self._next_visit(wait, now))
 
-    def _probability(self, wait: Wait, now: float) -> float:
-        stays_away = math.exp(-self._returns.expected(wait, now, self.horizon_s))
+    def _probability(self, wait: Wait, now: float, within_s: float) -> float:
+        stays_away = math.exp(-self._returns.expected(wait, now, within_s))
         if wait.hint is not None:
-            stays_away *= 1.0 - wait.hint.probability_within(self.horizon_s, now)
-        for trigger in (wait.trigger, wait.turn):
-            if trigger is not None:
-                stays_away *= 1.0 + trigger.probability * math.expm1(-self.horizon_s / trigger.delay_s)
+            stays_away *= 1.0 - wait.hint.probability_within(within_s, now)
+        if wait.trigger is not None:
+            stays_away *= 1.0 + wait.trigger.probability * math.expm1(-within_s / wait.trigger.delay_s)
+        if wait.turn is not None:  # before any other, so that how soon that is does not matter
+            stays_away *= 1.0 + wait.turn.probability * math.expm1(-self.horizon_s / wait.turn.delay_s)
         return 1.0 - stays_away
 
-    def _set(self, wait: Wait, probability: float) -> None:
-        wait.probability = probability
-        value = probability * wait.scene.prefill_s / max(1, wait.scene.size_bytes)
+    def _set(self, wait: Wait, probability: float, urgency: float) -> None:
+        """``urgency``: the probability, averaged over the parts of the horizon."""
+        wait.probability, wait.urgency = probability, urgency
+        value = urgency * wait.scene.prefill_s / max(1, wait.scene.size_bytes)
         if value != wait.value:
             wait.value = value
             self._changed.add(wait.scene.id)
@@ -385,7 +393,7 @@ class Predictor:
             wait.context = self._returns.context(wait)
         if wait.busy:
             wait.busy, wait.ended, wait.counted_s = False, self._now, 0.0
-        self._set(wait, wait.probability)
+        self._set(wait, wait.probability, wait.urgency)
         self._schedule(wait, wait.due)
 
     def _skip_to(self, now: float) -> None:

@@ -49,6 +49,8 @@ class Wait:
     turn: Trigger | None = None
     """By the scene after which it is this one's turn, whoever owns that."""
     probability: float = 0.0
+    urgency: float = 0.0
+    """The probability, averaged over the parts of the horizon."""
     due: float | None = None
     """When to look at it again."""
     version: int = 0
@@ -90,6 +92,7 @@ _STATE = (
     "output_tokens",
     "counted_s",
     "probability",
+    "urgency",
     "due",
     "scene",
     "hint",

@@ -38,6 +38,11 @@ logger = logging.getLogger(__name__)
 REPLAN_INTERVAL_S = 1.0
 """How often the ranking is looked at while nothing happens: probabilities change with time."""
 
+FIRST_TOKEN_S = 0.3
+"""How long after the start of a turn nothing new is brought for other turns, unless this one ends before: its first
+token is being computed, and where KV is in the memory that the forward pass reads too, copies make that longer. Under
+steady load a turn starts all the time; what is expected is then told this much later, and not never."""
+
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
 
@@ -80,6 +85,8 @@ class ScenePlanner:
         self._copied_at: float | None = None
         """Set while the state is being copied, and nothing may change it."""
         self._changed = asyncio.Event()
+        self._held_since: float | None = None
+        """Start of a turn since which the engine was told of nothing new."""
         self._telling = False
         self._sizes: dict[str, int] = {}
         """In blocks, of starts that were declared since the engine was told last."""
@@ -106,7 +113,7 @@ class ScenePlanner:
     @property
     def busy(self) -> bool:
         """Whether the engine has yet to hear of something that happened."""
-        return self._changed.is_set() or self._telling
+        return self._changed.is_set() or self._telling or self._held_since is not None
 
     @property
     def told(self) -> list[str]:
@@ -127,6 +134,8 @@ class ScenePlanner:
             self.observe(TurnStarted(self.start_id(who), owner=str(who)), SceneKind.SESSION_START)
             self.observe(TurnEnded(self.start_id(who)))
         self._busy[scene_id] += 1
+        if self._held_since is None:
+            self._held_since = self._now()
         self.observe(TurnStarted(scene_id, owner=str(who)))
         return scene_id
 
@@ -145,6 +154,7 @@ class ScenePlanner:
     def turn_ended(self, scene_id: str) -> None:
         """A request is through; the scene's turn ends with its last one."""
         self._busy -= Counter([scene_id])
+        self._held_since = None
         if scene_id not in self._busy:
             self.observe(TurnEnded(scene_id))
 
@@ -156,6 +166,8 @@ class ScenePlanner:
         """
         if not self.enabled:
             return
+        if not isinstance(event, TurnStarted | TurnEnded):
+            self._held_since = None  # a hint is not to wait
         self._events.append((self._now(), event, kind))
         self._learn()
         self._start()
@@ -196,9 +208,10 @@ class ScenePlanner:
 
     async def _run(self) -> None:
         while True:
+            timeout_s = REPLAN_INTERVAL_S if self._held_since is None else FIRST_TOKEN_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), REPLAN_INTERVAL_S)
-            happened = self._changed.is_set()
+                await asyncio.wait_for(self._changed.wait(), timeout_s)
+            happened = self._changed.is_set() or self._held_since is not None
             self._changed.clear()
             self._telling = True
             try:
@@ -219,17 +232,24 @@ class ScenePlanner:
         self._take_sizes(self._sizes)
         self._sizes = {}
         self._predictor.take_changes()
+        if self._held_since is not None and 0.0 <= self._now() - self._held_since < FIRST_TOKEN_S:
+            await self._tell(self._told)
+            return
+        self._held_since = None
         ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
         if not happened and [scene_id for _, scene_id in ranked] == self.told:
             return
+        await self._tell(ranked)
+        self.on_told()
+        if self._on_expected is not None:
+            await self._on_expected(self.told)
+
+    async def _tell(self, ranked: list[tuple[float, str]]) -> None:
         payload = {"planner": self.name, "scenes": ranked, "busy": list(self._busy)}
         replies = await engine_channel.call(self._engine, "expect", payload)
         self._told = ranked
         for reply in replies:
             self._take_sizes(reply.get("blocks", {}))
-        self.on_told()
-        if self._on_expected is not None:
-            await self._on_expected(self.told)
 
     def starts_declared(self, num_blocks: dict[str, int]) -> None:
         """The engine knows these starts of sessions now, and is soon told to expect them."""

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from memos_vllm.core.predictor import Predictor
+from memos_vllm.core.predictor import HORIZON_S, Predictor
 from memos_vllm.core.scenes import Scene, SceneKind, TurnEnded, TurnStarted
 
 HOUR_S = 3600.0
@@ -48,7 +48,7 @@ def probability_at(predictor: Predictor, scene_id: str, now: float) -> float:
     state = Predictor.from_bytes(predictor.to_bytes(), horizon_s=predictor.horizon_s)
     state._now = now
     wait = state._waits[scene_id]
-    return state._probability(wait, now)
+    return state._probability(wait, now, HORIZON_S)
 
 
 def test_one_who_never_returns_is_given_up() -> None:

@@ -235,7 +235,7 @@ def real(engine: Engine, tmp_path: Path) -> Parts:
 
 
 def test_vllm_enforces_the_schema_on_a_model_that_knows_no_json(engine: Engine, real: Parts) -> None:
-    before = engine.side._accounting.status()
+    before = engine.side.memory.accounting.status()
     answers: list[str] = []
     refining = real.service.refining
 
@@ -251,7 +251,7 @@ def test_vllm_enforces_the_schema_on_a_model_that_knows_no_json(engine: Engine, 
     Refinement.model_validate_json(answer)
     assert {"My job is baker.", MOVED} <= set(real.texts())
     engine.settle()
-    assert engine.side._accounting.status()["counters"] == before["counters"], "it is no user's request"
+    assert engine.side.memory.accounting.status()["counters"] == before["counters"], "it is no user's request"
     assert len(engine.tiers.slots) == 0, "and its KV is not kept off the GPU"
     assert engine.side.handle("forget", {"salt": SALT})["gpu_blocks"] > 0, "a deletion finds it on the GPU"
 

@@ -142,6 +142,7 @@ def test_nothing_is_published_before_its_copy_ended(engine: Engine) -> None:
             "state": "loading",
             "blocks": NUM_BLOCKS,
             "resident_blocks": 0,
+            "adapter": None,
         }
         assert not any(block.block_hash for block in engine.pool.blocks)
     engine.settle()

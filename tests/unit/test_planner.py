@@ -17,7 +17,7 @@ from memos_vllm.config import PredictionConfig
 from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import TurnEnded, Typing
-from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.planner import FIRST_TOKEN_S, ScenePlanner
 from memos_vllm.types import Principal
 
 USERS = 300
@@ -282,3 +282,42 @@ def test_a_torn_file_is_a_new_start(run: Any, tmp_path: Path, clock: Clock) -> N
         assert len(planner._predictor) == 0
     path.write_bytes(whole)
     assert len(ScenePlanner(Engine(), PredictionConfig(), path, clock)._predictor) == 2 * USERS  # type: ignore[arg-type]
+
+
+def told(planner: ScenePlanner) -> dict[str, Any]:
+    last: dict[str, Any] = planner._engine.told[-1]  # type: ignore[attr-defined]
+    return last
+
+
+@pytest.mark.parametrize("end", ["time", "turn", "hint"])
+def test_nothing_new_is_expected_until_a_turns_first_token(run: Any, clock: Clock, end: str) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        await planner._replan(True)
+        before = planner.told
+        scene_id = planner.turn_started(user(0), "session 1")
+        await planner._replan(True)
+        assert planner.told == before and told(planner)["busy"] == [scene_id]
+        match end:
+            case "time":
+                clock.now += FIRST_TOKEN_S
+            case "turn":
+                planner.turn_ended(scene_id)
+            case "hint":
+                planner.observe(Typing(planner.scene_id(user(7), "session 1")))
+        await planner._replan(True)
+        assert planner.told != before
+
+    run(body)
+
+
+def test_turns_that_start_all_the_time_do_not_put_it_off_for_ever(run: Any, clock: Clock) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        await planner._replan(True)
+        before = planner.told
+        for number in range(10):
+            planner.turn_started(user(number), "session 1")
+            clock.now += FIRST_TOKEN_S / 3
+            await planner._replan(True)
+        assert planner.told != before
+
+    run(body)
