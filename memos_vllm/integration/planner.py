@@ -40,7 +40,7 @@ REPLAN_INTERVAL_S = 1.0
 
 FIRST_TOKEN_S = 0.3
 """How long after the start of a turn nothing new is brought for other turns, unless this one ends before: its first
-token is being computed, and where KV is in the memory that the forward pass reads too, copies make that longer. Under
+token is being computed, and a CPU's forward pass shares its cores and its memory with the copies. Under
 steady load a turn starts all the time; what is expected is then told this much later, and not never."""
 
 SAVE_INTERVAL_S = 60.0

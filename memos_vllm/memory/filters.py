@@ -52,10 +52,6 @@ def label(name: str, value: str) -> str:
     return f"{_LABEL}{name}{_LABEL}{value}"
 
 
-def is_label(term: str) -> bool:
-    return term.startswith(_LABEL)
-
-
 def labels_of(record: MemoryRecord) -> Iterator[str]:
     yield label("type", record.type)
     yield label("state", record.state)

@@ -108,10 +108,6 @@ class MemoryRecord:
             self.is_current and self.state in IN_RECALL and self.sensitivity == "normal" and not self.has_expired(now)
         )
 
-    def is_findable(self, now: datetime, include_archived: bool = False) -> bool:
-        """Whether its user's search may show it."""
-        return self.is_current and (include_archived or self.state is not State.ARCHIVED) and not self.has_expired(now)
-
     def has_expired(self, now: datetime) -> bool:
         """Also before the state says so."""
         return self.expires_at is not None and self.expires_at <= now and self.state is not State.FROZEN

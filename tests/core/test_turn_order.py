@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
-from memos_vllm.core.scenes import Closed, Scene, SceneKind, TurnEnded, TurnStarted
+from memos_vllm.core.residency import SWAP_GAIN
+from memos_vllm.core.scenes import Closed, Scene, SceneKind, TurnEnded, TurnStarted, Typing
 from memos_vllm.core.turn_order import TurnOrder
 
 USERS = tuple("abcdefgh")
@@ -55,6 +56,32 @@ def test_what_a_session_starts_with_has_no_turn_of_its_own() -> None:
         assert best(predictor, now + 1.0) == user
         now += 2.0
         turn(predictor, user, now)
+
+
+def test_whose_turn_it_is_is_worth_a_swap_though_all_return_soon() -> None:
+    """All return within the horizon for certain; only the one who comes first must be there now."""
+    predictor, now = predictor_of(), 0.0
+    for user in USERS * 12:
+        turn(predictor, user, now)
+        now += 1.2
+    predictor.advance(now)
+    assert all(predictor.value(USERS[0]) >= SWAP_GAIN * predictor.value(user) for user in USERS[1:])
+
+
+def test_who_types_is_worth_a_swap() -> None:
+    """They come in any order, so that nothing but the hint says who is first."""
+    predictor, rng, now = predictor_of(), random.Random(1), 0.0
+    for _ in range(40):
+        for user in rng.sample(USERS, len(USERS)):
+            predictor.observe(Typing(user), now)
+            turn(predictor, user, now + 0.5)
+            now += 1.2
+    for user in USERS:
+        predictor.observe(Typing(user), now)
+        others = [each for each in USERS if each != user]
+        assert all(predictor.value(user) >= SWAP_GAIN * predictor.value(each) for each in others), user
+        turn(predictor, user, now + 0.5)
+        now += 1.2
 
 
 def test_the_reason_names_whose_turn_it_follows() -> None:

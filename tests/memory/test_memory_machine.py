@@ -154,7 +154,11 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def search_finds_what_is_in_use(self) -> None:
         found = {hit.record.id for hit in self.service.search(ALICE, "tea job", top_k=1000)}
-        assert found <= {record.id for record in self._all() if record.is_findable(self.clock.now)}
+        assert found <= {
+            record.id
+            for record in self._all()
+            if record.is_current and record.state is not State.ARCHIVED and not record.has_expired(self.clock.now)
+        }
 
     @invariant()
     def the_store_agrees_with_itself(self) -> None:
