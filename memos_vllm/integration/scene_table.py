@@ -231,15 +231,13 @@ class SceneTable:
             for scene_id, positions in self._places.items()
             if scene_id not in busy and (scene := self.known.get(scene_id)) is not None
         )
-        missed: list[bytes] = []
 
-        def can_be_loaded(block_hash: Any) -> bool:
+        def is_at_hand(block_hash: Any) -> bool:
             place = places.find(block_hash)
             if place is None or block_hash in self._failed:
                 return False
-            if self._resident(block_hash) is not None:
-                missed.append(block_hash)
-                return False
+            if (block := self._resident(block_hash)) is not None:
+                return block.block_hash == block_hash  # else it has several, and is kept by its first
             scene, index = place
             return not self.tiers.is_on_its_way(scene.keys[index]) and self.tiers.holds(scene.keys[index])
 
@@ -251,18 +249,22 @@ class SceneTable:
             plan = self._policy.plan(
                 min(budget, int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks) - self.num_loading_blocks),
                 max(0, min(self._room, self.queue.num_plain_blocks)),
-                can_be_loaded,
+                is_at_hand,
             )
             budget -= len(plan.fetch)
             self.queue.give_up(plan.evict)
-            for scene, first, end in places.runs(plan.fetch, self.chunk_blocks):
+            missing = [block_hash for block_hash in plan.fetch if not self._keep_resident(block_hash)]
+            for scene, first, end in places.runs(missing, self.chunk_blocks):
                 operations += self._loads.start(scene, first, end)
-            num_before = self._policy.num_resident
-            for block_hash in missed[: max(0, self._room)]:  # on the GPU, which the policy did not know
-                self.queue.worth_something(block_hash, self._resident(block_hash))
-            if self._policy.num_resident == num_before:
+            if len(missing) == len(plan.fetch):
                 return operations
-            missed.clear()
+
+    def _keep_resident(self, block_hash: Any) -> bool:
+        """Whether a block that is to come is on the GPU still, among those that leave next; then it stays."""
+        block = self._resident(block_hash)
+        if block is not None:
+            self.queue.worth_something(block_hash, block)
+        return block is not None
 
     @property
     def _room(self) -> int:

@@ -506,13 +506,15 @@ class SceneMachine(RuleBasedStateMachine):
         if self.scenes.num_loading_blocks:
             note_event("a prefetch is under way")
 
-    @rule(scene_id=st.sampled_from(SCENES), others=st.booleans())
-    def what_is_expected_comes(self, scene_id: str, others: bool) -> None:
-        """With nothing else to do, every expected block that is anywhere gets onto the GPU."""
+    @rule(scene_id=st.sampled_from(SCENES), before=st.permutations(SCENES), num_before=st.integers(0, len(SCENES)))
+    def what_is_expected_comes(self, scene_id: str, before: list[str], num_before: int) -> None:
+        """With nothing else to do, every expected block that is anywhere gets onto the GPU, whatever is kept there."""
         self.settle()
-        told = [(1.0, scene_id)] + [(0.1, each) for each in SCENES if others and each != scene_id]
-        self.side.handle("expect", {"planner": "q", "scenes": []})
-        self.side.handle("expect", {"planner": "p", "scenes": told})
+        told = [(0.1 / (1 + place), each) for place, each in enumerate(before[:num_before])]
+        self.side.handle("expect", {"planner": "p", "scenes": []})
+        self.side.handle("expect", {"planner": "q", "scenes": told})
+        self.settle()
+        self.side.handle("expect", {"planner": "p", "scenes": [(1.0, scene_id)]})
         self.settle()
         scene = self.scenes.known.get(scene_id)
         if scene is None:
@@ -684,6 +686,27 @@ def test_blocks_beyond_the_share_that_may_be_kept_come_back_once_there_is_room()
         assert machine.scenes.queue.num_kept_blocks == int(KEEP_SHARE * NUM_BLOCKS) < num_asked
         machine.side.handle("expect", {"planner": "p", "scenes": told[-1:]})
         assert machine.scenes.queue.num_kept_blocks == len(asked[-1][1])
+    finally:
+        machine.teardown()
+
+
+def test_blocks_that_were_given_up_and_are_still_there_stay_when_they_become_valuable() -> None:
+    machine = SceneMachine()
+    try:
+        asked = [(0, PATHS[2]), (0, PATHS[3]), (1, PATHS[2]), (1, PATHS[3])]
+        for scene_id, (user, path) in zip(SCENES, asked, strict=True):
+            machine.turn(user, path, scene_id)
+        machine.settle()
+        told = [(0.1 / (1 + index), scene_id) for index, scene_id in enumerate(SCENES)]
+        machine.side.handle("expect", {"planner": "p", "scenes": told})
+        last = machine.scenes.known.get(SCENES[-1])
+        kept = machine.scenes.queue._kept
+        assert not kept.keys() >= set(last.hashes), "there is room for all, and the test means nothing"
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[-1]), *told[:-1]]})
+        assert not machine.scenes.num_loading_blocks, "what is there is not copied again"
+        assert kept.keys() >= set(last.hashes)
+        assert len(kept) == machine.scenes.budget_blocks
+        machine.conservation()
     finally:
         machine.teardown()
 
