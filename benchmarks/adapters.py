@@ -241,12 +241,15 @@ class Run:
                     for i in range(client, options.churn, options.clients)
                 ]
 
+        began = time.perf_counter()
         with ThreadPoolExecutor(options.clients) as pool:
             done = [each for part in pool.map(work, range(options.clients)) for each in part]
+        rate = len(done) / (time.perf_counter() - began)
         asked = [(name, answer) for name, text, answer in done if text == self._prompt]
         wrong = [what for name, answer in asked if (what := self._mixup(arm, name, answer))]
         self.problems += [f"{arm.name}, {order}: {what}" for what in wrong]
-        self._row(arm, number, "churn", [answer for _, _, answer in done], order=order, mixups=len(wrong))
+        answers = [answer for _, _, answer in done]
+        self._row(arm, number, "churn", answers, order=order, mixups=len(wrong), requests_per_s=rate)
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class Run:
             if distance > AGREE and distance > nearest:
                 self.problems.append(f"the servers disagree about {name}: log-probabilities differ by {distance:.2f}")
 
-    def _row(self, arm: Arm, number: int, use: str, answers: list[Answer], order: str = "", mixups: int = 0) -> None:
+    def _row(self, arm: Arm, number: int, use: str, answers: list[Answer], order: str = "", **more: Any) -> None:
         gaps = [gap for answer in answers for gap in answer.gaps_s] or [0.0]
         self.rows.append(
             {
@@ -278,8 +281,10 @@ class Run:
                 "ttft_p50_s": report.percentile([answer.ttft_s for answer in answers], 0.5),
                 "ttft_p95_s": report.percentile([answer.ttft_s for answer in answers], 0.95),
                 "itl_p99_s": report.percentile(gaps, 0.99),
-                "mixups": mixups,
+                "mixups": 0,
+                "requests_per_s": None,
                 "n": len(answers),
+                **more,
             }
         )
 

@@ -25,11 +25,12 @@ COLORS = {"resolver": "#9aa5b1", "memos": "#1f6feb"}
 
 def show(rows: Sequence[Row], problems: Sequence[str]) -> None:
     console = report.console()
-    table = Table("adapters", "use", "arm", "TTFT p50 ms", "p95", "ITL p99 ms", "mix-ups", "n")
+    table = Table("adapters", "use", "arm", "TTFT p50 ms", "p95", "ITL p99 ms", "requests/s", "mix-ups", "n")
     for row in sorted(rows, key=lambda row: (row["adapters"], row["use"], row["order"], row["arm"])):
         times = (f"{row[name] * 1000:.1f}" for name in ("ttft_p50_s", "ttft_p95_s", "itl_p99_s"))
         use = f"{row['use']} {row['order']}".strip()
-        table.add_row(str(row["adapters"]), use, row["arm"], *times, str(row["mixups"]), str(row["n"]))
+        rate = "" if row["requests_per_s"] is None else f"{row['requests_per_s']:.1f}"
+        table.add_row(str(row["adapters"]), use, row["arm"], *times, rate, str(row["mixups"]), str(row["n"]))
     console.print(table)
     for number in sorted({row["adapters"] for row in rows}):
         found = {row["use"]: row["ttft_p50_s"] for row in rows if row["adapters"] == number and row["arm"] == "memos"}

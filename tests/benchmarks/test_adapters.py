@@ -16,7 +16,7 @@ from benchmarks.client import Answer
 
 NAMES = ["a", "b", "c"]
 LOGPROBS = {"a": -1.0, "b": -3.0, "c": -5.0}
-KEYS = {"arm", "adapters", "slots", "use", "order", "ttft_p50_s", "ttft_p95_s", "itl_p99_s", "mixups", "n"}
+KEYS = {"arm", "adapters", "slots", "use", "order", "ttft_p50_s", "ttft_p95_s", "itl_p99_s", "requests_per_s", "mixups", "n"}
 
 
 def answer(name: str, noise: float = 0.0) -> Answer:
@@ -49,6 +49,7 @@ def test_right_answers_are_no_mixups_whatever_the_batch_does_to_them(order: str)
     (row,) = run.rows
     assert row.keys() == KEYS and row["mixups"] == 0 and row["n"] == 12 and run.problems == []
     assert row["ttft_p50_s"] == pytest.approx(0.1) and 0.01 < row["itl_p99_s"] <= 0.02
+    assert row["requests_per_s"] > 0
 
 
 def test_an_answer_of_another_adapter_is_a_mixup() -> None:
