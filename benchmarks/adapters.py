@@ -26,6 +26,7 @@ import argparse
 import math
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -306,6 +307,7 @@ def _distance(one: Answer, other: Answer) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers stop
     preset, options, target = parse(argv)
     folder = Path(tempfile.mkdtemp(prefix="memos-adapters-"))
     run = Run(options, folder)

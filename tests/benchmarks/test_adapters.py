@@ -16,7 +16,8 @@ from benchmarks.client import Answer
 
 NAMES = ["a", "b", "c"]
 LOGPROBS = {"a": -1.0, "b": -3.0, "c": -5.0}
-KEYS = {"arm", "adapters", "slots", "use", "order", "ttft_p50_s", "ttft_p95_s", "itl_p99_s", "requests_per_s", "mixups", "n"}
+KEYS = {"arm", "adapters", "slots", "use", "order", "n", "mixups"}
+KEYS |= {"ttft_p50_s", "ttft_p95_s", "itl_p99_s", "requests_per_s"}
 
 
 def answer(name: str, noise: float = 0.0) -> Answer:
