@@ -98,6 +98,12 @@ class StoreFull(StoreError):
     status = 507
 
 
+class StoreUnavailable(StoreError):
+    """The database cannot be reached now."""
+
+    status = 503
+
+
 class SourceError(MemosError):
     """An outside source could not be searched."""
 

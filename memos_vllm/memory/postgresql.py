@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import psycopg
 
 from memos_vllm.core.lifecycle import Aging
-from memos_vllm.errors import DataDirError, StoreError, StoreFull, StoreUncertain
+from memos_vllm.errors import DataDirError, StoreError, StoreFull, StoreUnavailable, StoreUncertain
 from memos_vllm.memory import migrations, postgresql_schema, tables
 from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.postgresql_transaction import Transaction
@@ -176,14 +176,15 @@ class PostgresStore(Store):
         return 0  # the size is the database's affair
 
     def _failed(self, error: Exception, reading: bool = False) -> StoreError:
+        kind = StoreUnavailable if isinstance(error, psycopg.Error) and _is_lost(error) else StoreError
         if reading:
-            return StoreError(f"the {self._name} cannot be read: {_words(error)}")
+            return kind(f"the {self._name} cannot be read: {_words(error)}")
         nothing = "and nothing of this write was stored"
         if isinstance(error, (psycopg.errors.DiskFull, psycopg.errors.ConfigurationLimitExceeded)):
             return StoreFull(f"the disk of the {self._name} is full {nothing}; free some space there")
         if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
             return StoreError(f"the {self._name} takes no writes {nothing}; memory.dsn must name the primary")
-        return StoreError(f"the {self._name} failed {nothing}: {_words(error)}")
+        return kind(f"the {self._name} failed {nothing}: {_words(error)}")
 
     @contextmanager
     def _reading_connection(self) -> Iterator[psycopg.Connection[Any]]:
