@@ -1,82 +1,104 @@
-"""Copies on CPU through numpy views of the same memory.
+"""Copies on CPU: one loop over blocks, planes and the contiguous pieces of a plane's block, compiled by Numba.
 
-One pass, no temporary, the GIL is released, and one thread only. torch's own ``copy_`` starts an OpenMP
-team per calling thread, which fights the forward pass for its cores: on two cores that were shared
-with another process, a strided 48 MiB copy took 60 ms with torch's two threads, 6.9 ms with one and
-7.0 ms with numpy.
+One pass, no temporary, past the caches (``cpu_stream``), the GIL is released, and one thread only. torch's own
+``copy_`` starts an OpenMP team per calling thread, which fights the forward pass for its cores: on two cores
+that were shared with another process, a strided 48 MiB copy took 60 ms with torch's two threads, 6.9 ms
+with one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from .cpu_jit import njit
+from .cpu_stream import stream, stream_fence
 from .planes import byte_view
+
+
+class Pieces(NamedTuple):
+    """Where the bytes of blocks are. One entry per plane, but for ``offsets``."""
+
+    bases: np.ndarray
+    """Addresses."""
+    block_strides: np.ndarray
+    sizes: np.ndarray
+    """Of each contiguous piece of a block, in bytes."""
+    ends: np.ndarray
+    """Where the plane's offsets end; they begin where those of the plane before end."""
+    offsets: np.ndarray
+    """Of each piece in its block, in the order in which a row holds them."""
 
 
 class CpuCopy:
     """Planes in CPU memory."""
 
     def __init__(self, planes: Sequence[Tensor]) -> None:
-        self._views = [byte_view(plane) for plane in planes]
-        self._arrays = [_array(view) for view in self._views]
+        self._planes = list(planes)  # their memory stays as long as its addresses are known here
+        views = [byte_view(plane) for plane in planes]
+        sizes, offsets = zip(*map(_pieces, views), strict=True)
+        self._pieces = Pieces(
+            np.array([view.data_ptr() for view in views], np.int64),
+            np.array([view.stride(0) for view in views], np.int64),
+            np.array(sizes, np.int64),
+            np.cumsum([len(each) for each in offsets], dtype=np.int64),
+            np.concatenate(offsets),
+        )
 
     def warm_up(self) -> None:
-        """There is nothing to compile."""
+        """Compiles the loops, by calls for no block: the GIL is held meanwhile, which no copy should do."""
+        none = np.empty(0, np.int64)
+        _gather(self._pieces, none, 0, 0, none)
+        _scatter(self._pieces, none, 0, 0, none)
 
     def gather(self, block_ids: Sequence[int], out: Tensor, rows: Sequence[int], num_programs: int) -> None:
-        runs = _runs(rows, block_ids)
-        for array, matrix in self._pairs(out):
-            for row, block in runs:
-                matrix[row] = array[block]
+        _gather(self._pieces, _integers(block_ids), out.data_ptr(), out.stride(0), _integers(rows))
 
     def scatter(self, chunk: Tensor, block_ids: Sequence[int], rows: Sequence[int], num_programs: int) -> None:
-        runs = _runs(rows, block_ids)
-        for array, matrix in self._pairs(chunk):
-            for row, block in runs:
-                array[block] = matrix[row]
-
-    def _pairs(self, chunk: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each plane's bytes beside the part of the chunk that belongs to it, in the same shape."""
-        begin = 0
-        for view, array in zip(self._views, self._arrays, strict=True):
-            end = begin + math.prod(view.shape[1:])
-            part = chunk[:, begin:end]
-            yield array, (part if array.ndim == 2 else part.unflatten(1, array.shape[1:])).numpy()
-            begin = end
+        _scatter(self._pieces, _integers(block_ids), chunk.data_ptr(), chunk.stride(0), _integers(rows))
 
 
-def _array(view: Tensor) -> np.ndarray:
-    """The view in numpy; two-dimensional where a block is contiguous, so that a run is one memmove."""
-    if view[0].is_contiguous():
-        view = view.flatten(1) if view.dim() > 2 else view
-    return view.numpy()
+def _pieces(view: Tensor) -> tuple[int, np.ndarray]:
+    """Size of the contiguous pieces that a block of a byte view consists of, and the offset of each."""
+    shape, strides = list(view.shape[1:]), list(view.stride()[1:])
+    size = 1
+    while shape and (strides[-1] == size or shape[-1] == 1):
+        size *= shape.pop()
+        strides.pop()
+    offsets = np.zeros(1, np.int64)
+    for length, stride in zip(shape, strides, strict=True):
+        offsets = (offsets[:, None] + np.arange(length, dtype=np.int64) * stride).ravel()
+    return size, offsets
 
 
-def _runs(rows: Sequence[int], blocks: Sequence[int]) -> list[tuple[int | slice, int | slice]]:
-    """Cuts two index lists of one length into pieces that step evenly in both; rows are distinct.
-
-    vLLM hands out blocks in ascending or, once freed, in descending order; both become one copy.
-    """
-    runs: list[tuple[int | slice, int | slice]] = []
-    begin, count = 0, len(rows)
-    while begin < count:
-        end = begin + 1
-        if end < count and (block_step := blocks[end] - blocks[begin]) in (1, -1):
-            row_step = rows[end] - rows[begin]
-            while end < count and rows[end] - rows[end - 1] == row_step and blocks[end] - blocks[end - 1] == block_step:
-                end += 1
-            length = end - begin
-            runs.append((_slice(rows[begin], row_step, length), _slice(blocks[begin], block_step, length)))
-        else:
-            runs.append((rows[begin], blocks[begin]))
-        begin = end
-    return runs
+def _integers(numbers: Sequence[int]) -> np.ndarray:
+    return np.asarray(numbers, np.int64)
 
 
-def _slice(first: int, step: int, count: int) -> slice:
-    stop = first + step * count
-    return slice(first, None if stop < 0 else stop, step)
+@njit(nogil=True)
+def _gather(pieces, block_ids, chunk, row_stride, rows):
+    for i in range(len(block_ids)):
+        at, piece = chunk + rows[i] * row_stride, 0
+        for plane in range(len(pieces.bases)):
+            block = pieces.bases[plane] + block_ids[i] * pieces.block_strides[plane]
+            while piece < pieces.ends[plane]:
+                stream(at, block + pieces.offsets[piece], pieces.sizes[plane])
+                at += pieces.sizes[plane]
+                piece += 1
+    stream_fence()
+
+
+@njit(nogil=True)
+def _scatter(pieces, block_ids, chunk, row_stride, rows):
+    for i in range(len(block_ids)):
+        at, piece = chunk + rows[i] * row_stride, 0
+        for plane in range(len(pieces.bases)):
+            block = pieces.bases[plane] + block_ids[i] * pieces.block_strides[plane]
+            while piece < pieces.ends[plane]:
+                stream(block + pieces.offsets[piece], at, pieces.sizes[plane])
+                at += pieces.sizes[plane]
+                piece += 1
+    stream_fence()

@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite.binding import ffi
-from numba import njit
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-__all__ = ["njit"]
+__all__ = ["cgutils", "intrinsic", "njit", "types"]
 
 
 def _only_functions(wrapper: type) -> None:
