@@ -38,6 +38,7 @@ class CpuCopy:
 
     def __init__(self, planes: Sequence[Tensor]) -> None:
         self._planes = list(planes)  # their memory stays as long as its addresses are known here
+        self._num_blocks = min(len(plane) for plane in planes)
         views = [byte_view(plane) for plane in planes]
         sizes, offsets = zip(*map(_pieces, views), strict=True)
         self._pieces = Pieces(
@@ -55,10 +56,12 @@ class CpuCopy:
         _scatter(self._pieces, none, 0, 0, none)
 
     def gather(self, block_ids: Sequence[int], out: Tensor, rows: Sequence[int], num_programs: int) -> None:
-        _gather(self._pieces, _integers(block_ids), out.data_ptr(), out.stride(0), _integers(rows))
+        numbers = _numbers(block_ids, self._num_blocks), _numbers(rows, len(out))
+        _gather(self._pieces, numbers[0], out.data_ptr(), out.stride(0), numbers[1])
 
     def scatter(self, chunk: Tensor, block_ids: Sequence[int], rows: Sequence[int], num_programs: int) -> None:
-        _scatter(self._pieces, _integers(block_ids), chunk.data_ptr(), chunk.stride(0), _integers(rows))
+        numbers = _numbers(block_ids, self._num_blocks), _numbers(rows, len(chunk))
+        _scatter(self._pieces, numbers[0], chunk.data_ptr(), chunk.stride(0), numbers[1])
 
 
 def _pieces(view: Tensor) -> tuple[int, np.ndarray]:
@@ -74,8 +77,12 @@ def _pieces(view: Tensor) -> tuple[int, np.ndarray]:
     return size, offsets
 
 
-def _integers(numbers: Sequence[int]) -> np.ndarray:
-    return np.asarray(numbers, np.int64)
+def _numbers(numbers: Sequence[int], end: int) -> np.ndarray:
+    """For the loops, which would read and write wherever a wrong number leads."""
+    array = np.asarray(numbers, np.int64)
+    if array.size and not (array.min() >= 0 and array.max() < end):
+        raise IndexError(f"a block or row number is not below {end}, or negative: {array.min()} to {array.max()}")
+    return array
 
 
 @njit(nogil=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memos_vllm.compat.cpu_affinity import threads_on_all_cores
 from memos_vllm.compat.kv_cache_specs import spec_of_layer
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration.kv_heads import head_views
@@ -66,14 +67,15 @@ class WorkerSide:
         link = link_for(copier, planes, plan)
         world_size = self._vllm_config.parallel_config.world_size
         self._handshake = MemosHandshake(layout=layout, block_bytes=link.row_bytes)
-        self._transfer = TransferWorker(
-            link,
-            num_slots=self._config.kv.host_bytes // (link.row_bytes * world_size),
-            identity=identity_of(self._vllm_config, layout),
-            rank=rank_of(self._vllm_config),
-            io_threads=self._config.kv.io_threads,
-            pin_memory=planes[0].is_cuda,
-        )
+        with threads_on_all_cores():
+            self._transfer = TransferWorker(
+                link,
+                num_slots=self._config.kv.host_bytes // (link.row_bytes * world_size),
+                identity=identity_of(self._vllm_config, layout),
+                rank=rank_of(self._vllm_config),
+                io_threads=self._config.kv.io_threads,
+                pin_memory=planes[0].is_cuda,
+            )
 
     def _specs(self, names: Sequence[str]) -> list[KVCacheSpec]:
         specs: dict[str, KVCacheSpec] = {}

@@ -142,6 +142,17 @@ def test_block_ids_past_two_gib(device):
     assert torch.equal(planes[0][2**20], chunk[0])
 
 
+@pytest.mark.parametrize("wrong", [-1, BLOCKS])
+def test_a_number_of_no_block_is_refused_and_nothing_is_copied(wrong):
+    planes = planes_of([torch.zeros(BLOCKS, 16, dtype=torch.uint8)], BLOCKS)
+    copier = BlockCopier(planes)
+    chunk = torch.ones(2, copier.row_bytes, dtype=torch.uint8)
+    for copy in (lambda ids: copier.scatter(chunk, ids), lambda ids: copier.gather(ids, chunk)):
+        with pytest.raises(IndexError, match=f"not below {BLOCKS}"):
+            copy([0, wrong])
+    assert not planes[0].any() and chunk.all()
+
+
 @pytest.mark.parametrize("shape", [(7, 16, 8), (2, 7, 16), (3, BLOCKS, 16), (0, 4), ()], ids=str)
 def test_a_shape_without_blocks_is_refused(shape):
     with pytest.raises(ValueError, match="count 11 blocks"):
