@@ -99,7 +99,7 @@ class Arm:
         messages = [{"role": "user", "content": text}]
         if self.name == "resolver":
             return chat(http, adapter, messages, max_tokens=max_tokens, **LIKELIEST)
-        memos = {"adapter": adapter, "recall": False, "remember": False}
+        memos = {"session": adapter, "adapter": adapter, "recall": False, "remember": False}  # of its hint
         return chat(http, self.server.model, messages, max_tokens=max_tokens, memos=memos, **LIKELIEST)
 
 

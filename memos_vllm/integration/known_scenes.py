@@ -34,6 +34,20 @@ class SceneState(StrEnum):
     """Every block is in the GPU's prefix cache."""
 
 
+class Prefetch(StrEnum):
+    """What became of the last word that a scene is expected."""
+
+    NONE = "none"
+    """It is not expected."""
+    ACCEPTED = "accepted"
+    """Its blocks are on their way."""
+    DEFERRED = "deferred"
+    """They are not: others are worth more, too much is on its way, a request has the scene, or no tier holds them."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """A block did not load; it is tried again when the scene is expected anew, and else computed by its request."""
+
+
 @dataclass(slots=True)
 class Shown:
     """What is kept of the request that showed a scene: as much as publishing its blocks takes."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
-from memos_vllm.integration.known_scenes import KnownScenes, Scene, SceneState
+from memos_vllm.integration.known_scenes import KnownScenes, Prefetch, Scene, SceneState
 from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_loads import Places, SceneLoads
 from memos_vllm.integration.scene_totals import SceneTotals
@@ -337,7 +337,8 @@ class SceneTable:
         """What an application may know about its scene."""
         scene = self.known.get(scene_id)
         if scene is None:
-            return {"state": SceneState.UNKNOWN, "blocks": 0, "resident_blocks": 0, "adapter": None}
+            none = {"blocks": 0, "resident_blocks": 0, "adapter": None}
+            return {"state": SceneState.UNKNOWN, "prefetch": Prefetch.NONE, **none}
         resident = 0
         while resident < scene.num_blocks and self._resident(scene.hashes[resident]):
             resident += 1
@@ -352,10 +353,20 @@ class SceneTable:
         lora = scene.request.lora_request
         return {
             "state": state,
+            "prefetch": self._prefetch(scene, state),
             "blocks": scene.num_blocks,
             "resident_blocks": resident,
             "adapter": None if lora is None else lora.lora_name,
         }
+
+    def _prefetch(self, scene: Scene, state: SceneState) -> Prefetch:
+        if scene.scene_id not in self._places:
+            return Prefetch.NONE
+        if state is SceneState.READY:
+            return Prefetch.COMPLETED
+        if state is SceneState.LOADING:
+            return Prefetch.ACCEPTED
+        return Prefetch.DEFERRED if self._failed.isdisjoint(scene.hashes) else Prefetch.FAILED
 
     def status(self) -> dict[str, Any]:
         self.count_wasted()

@@ -725,6 +725,7 @@ def test_a_valuable_scene_takes_the_place_of_less_valuable_blocks() -> None:
         machine.settle()
         states = {each: machine.side.handle("scene", {"scene": each})["state"] for each in SCENES}
         assert states == dict.fromkeys([SCENES[0], SCENES[1], SCENES[3]], "ready") | {SCENES[2]: "stored"}
+        assert machine.side.handle("scene", {"scene": SCENES[2]})["prefetch"] == "deferred"
         machine.conservation()
     finally:
         machine.teardown()

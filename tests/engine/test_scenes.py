@@ -99,7 +99,8 @@ def test_expected_scenes_outlast_pressure_that_takes_the_others(engine: Engine) 
     for index in range(num_blocks // 120 + 1):
         engine.generate(prompt(1000 + index, 120 * BLOCK_SIZE), None, max_tokens=1)
     assert engine.side.handle("scene", {"scene": "kept"})["state"] == "ready"
-    assert engine.side.handle("scene", {"scene": "lost"})["resident_blocks"] == 0
+    report = engine.side.handle("scene", {"scene": "lost"})
+    assert report["resident_blocks"] == 0 and report["prefetch"] == "none"
 
 
 def test_live_requests_take_every_block_they_need(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,13 +141,15 @@ def test_nothing_is_published_before_its_copy_ended(engine: Engine) -> None:
         assert engine.side.handle("scene", {"scene": "s"}) == {
             "enabled": True,
             "state": "loading",
+            "prefetch": "accepted",
             "blocks": NUM_BLOCKS,
             "resident_blocks": 0,
             "adapter": None,
         }
         assert not any(block.block_hash for block in engine.pool.blocks)
     engine.settle()
-    assert engine.side.handle("scene", {"scene": "s"})["state"] == "ready"
+    report = engine.side.handle("scene", {"scene": "s"})
+    assert report["state"] == "ready" and report["prefetch"] == "completed"
 
 
 def test_a_request_that_comes_during_the_prefetch_waits_and_hits(engine: Engine) -> None:
@@ -184,7 +187,8 @@ def test_a_damaged_file_publishes_nothing(engine: Engine, engine_data_dir: Path)
     before = totals(engine)["failed_blocks"]
     expect(engine, "s")
     assert totals(engine)["failed_blocks"] > before
-    assert engine.side.handle("scene", {"scene": "s"})["resident_blocks"] == 0
+    report = engine.side.handle("scene", {"scene": "s"})
+    assert report["resident_blocks"] == 0 and report["prefetch"] == "failed"
     assert tokens(ask(engine, "s", token_ids)) == right
 
 
