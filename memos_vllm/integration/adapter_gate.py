@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -305,8 +305,8 @@ class AdapterGate:
     async def prefetch(self, scene_ids: Sequence[str]) -> None:
         """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.
 
-        vLLM evicts the adapter used least recently, and every use counts. So the least valuable one is
-        loaded first, and each that is there already is renewed.
+        vLLM evicts the adapter used least recently, and every use counts. So all of them are used once more in
+        the end, the most valuable one last.
         """
         if self._lora is None or not any(scene_id in self._scenes for scene_id in scene_ids):
             return
@@ -328,22 +328,28 @@ class AdapterGate:
             if version.lora_int_id not in in_use:
                 in_use.add(version.lora_int_id)
                 wanted.append((who, reference))
-        for who, reference in reversed(wanted):
-            await self._bring(who, reference)
-
-    async def _bring(self, who: Principal, reference: str) -> None:
-        began = time.monotonic()
+        present = set(await self._engine.list_loras())
         with ExitStack() as files:
-            try:
-                used = await asyncio.to_thread(files.enter_context, self.registry.use(who, reference))
-                await self._add(lora_request(used), used.reference)
-            except (AdapterUnavailable, NotFound) as error:
-                logger.warning("adapter %r of %s is not prefetched: %s", reference, who, error)
-                return
+            brought = [await self._bring(files, who, reference, present) for who, reference in wanted]
+            for used in reversed(brought[:-1]):
+                if used is not None:
+                    await self._engine.add_lora(lora_request(used))
+
+    async def _bring(self, files: ExitStack, who: Principal, reference: str, present: Collection[int]) -> InUse | None:
+        """Has the engine load an adapter, or use it where it is ``present``; None if that cannot be."""
+        began = time.monotonic()
+        try:
+            used = await asyncio.to_thread(files.enter_context, self.registry.use(who, reference))
+            await self._add(lora_request(used), used.reference)
+        except (AdapterUnavailable, NotFound) as error:
+            logger.warning("adapter %r of %s is not prefetched: %s", reference, who, error)
+            return None
+        if used.version.lora_int_id not in present:
             self._prefetched.add(used.version.lora_name)
-        self._metrics.adapter_loaded("prefetch")
-        self.totals.prefetches += 1
-        self.totals.prefetch_s += time.monotonic() - began
+            self._metrics.adapter_loaded("prefetch")
+            self.totals.prefetches += 1
+            self.totals.prefetch_s += time.monotonic() - began
+        return used
 
     # -- the end of an adapter ------------------------------------------------------------------
 

@@ -43,6 +43,10 @@ FIRST_TOKEN_S = 0.3
 token is being computed, and a CPU's forward pass shares its cores and its memory with the copies. Under
 steady load a turn starts all the time; what is expected is then told this much later, and not never."""
 
+LIKELY = 0.5
+"""From this probability of a use within the horizon on, a scene's adapter is brought: loading one costs the engine
+time, and takes a place from another. A scene's KV may be brought at less; blocks that nobody needs are many."""
+
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
 
@@ -56,7 +60,7 @@ class ScenePlanner:
     Args:
         state_path: where what was learned is kept, over restarts.
         now: wall-clock seconds; habits follow the hour of the day.
-        on_expected: told after each event which scenes are expected, most valuable first.
+        on_expected: told after each event which scenes are likely to come next, most valuable first.
     """
 
     def __init__(
@@ -236,13 +240,14 @@ class ScenePlanner:
             await self._tell(self._told)
             return
         self._held_since = None
-        ranked = [(each.value, each.scene_id) for each in self._predictor.rank(self._now(), self._max_scenes)]
+        predictions = self._predictor.rank(self._now(), self._max_scenes)
+        ranked = [(each.value, each.scene_id) for each in predictions]
         if not happened and [scene_id for _, scene_id in ranked] == self.told:
             return
         await self._tell(ranked)
         self.on_told()
         if self._on_expected is not None:
-            await self._on_expected(self.told)
+            await self._on_expected([each.scene_id for each in predictions if each.probability >= LIKELY])
 
     async def _tell(self, ranked: list[tuple[float, str]]) -> None:
         payload = {"planner": self.name, "scenes": ranked, "busy": list(self._busy)}

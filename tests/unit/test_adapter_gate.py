@@ -38,6 +38,9 @@ class FakeEngine:
         self.loaded.append(request.lora_int_id)
         return True
 
+    async def list_loras(self) -> set[int]:
+        return set(self.loaded)
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
@@ -212,16 +215,21 @@ def test_a_request_that_is_cancelled_while_it_loads_holds_no_files(engine: FakeE
     assert registry.files.num_held == 0
 
 
-def test_prefetch_takes_the_free_slots_and_loads_the_best_last(engine: FakeEngine, registry: Any) -> None:
-    """vLLM evicts what was used least recently, so the best is loaded last."""
+def test_prefetch_takes_the_free_slots_loads_the_best_first_and_uses_it_last(engine: FakeEngine, registry: Any) -> None:
+    """The best is needed first; vLLM evicts what was used least recently."""
     gate = gate_of(engine, registry)
     for index in range(5):
         gate.expect(f"scene-{index}", ALICE, f"a{index}")
     gate.expect("again", ALICE, "a0")
     engine.in_use = {number(registry, "a1")}
-    run(lambda: gate.prefetch(["none", "scene-0", "again", "scene-1", "scene-2", "scene-3"]))
-    assert engine.loaded == [number(registry, "a2"), number(registry, "a0")], "one of three slots is in use"
+    scenes = ["none", "scene-0", "again", "scene-1", "scene-2", "scene-3"]
+    run(lambda: gate.prefetch(scenes))
+    a0, a2 = number(registry, "a0"), number(registry, "a2")
+    assert engine.loaded == [a0, a2, a0], "one of three slots is in use"
     assert gate.totals.prefetches == 2 and registry.files.num_held == 0
+    run(lambda: gate.prefetch(scenes))
+    assert engine.loaded[3:] == [a0, a2, a0], "they are used again, and stay"
+    assert gate.totals.prefetches == 2, "what is there is not brought"
 
 
 def test_prefetch_never_touches_the_engine_without_an_adapter(engine: FakeEngine, registry: Any) -> None:

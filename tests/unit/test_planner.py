@@ -321,3 +321,20 @@ def test_turns_that_start_all_the_time_do_not_put_it_off_for_ever(run: Any, cloc
         assert planner.told != before
 
     run(body)
+
+
+def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expected(run: Any, clock: Clock) -> None:
+    brought: list[list[str]] = []
+
+    async def bring(scene_ids: list[str]) -> None:
+        brought.append(list(scene_ids))
+
+    async def body(planner: ScenePlanner) -> None:
+        planner._on_expected = bring
+        clock.now += 30 * 86400.0  # nobody has been here for long
+        hinted = planner.scene_id(user(7), "session 1")
+        planner.observe(Typing(hinted))
+        await planner._replan(True)
+        assert brought == [[hinted]] and len(planner.told) > 1
+
+    run(body)
