@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cpu_copy import CpuCopy
 from .heads import HeadView
 from .planes import block_bytes, describe_planes, plane_bytes, planes_of
 from .rotary import RotaryShift
@@ -22,6 +21,7 @@ from .rows import RowLayout, check_coverage, exact_rows, fp8_rows
 from .torch_copy import TorchCopy
 
 if TYPE_CHECKING:
+    from .cpu_copy import CpuCopy
     from .cpu_heads import CpuHeads
     from .gpu_copy import GpuCopy
     from .gpu_heads import GpuHeads
@@ -161,6 +161,8 @@ class BlockCopier:
 def _copy_for(planes: Sequence[Tensor]) -> CpuCopy | TorchCopy | GpuCopy:
     device = planes[0].device.type
     if device == "cpu":
+        from .cpu_copy import CpuCopy  # imports Numba
+
         return CpuCopy(planes)
     if device == "cuda" and find_spec("triton"):
         from .gpu_copy import GpuCopy  # imports Triton
