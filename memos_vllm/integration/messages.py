@@ -33,6 +33,9 @@ class MemosMetadata(KVConnectorMetadata):
     idle: bool = False
     """No forward pass in this step: the worker may wait a moment for a copy to finish."""
 
+    paced: bool = False
+    """Requests run, and none waits for a prefetch: prefetches are not to hold them up."""
+
 
 @dataclass
 class MemosWorkerMeta(KVConnectorWorkerMetadata):

@@ -55,6 +55,8 @@ class SchedulerSide:
         self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
         self._prefetch_waits: dict[str, float] = {}
+        self._is_waited_for = False
+        """Whether a request of the coming step waits for blocks that are on their way."""
         self._failed: set[str] = set()
         self._stale: set[str] = set()
         engine_channel.serve(self.handle)
@@ -92,6 +94,7 @@ class SchedulerSide:
         keys = memory.names.keys(request)[first:last]
         match = memory.tiers.match(keys)
         if match.pending is Pending.LOAD or (match.pending is Pending.PREFETCH and self._waits(request)):
+            self._is_waited_for = True
             return None, False
         num_tokens = match.num_blocks * self._block_size
         self._matched[request.request_id] = (first, [])
@@ -179,8 +182,8 @@ class SchedulerSide:
     # -- steps ----------------------------------------------------------------------------------
 
     def take_metadata(self, *, idle: bool) -> MemosMetadata:
-        metadata = MemosMetadata(self._operations, self._loads, idle)
-        self._operations, self._loads = [], {}
+        metadata = MemosMetadata(self._operations, self._loads, idle, paced=not (idle or self._is_waited_for))
+        self._operations, self._loads, self._is_waited_for = [], {}, False
         return metadata
 
     def complete(self, meta: MemosWorkerMeta) -> None:

@@ -90,6 +90,7 @@ class WorkerSide:
         """Starts the copies of a step; returns at once."""
         assert self._transfer is not None
         self._idle = metadata.idle
+        self._transfer.pace(metadata.paced)
         for request_id, op_ids in metadata.loads.items():
             self._loads[request_id] = set(op_ids)
         if metadata.operations:

@@ -33,6 +33,9 @@ __all__ = ["Load", "Op", "Read", "Result", "Save", "TransferWorker", "Write"]
 
 logger = logging.getLogger(__name__)
 
+PREFETCH_SHARE = 0.05
+"""Of a core's time, while requests run on the same cores: a prefetch is to make their steps no longer than by that."""
+
 
 class TransferWorker:
     """Copies of one rank. Its methods are for one thread (vLLM's worker); they never wait for a copy.
@@ -59,11 +62,12 @@ class TransferWorker:
         self._closed = False
         self._changed = threading.Condition()  # of the four above
         self._io_threads = io_threads
-        self._loads = TaskQueue(f"memos-load-{rank}", 1)
+        shares = {Priority.PREFETCH: PREFETCH_SHARE} if link.in_place else {}
+        self._loads = TaskQueue(f"memos-load-{rank}", 1, shares=shares)
         # One copy at a time where a copy is work for the cores that the forward pass needs. On a device
         # each direction has its own thread: a save that waits for a pass must not hold up a load.
         self._saves = self._loads if link.in_place else TaskQueue(f"memos-save-{rank}", 1)
-        self._files = TaskQueue(f"memos-io-{rank}", io_threads, {Priority.WRITE: max(1, io_threads - 1)})
+        self._files = TaskQueue(f"memos-io-{rank}", io_threads, {Priority.WRITE: max(1, io_threads - 1)}, shares)
 
     def submit(self, ops: Sequence[Op], after: Event | None = None) -> None:
         """Starts operations; each yields one Result.
@@ -90,6 +94,11 @@ class TransferWorker:
                 case Write():
                     job = Job(op, self.row_bytes, 1, self._report)
                     self._files.put(Priority.WRITE, Steps(job, self._write(op, job)))
+
+    def pace(self, on: bool) -> None:
+        """Whether requests are running, which prefetches are not to hold up where they share the cores."""
+        for queue in (self._loads, self._files):
+            queue.pace(on)
 
     def drain(self) -> list[Result]:
         """Results since the last call."""

@@ -731,6 +731,22 @@ def test_a_valuable_scene_takes_the_place_of_less_valuable_blocks() -> None:
         machine.teardown()
 
 
+def test_prefetches_are_paced_while_requests_run_and_none_waits_for_them() -> None:
+    machine = SceneMachine()
+    try:
+        machine.turn(0, PATHS[0], SCENES[0])
+        machine.empty_the_gpu()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.collect()
+        assert machine.side.take_metadata(idle=False).paced and not machine.side.take_metadata(idle=True).paced
+        machine.arrive(0, PATHS[0], SCENES[0])
+        assert machine.side.match(machine.lives[0].request, 0) == (None, False)
+        assert not machine.side.take_metadata(idle=False).paced
+        assert machine.side.take_metadata(idle=False).paced, "it did not ask again"
+    finally:
+        machine.teardown()
+
+
 def test_what_failed_to_load_is_loaded_when_it_is_expected_again() -> None:
     machine = SceneMachine()
     try:

@@ -2,6 +2,7 @@
 
 import threading
 
+from memos_vllm.store import task_queue
 from memos_vllm.store.task_queue import Priority, Task, TaskQueue
 
 PATIENCE_S = 30.0  # ends a hung test; nothing waits this long
@@ -42,6 +43,37 @@ def test_more_urgent_tasks_overtake_at_the_next_piece():
     gate.set()
     assert write.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
     assert log == ["write", "load", "load", "load2", "read", "read", "save", "save", "write", "write"]
+
+
+def test_a_paced_priority_rests_after_each_piece_and_holds_nobody_up(monkeypatch):
+    used_s = iter(range(10**9))
+    monkeypatch.setattr(task_queue.time, "thread_time", lambda: float(next(used_s)))  # a second a piece
+    log, gate = [], threading.Event()
+    queue = TaskQueue("t", 1, shares={Priority.PREFETCH: 1e-6})
+    queue.pace(True)
+    prefetch = Recorded(log, "prefetch", pieces=3, gate=gate)
+    queue.put(Priority.PREFETCH, prefetch)
+    assert prefetch.entered.wait(PATIENCE_S)
+    load = Recorded(log, "load", pieces=2)
+    queue.put(Priority.LOAD, load)
+    gate.set()
+    assert load.ended.wait(PATIENCE_S)
+    save = Recorded(log, "save")
+    queue.put(Priority.SAVE, save)
+    assert save.ended.wait(PATIENCE_S), "what is less urgent goes on, too"
+    assert log == ["prefetch", "load", "load", "save"]
+    queue.pace(False)
+    assert prefetch.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
+    assert log == ["prefetch", "load", "load", "save", "prefetch", "prefetch"]
+
+
+def test_a_rest_ends_by_itself():
+    log = []
+    queue = TaskQueue("t", 1, shares={Priority.PREFETCH: 0.5})
+    queue.pace(True)
+    prefetch = Recorded(log, "prefetch", pieces=3)
+    queue.put(Priority.PREFETCH, prefetch)
+    assert prefetch.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
 
 
 def test_a_limit_keeps_a_thread_for_reads():
