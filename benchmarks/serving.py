@@ -223,8 +223,10 @@ class Server:
         return out + self.extra
 
     def _environment(self) -> dict[str, str]:
-        # The benchmark's own environment may belong to a vLLM process with the plugin; the server's must not.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MEMOS_")}
+        # The benchmark's own environment may belong to a vLLM process with the plugin, or to tests with an engine in
+        # theirs; the server's must not.
+        ours = ("MEMOS_", "VLLM_ENABLE_V1_MULTIPROCESSING")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
         if os.path.isdir(self.model_path):
             environment |= {"HF_HUB_OFFLINE": "1"}
