@@ -673,19 +673,24 @@ def test_a_request_that_ends_after_a_deletion_registers_no_scene() -> None:
         machine.teardown()
 
 
+def expect_more_than_may_be_kept(machine: SceneMachine) -> tuple[list[tuple[float, str]], int]:
+    """All scenes are on the GPU and expected, the first most; what was told, and how many blocks they have."""
+    asked = [(0, PATHS[2]), (0, PATHS[3]), (1, PATHS[2]), (1, PATHS[3])]
+    for scene_id, (user, path) in zip(SCENES, asked, strict=True):
+        machine.turn(user, path, scene_id)
+    machine.settle()
+    told = [(1.0 / (1 + index), scene_id) for index, scene_id in enumerate(SCENES)]
+    machine.side.handle("expect", {"planner": "p", "scenes": told})
+    return told, sum(len(path) for _, path in asked)
+
+
 def test_blocks_beyond_the_share_that_may_be_kept_come_back_once_there_is_room() -> None:
     machine = SceneMachine()
     try:
-        asked = [(0, PATHS[2]), (0, PATHS[3]), (1, PATHS[2]), (1, PATHS[3])]
-        for scene_id, (user, path) in zip(SCENES, asked, strict=True):
-            machine.turn(user, path, scene_id)
-        machine.settle()
-        told = [(1.0 / (1 + index), scene_id) for index, scene_id in enumerate(SCENES)]
-        machine.side.handle("expect", {"planner": "p", "scenes": told})
-        num_asked = sum(len(path) for _, path in asked)
+        told, num_asked = expect_more_than_may_be_kept(machine)
         assert machine.scenes.queue.num_kept_blocks == int(KEEP_SHARE * NUM_BLOCKS) < num_asked
         machine.side.handle("expect", {"planner": "p", "scenes": told[-1:]})
-        assert machine.scenes.queue.num_kept_blocks == len(asked[-1][1])
+        assert machine.scenes.queue.num_kept_blocks == machine.scenes.known.get(SCENES[-1]).num_blocks
     finally:
         machine.teardown()
 
@@ -693,16 +698,11 @@ def test_blocks_beyond_the_share_that_may_be_kept_come_back_once_there_is_room()
 def test_blocks_that_were_given_up_and_are_still_there_stay_when_they_become_valuable() -> None:
     machine = SceneMachine()
     try:
-        asked = [(0, PATHS[2]), (0, PATHS[3]), (1, PATHS[2]), (1, PATHS[3])]
-        for scene_id, (user, path) in zip(SCENES, asked, strict=True):
-            machine.turn(user, path, scene_id)
-        machine.settle()
-        told = [(0.1 / (1 + index), scene_id) for index, scene_id in enumerate(SCENES)]
-        machine.side.handle("expect", {"planner": "p", "scenes": told})
+        told, _ = expect_more_than_may_be_kept(machine)
         last = machine.scenes.known.get(SCENES[-1])
         kept = machine.scenes.queue._kept
         assert not kept.keys() >= set(last.hashes), "there is room for all, and the test means nothing"
-        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[-1]), *told[:-1]]})
+        machine.side.handle("expect", {"planner": "p", "scenes": [(10.0, SCENES[-1]), *told[:-1]]})
         assert not machine.scenes.num_loading_blocks, "what is there is not copied again"
         assert kept.keys() >= set(last.hashes)
         assert len(kept) == machine.scenes.budget_blocks
