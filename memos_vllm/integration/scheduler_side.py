@@ -56,7 +56,7 @@ class SchedulerSide:
         self._loading: dict[str, set[int]] = {}
         self._prefetch_waits: dict[str, float] = {}
         self._is_waited_for = False
-        """Whether a request of the coming step waits for blocks that are on their way."""
+        """Whether a request of the coming step waits for a prefetch."""
         self._failed: set[str] = set()
         self._stale: set[str] = set()
         engine_channel.serve(self.handle)
@@ -93,7 +93,9 @@ class SchedulerSide:
         self._note_arrival(memory, request, first)
         keys = memory.names.keys(request)[first:last]
         match = memory.tiers.match(keys)
-        if match.pending is Pending.LOAD or (match.pending is Pending.PREFETCH and self._waits(request)):
+        if match.pending is Pending.LOAD:
+            return None, False
+        if match.pending is Pending.PREFETCH and self._waits(request):
             self._is_waited_for = True
             return None, False
         num_tokens = match.num_blocks * self._block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,7 +68,7 @@ class WorkerSide:
         link = link_for(copier, planes, plan)
         world_size = self._vllm_config.parallel_config.world_size
         self._handshake = MemosHandshake(layout=layout, block_bytes=link.row_bytes)
-        with threads_on_all_cores():
+        with nullcontext() if planes[0].is_cuda else threads_on_all_cores():  # a GPU's worker may be bound to its node
             self._transfer = TransferWorker(
                 link,
                 num_slots=self._config.kv.host_bytes // (link.row_bytes * world_size),
