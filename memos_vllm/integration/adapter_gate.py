@@ -19,7 +19,7 @@ import logging
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -333,7 +333,8 @@ class AdapterGate:
             brought = [await self._bring(files, who, reference, present) for who, reference in wanted]
             for used in reversed(brought[:-1]):
                 if used is not None:
-                    await self._engine.add_lora(lora_request(used))
+                    with suppress(AdapterUnavailable):
+                        await self._add(lora_request(used), used.reference)
 
     async def _bring(self, files: ExitStack, who: Principal, reference: str, present: Collection[int]) -> InUse | None:
         """Has the engine load an adapter, or use it where it is ``present``; None if that cannot be."""
@@ -350,6 +351,19 @@ class AdapterGate:
             self.totals.prefetches += 1
             self.totals.prefetch_s += time.monotonic() - began
         return used
+
+    async def next_adapter(self, scene_id: str, who: Principal) -> dict[str, Any] | None:
+        """The adapter of a scene's next request as far as it is known, and whether the engine has it."""
+        known = self._scenes.get(scene_id)
+        reference = known[1] if known is not None else await asyncio.to_thread(self.registry.profile, who)
+        if reference is None or self._lora is None:
+            return None
+        try:
+            adapter, version = await asyncio.to_thread(self.registry.find, who, reference)
+        except NotFound:
+            return None
+        loaded = version.lora_int_id in await self._engine.list_loras()
+        return {"name": f"{adapter.name}@{version.version}", "loaded": loaded}
 
     # -- the end of an adapter ------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from memos_vllm.core import scenes as core
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
+from memos_vllm.types import Principal
 
 router = APIRouter(prefix="/v1/scenes", tags=["Memos"])
 
@@ -73,11 +74,11 @@ def _event(body: HintBody, scene_id: str) -> core.Event:
 @router.get("")
 @answers_errors
 async def status(raw_request: Request, session: str | None = None, user: str | None = None) -> Any:
-    """Where a scene's KV is, and why it is expected, if it is; the same of the user's next session."""
+    """Where a scene's KV is, whether its adapter is loaded, and why it is expected; the same of the next session."""
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
-    named = await _describe(state, state.planner.scene_id(who, session))
-    return {**named, "next_session": await _describe(state, state.planner.start_id(who))}
+    named = await _describe(state, who, state.planner.scene_id(who, session))
+    return {**named, "next_session": await _describe(state, who, state.planner.start_id(who))}
 
 
 @router.delete("")
@@ -94,7 +95,8 @@ async def drop(raw_request: Request, user: str | None = None) -> Any:
     return {"dropped": True, "kv": await state.forget_kv(who)}
 
 
-async def _describe(state: MemosState, scene_id: str) -> dict[str, Any]:
+async def _describe(state: MemosState, who: Principal, scene_id: str) -> dict[str, Any]:
     replies = await engine_channel.call(state.engine, "scene", {"scene": scene_id})
     known = max(replies, key=lambda reply: reply.get("blocks", 0))
-    return {"scene": scene_id, **known, "prediction": state.planner.explain(scene_id)}
+    adapter = await state.adapters.next_adapter(scene_id, who)
+    return {"scene": scene_id, **known, "next_adapter": adapter, "prediction": state.planner.explain(scene_id)}

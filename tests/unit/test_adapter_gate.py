@@ -232,6 +232,41 @@ def test_prefetch_takes_the_free_slots_loads_the_best_first_and_uses_it_last(eng
     assert gate.totals.prefetches == 2, "what is there is not brought"
 
 
+def test_what_the_next_request_will_have_is_known_and_whether_it_is_loaded(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+    gate.expect("scene", ALICE, "a1")
+
+    async def body() -> None:
+        assert await gate.next_adapter("scene", ALICE) == {"name": "a1@1", "loaded": False}
+        await gate.prefetch(["scene"])
+        assert await gate.next_adapter("scene", ALICE) == {"name": "a1@1", "loaded": True}
+        assert await gate.next_adapter("new", ALICE) is None
+        registry.set_profile(ALICE, "a2")
+        assert await gate.next_adapter("new", ALICE) == {"name": "a2@1", "loaded": False}
+        registry.delete(ALICE, "a1")
+        assert await gate.next_adapter("scene", ALICE) is None
+
+    run(body)
+    without = gate_of(FakeEngine(lora=False), registry)
+    assert run(lambda: without.next_adapter("new", ALICE)) is None
+
+
+def test_an_adapter_that_is_refused_when_it_is_used_once_more_stops_nothing(engine: FakeEngine, registry: Any) -> None:
+    gate = gate_of(engine, registry)
+    for index in range(3):
+        gate.expect(f"scene-{index}", ALICE, f"a{index}")
+    load = engine.add_lora
+
+    async def full(request: Any) -> bool:
+        if len(engine.loaded) == 3:
+            engine.broken.add(number(registry, "a1"))
+        return await load(request)
+
+    engine.add_lora = full  # type: ignore[method-assign]
+    run(lambda: gate.prefetch(["scene-0", "scene-1", "scene-2"]))
+    assert engine.loaded[3:] == [number(registry, "a0")], "the most valuable one is still used last"
+
+
 def test_prefetch_never_touches_the_engine_without_an_adapter(engine: FakeEngine, registry: Any) -> None:
     gate = gate_of(engine, registry)
     gate.expect("scene", ALICE, "a0")
