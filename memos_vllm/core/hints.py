@@ -9,6 +9,12 @@ from typing import Any
 
 from memos_vllm.core.scenes import Retrieved, SessionOpened, ToolRunning, Typing, WillUse
 
+IMMINENT_S = 5.0
+"""From its announced time on a use is expected within this time or, where less was announced, a quarter of that."""
+
+PATIENCE = 16.0
+"""How many times as long it takes to stop believing in it."""
+
 HintEvent = SessionOpened | Typing | WillUse | Retrieved | ToolRunning
 
 
@@ -67,11 +73,15 @@ class Hint:
         """Falls when the use does not come, rises while the announced time draws near."""
         waited_s = max(0.0, now - self.since)
         overdue_s = max(0.0, waited_s - self.delay_s)
-        still = self.probability * math.exp(-overdue_s / (4.0 * self.delay_s))
+        still = self.probability * math.exp(-overdue_s / (PATIENCE * self._imminent_s))
         return still / (still + 1.0 - self.probability) * -math.expm1(-horizon_s / self.remaining_s(now))
 
     def remaining_s(self, now: float) -> float:
-        return max(self.delay_s - max(0.0, now - self.since), self.delay_s / 4.0)
+        return max(self.delay_s - max(0.0, now - self.since), self._imminent_s)
+
+    @property
+    def _imminent_s(self) -> float:
+        return min(self.delay_s / 4.0, IMMINENT_S)
 
 
 class HintModel:

@@ -60,7 +60,7 @@ class ScenePlanner:
     Args:
         state_path: where what was learned is kept, over restarts.
         now: wall-clock seconds; habits follow the hour of the day.
-        on_expected: told after each event which scenes are likely to come next, most valuable first.
+        on_expected: told ``likely`` after each event, and when time alone has changed it.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class ScenePlanner:
         self._on_expected = on_expected
         self._predictor = _restored(state_path, now())
         self._told: list[tuple[float, str]] = []
+        self.likely: list[str] = []
+        """Scenes that come within the horizon with at least the probability ``LIKELY``, most valuable first."""
         self._busy: Counter[str] = Counter()
         """Requests under way, by scene."""
         self._events: deque[tuple[float, Event | Scene, SceneKind]] = deque()
@@ -242,12 +244,14 @@ class ScenePlanner:
         self._held_since = None
         predictions = self._predictor.rank(self._now(), self._max_scenes)
         ranked = [(each.value, each.scene_id) for each in predictions]
-        if not happened and [scene_id for _, scene_id in ranked] == self.told:
+        likely = [each.scene_id for each in predictions if each.probability >= LIKELY]
+        if not happened and [scene_id for _, scene_id in ranked] == self.told and likely == self.likely:
             return
         await self._tell(ranked)
+        self.likely = likely
         self.on_told()
         if self._on_expected is not None:
-            await self._on_expected([each.scene_id for each in predictions if each.probability >= LIKELY])
+            await self._on_expected(likely)
 
     async def _tell(self, ranked: list[tuple[float, str]]) -> None:
         payload = {"planner": self.name, "scenes": ranked, "busy": list(self._busy)}

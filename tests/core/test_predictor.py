@@ -151,6 +151,15 @@ def test_an_announcement_for_later_waits_for_its_time() -> None:
     assert early.expected_in_s == pytest.approx(299, abs=1)
 
 
+@pytest.mark.parametrize("in_s", [5, 60, 600, 7200])
+def test_an_announced_use_is_likely_when_its_time_has_come_and_not_long_after(in_s: float) -> None:
+    predictor = predictor_with("a")
+    predictor.observe(WillUse("a", in_s), 0)
+    due, overdue = predictor.predict("a", in_s), predictor.predict("a", in_s + 600)
+    assert due is not None and due.probability > 0.75
+    assert overdue is not None and overdue.probability < 0.1
+
+
 def test_a_hint_that_never_comes_true_is_trusted_less() -> None:
     predictor = predictor_with("a")
     predictor.observe(Typing("a"), 0)

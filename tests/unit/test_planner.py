@@ -16,7 +16,7 @@ import pytest
 from memos_vllm.config import PredictionConfig
 from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
-from memos_vllm.core.scenes import TurnEnded, Typing
+from memos_vllm.core.scenes import TurnEnded, Typing, WillUse
 from memos_vllm.integration.planner import FIRST_TOKEN_S, ScenePlanner
 from memos_vllm.types import Principal
 
@@ -336,5 +336,29 @@ def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expecte
         planner.observe(Typing(hinted))
         await planner._replan(True)
         assert brought == [[hinted]] and len(planner.told) > 1
+
+    run(body)
+
+
+def test_an_adapter_is_brought_when_its_scene_becomes_likely_with_time_alone(run: Any, clock: Clock) -> None:
+    brought: list[list[str]] = []
+
+    async def bring(scene_ids: list[str]) -> None:
+        brought.append(list(scene_ids))
+
+    async def body(planner: ScenePlanner) -> None:
+        planner._on_expected = bring
+        planner._max_scenes = 1
+        clock.now += 30 * 86400.0
+        announced = planner.scene_id(user(7), "session 1")
+        planner.observe(WillUse(announced, in_s=60.0))
+        await planner._replan(True)
+        before = planner.told
+        clock.now += 55.0
+        await planner._replan(False)
+        assert planner.told == before == [announced], "the order is as it was"
+        assert brought == [[], [announced]] and planner.likely == [announced]
+        await planner._replan(False)
+        assert len(brought) == 2, "once"
 
     run(body)
