@@ -16,10 +16,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from memos_vllm.adapters import peft_config, peft_folder
 from memos_vllm.adapters.records import Scope
+from memos_vllm.compat.error_response import ErrorResponse
 from memos_vllm.errors import AdapterError, Forbidden
 from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal

@@ -12,7 +12,7 @@ from packaging.version import Version
 from memos_vllm.compat import cpu_lora, hashing, json_body
 from tests.conftest import ROOT
 
-NOT_NEEDED_FROM = {"hashing": "0.32", "json_body": "0.32"}
+NOT_NEEDED_FROM = {"error_response": "0.32", "hashing": "0.32", "json_body": "0.32"}
 
 
 @pytest.mark.parametrize("shim", NOT_NEEDED_FROM)
