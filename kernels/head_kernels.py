@@ -236,7 +236,8 @@ def _from_e4m3(code):
     normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # 2**-9
     value = tl.where(magnitude == 0x7F, float("nan"), value)
-    return tl.where(code >= 0x80, -value, value)
+    # Not -value: in Triton 3.6 that is 0 - value, which loses the sign of zero.
+    return (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
 
 
 SIGNATURE = {

@@ -38,10 +38,10 @@ def test_json_check_is_the_one_of_the_installed_vllm() -> None:
 def test_hashes_are_seeded_where_vllm_would_not_seed_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.core import kv_cache_utils
 
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     monkeypatch.setattr(hashing.os, "environ", environment := {})
+    monkeypatch.setattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", b"as from 0.32 on", raising=False)
     hashing.make_block_hashes_stable()
-    assert environment == {}, "from 0.32 on vLLM's own seed is fixed"
+    assert environment == {}, "vLLM's own seed is fixed"
     monkeypatch.delattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
     hashing.make_block_hashes_stable()
     assert environment == {"PYTHONHASHSEED": "0"}

@@ -14,12 +14,16 @@ LOOK = """
 import json, sys, threading
 sys.argv = ["vllm", "serve", *sys.argv[1:]]
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+try:
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.26
+    from vllm.entrypoints.openai.api_server import build_app
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
 args = parser.parse_args(sys.argv[2:])
-from vllm.entrypoints.launchers.app import build_app
 app = build_app(args, ("generate",))
 print(json.dumps({
     "options": sorted(parser._option_string_actions),

@@ -67,7 +67,7 @@ def sample(name: str, **labels: str) -> float | None:
 
 def test_what_the_engine_sends_arrives_under_its_label() -> None:
     prom = prom_metrics()
-    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(stats({READY: 2}, 7, [["disk", 0.3]]).to_dict()))
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(stats({READY: 2}, 7, [["disk", 0.3]]).data))
     prom.observe(sent, 1)
     prom.observe(sent, 1)
     assert sample("memos:scene_arrivals_total", outcome="ready", engine="1") == 4
@@ -84,13 +84,16 @@ def test_a_second_engine_in_the_process_starts_anew() -> None:
 
 
 def test_beside_another_connector_the_stats_find_their_class() -> None:
-    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector, MultiKVConnectorStats
 
     from memos_vllm.integration.connector import MemosConnector
 
-    data = stats({READY: 1}, 0, []).data
-    rebuilt = MultiConnector.build_kv_connector_stats({MemosConnector.__name__: data})
-    assert rebuilt.data[MemosConnector.__name__] == MemosStats(data)
+    ours = stats({READY: 1}, 0, [])
+    both = MultiKVConnectorStats(data={MemosConnector.__name__: ours})
+    sent = both.to_dict() if hasattr(both, "to_dict") else both.data  # vLLM 0.26 has msgspec write the objects
+    received = msgspec.msgpack.decode(msgspec.msgpack.encode(sent))
+    rebuilt = MultiConnector.build_kv_connector_stats(received)
+    assert rebuilt.data[MemosConnector.__name__] == MemosStats(ours.data)
 
 
 def test_memory_is_counted_in_the_api_process() -> None:
