@@ -291,7 +291,7 @@ def drop_page_cache(data_dir: Path) -> None:
             os.close(handle)
 
 
-def _until_success(http: httpx.Client, path: str, attempts: int = 50) -> None:
+def _until_success(http: httpx.Client, path: str, attempts: int = 600) -> None:
     """vLLM refuses to reset while a block is held, by a transfer that is about to end for example."""
     for _ in range(attempts):
         response = http.post(path)

@@ -19,6 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import arms as kv_tiers
+from benchmarks.client import RequestFailed
 from benchmarks.serving import Server, serve
 
 RECALL_MODEL = Path(__file__).parents[1] / "tests" / "assets" / "recall-model"
@@ -101,6 +103,11 @@ def settle(server: Server) -> dict:
     return status
 
 
+def drop_kv(server: Server, tier: str) -> None:
+    with server.http(ALICE) as client:
+        kv_tiers.drop(client, tier)
+
+
 def remembers(server: Server) -> None:
     say("Alice tells three facts in one conversation")
     for fact in TOLD:
@@ -137,7 +144,7 @@ def measure(server: Server, arms: dict[str, list[tuple[float, int]]], arm: str, 
     """Repeats: bring the memory's KV into the arm's tier only, then ask something new."""
     for index in range(REPEATS):
         for tier in prepare:
-            call(server, "POST", f"/v1/memos/kv/drop?tier={tier}")
+            drop_kv(server, tier)
         arms.setdefault(arm, []).append(time_to_first_token(server, ALICE, f"Question {arm} {index}?"))
         settle(server)
 
@@ -148,7 +155,7 @@ def predicted(server: Server, arms: dict[str, list[tuple[float, int]]]) -> None:
     for index in range(REPEATS):
         settle(server)
         for tier in ("gpu", "host"):
-            call(server, "POST", f"/v1/memos/kv/drop?tier={tier}")
+            drop_kv(server, tier)
         call(server, "POST", "/v1/scenes", {"event": "typing"})
         deadline = time.monotonic() + 60
         while call(server, "GET", "/v1/scenes")["state"] != "ready":
@@ -172,7 +179,7 @@ def configuration(directory: Path, num_tokens: int, *, predicts: bool) -> Path:
 def cold(server: Server, arms: dict[str, list[tuple[float, int]]]) -> None:
     """The same prompt without the user's salt on it: nothing can be cached."""
     for index in range(REPEATS):
-        call(server, "POST", "/v1/memos/kv/drop?tier=gpu")
+        drop_kv(server, "gpu")
         salted = {"memos": {"remember": False}, "cache_salt": f"cold-{time.time_ns()}"}
         begin = time.perf_counter()
         stream = server.client(ALICE).chat.completions.create(
@@ -243,7 +250,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         run(arguments.model, arguments.document_tokens)
-    except StepFailed as failure:
+    except (StepFailed, RequestFailed) as failure:
         console.print(f"[red]The demonstration failed:[/red] {failure}")
         return 1
     console.print("[green]Every step held.[/green]")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks import arms
 from benchmarks.serving import Server, serve
 from memos_vllm.integration.metrics import series_key
 
@@ -107,8 +108,8 @@ class Memos:
     def drop(self, *tiers: str) -> None:
         for tier in tiers:
             self.settle()
-            response = self.call("POST", f"/v1/memos/kv/drop?tier={tier}")
-            assert response.json() == {"tier": tier, "dropped": True}
+            with self.server.http(ALICE) as client:
+                arms.drop(client, tier)
 
 
 def cached_tokens(response: Any) -> int:

@@ -277,7 +277,7 @@ def test_kv_is_the_adapters_own_in_every_tier_and_goes_with_it(
         served.drop(*tiers)
         if not tiers:
             assert cached("two") == cached(None) == cached("one", other) == 0
-            served.call("POST", "/v1/memos/kv/drop?tier=gpu")
+            served.drop("gpu")
     # On the GPU as well, and of no scene that is known: another request is the scene's last one.
     assert cached("one") > 200 and cached("two") > 200
     receipt = served.call("DELETE", "/v1/adapters/one", key).json()
