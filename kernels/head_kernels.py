@@ -237,7 +237,7 @@ def _from_e4m3(code):
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)  # 2**-9
     value = tl.where(magnitude == 0x7F, float("nan"), value)
     # Not -value: in Triton 3.6 that is 0 - value, which loses the sign of zero.
-    return (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
+    return tl.where(code >= 0x80, -1.0, 1.0) * value
 
 
 SIGNATURE = {
