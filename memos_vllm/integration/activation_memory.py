@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memos_vllm.compat.kv_cache_specs import is_full_attention
 from memos_vllm.config import MemosConfig
@@ -17,11 +17,13 @@ from memos_vllm.integration.messages import MemosHandshake
 from memos_vllm.integration.model_identity import identity_of
 from memos_vllm.integration.owned_blocks import OwnedBlocks
 from memos_vllm.integration.scene_builds import SceneBuilds
+from memos_vllm.integration.scene_loads import SceneLoads
 from memos_vllm.integration.scene_table import SceneTable
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotTable
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.manager import TierManager
+from memos_vllm.store.ops import Op
 from memos_vllm.types import BlockKey
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -48,12 +52,65 @@ class ActivationMemory:
     """None without prediction."""
     builds: SceneBuilds | None
     """None without prediction or without building at idle."""
+    fault: str | None = None
+    """Why prediction was given up."""
+    _last_loads: SceneLoads | None = None
+    """Prefetches that were under way then."""
+    _last_planned: list[Op] = field(default_factory=list)
+
+    def guarded(self, work: Callable[[SceneTable], _T], otherwise: _T) -> _T:
+        """What ``work`` returns; ``otherwise`` without prediction, and from the first error on.
+
+        Prediction only makes requests cheap. An error in it must not end the engine, so it ends prediction until
+        the server restarts: what it kept is plain again, and what it was loading is never published.
+        """
+        if self.scenes is None:
+            return otherwise
+        try:
+            return work(self.scenes)
+        except Exception as error:
+            logger.exception("an error in next-scene prediction; it is switched off until the server restarts")
+            self.fault = f"{type(error).__name__}: {error}"
+            self._last_loads, self._last_planned = self.scenes.retire(), self.scenes.take_planned()
+            self.scenes = self.builds = None
+            return otherwise
+
+    def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
+        """Takes the ends of copies; the copies that follow."""
+        following = self.guarded(lambda scenes: scenes.complete(finished_ops, failed_ops), [])
+        if self._last_loads is not None:
+            for load in self._last_loads.ended(finished_ops, failed_ops):
+                self._last_loads.release(load)
+        return following + self._take_last_planned()
+
+    def expect(self, planner: str, scenes: Sequence[tuple[float, str]], busy: Sequence[str]) -> list[Op]:
+        """See ``SceneTable.expect``."""
+        return self.guarded(lambda table: table.expect(planner, scenes, busy), []) + self._take_last_planned()
+
+    def _take_last_planned(self) -> list[Op]:
+        planned, self._last_planned = self._last_planned, []
+        return planned
+
+    @property
+    def num_loading_blocks(self) -> int:
+        """GPU blocks that prefetches hold."""
+        loads = self.scenes.loads if self.scenes is not None else self._last_loads
+        return 0 if loads is None else loads.num_blocks
+
+    def arrived(self, named: Iterable[str], request: Request, num_resident_blocks: int) -> None:
+        """A request with one of these scenes asks for its blocks for the first time."""
+
+        def work(scenes: SceneTable) -> None:
+            if (scene_id := scenes.closest(named, request)) is not None:
+                scenes.arrived(scene_id, request, num_resident_blocks)
+                if self.builds is not None:
+                    self.builds.used(scene_id)
+
+        self.guarded(work, None)
 
     def register(self, scene_id: str, request: Request, keys: list[BlockKey]) -> None:
         """These blocks are what the scene is from now on."""
-        if self.scenes is None:
-            return
-        self.scenes.register(scene_id, request, keys)
+        self.guarded(lambda scenes: scenes.register(scene_id, request, keys), None)
         if self.builds is not None and keys:
             self.builds.show(scene_id, request, len(keys))
 
@@ -61,15 +118,14 @@ class ActivationMemory:
         """Drops all KV that is filed under a tag from all tiers, the GPU too; what a receipt says of it."""
         if self.builds is not None:
             self.builds.forget(tag)
-        num_scenes = self.scenes.forget(tag) if self.scenes is not None else 0
+        num_scenes = self.guarded(lambda scenes: scenes.forget(tag), 0)
         return {**asdict(self.tiers.forget(tag)), "gpu_blocks": self.owned.evict(tag), "scenes": num_scenes}
 
     def reset(self) -> set[str]:
         """Nothing saved so far is found again; the requests whose KV is of before."""
         before = self.names.start_generation()
         self.tiers.drop_host()
-        if self.scenes is not None:
-            self.scenes.clear()
+        self.guarded(lambda scenes: scenes.clear(), None)
         if self.builds is not None:
             self.builds.clear()
         return before
@@ -90,9 +146,9 @@ class ActivationMemory:
 
     def _prediction_status(self) -> dict[str, Any]:
         if self.scenes is None:
-            return {"enabled": False}
+            return {"enabled": False, "fault": self.fault}
         builds = {} if self.builds is None else self.builds.status()
-        return {"enabled": True, **self.scenes.status(), **builds}
+        return {"enabled": True, "fault": None, **self.scenes.status(), **builds}
 
     def close(self) -> None:
         if self.tiers.disk is not None:

@@ -38,7 +38,7 @@ def serve(
         case "forget_adapter":
             return memory.forget(salts.adapter_tag(payload["lora_name"])), []
         case "expect" if scenes is not None:
-            operations = scenes.expect(payload["planner"], payload["scenes"], payload.get("busy", ()))
+            operations = memory.expect(payload["planner"], payload["scenes"], payload.get("busy", ()))
             return {"enabled": True, "blocks": scenes.expected_blocks()}, operations
         case "scene" if scenes is not None:
             return {"enabled": True, **scenes.state(payload["scene"])}, []

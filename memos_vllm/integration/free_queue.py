@@ -14,12 +14,17 @@ policy what becomes of such blocks, so that a policy's RESIDENT block is exactly
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Iterable, Iterator
 
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from memos_vllm.core.block_tree import RESIDENT
 from memos_vllm.core.residency import ResidencyPolicy
+from memos_vllm.core.told_values import ToldValues
+
+logger = logging.getLogger(__name__)
 
 
 class KeepingFreeQueue(FreeKVCacheBlockQueue):
@@ -59,6 +64,9 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
     def is_kept(self, block: KVCacheBlock) -> bool:
         return block.block_id in self._hash_of
 
+    def keeps(self, block_hash: bytes) -> bool:
+        return block_hash in self._kept
+
     # -- as values change -----------------------------------------------------------------------
 
     def worth_something(self, block_hash: bytes, block: KVCacheBlock | None) -> None:
@@ -91,6 +99,16 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
             self.worth_nothing(block_hash)
         self._in_use.clear()
 
+    def keep_nothing(self) -> None:
+        """Nobody expects anything any more, and nobody will."""
+        self._policy = ResidencyPolicy(ToldValues())
+        blocks = [*self._kept.values()]
+        self._kept.clear()
+        self._hash_of.clear()
+        self._in_use.clear()
+        for block in blocks:
+            super().append(block)
+
     def _keep(self, block_hash: bytes, block: KVCacheBlock) -> None:
         self._kept[block_hash] = block
         self._hash_of[block.block_id] = block_hash
@@ -106,7 +124,11 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
         popped = super().popleft_n(min(n, self._num_plain))
         if len(popped) < n:
             given_up = self._policy.evict(n - len(popped))
-            assert given_up is not None, "the policy does not know a block that is kept"
+            if given_up is None or not self._kept.keys() >= set(given_up):
+                # In the middle of an allocation: which blocks leave matters less than that they do.
+                logger.error("the policy does not know the blocks that are kept; others leave in place of its choice")
+                given_up = list(itertools.islice(self._kept, n - len(popped)))
+                self._policy.absent(given_up)
             for block_hash in given_up:
                 block = self._kept.pop(block_hash)  # type: ignore[arg-type]
                 del self._hash_of[block.block_id]

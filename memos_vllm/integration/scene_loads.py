@@ -61,7 +61,12 @@ class SceneLoads:
     def start(self, scene: Scene, first: int, end: int) -> list[Op]:
         """Reserves free blocks for a run of a scene's blocks; the copies."""
         blocks = self._pool.get_new_blocks(end - first)
-        operations = self._tiers.plan_load(scene.keys[first:end], [block.block_id for block in blocks], prefetch=True)
+        try:
+            block_ids = [block.block_id for block in blocks]
+            operations = self._tiers.plan_load(scene.keys[first:end], block_ids, prefetch=True)
+        except BaseException:
+            self._pool.free_blocks(blocks)
+            raise
         self._loads.append(SceneLoad(scene, first, blocks, {operation.op_id for operation in operations}))
         return operations
 
@@ -70,17 +75,12 @@ class SceneLoads:
         for load in self._loads:
             load.failed |= tag is None or tag in load.scene.tags()
 
-    def take_ended(self, finished_ops: Collection[int], failed_ops: Collection[int]) -> list[SceneLoad]:
-        """Chunks whose last copy ended; they are no longer under way, and still have their blocks."""
-        ended = []
+    def ended(self, finished_ops: Collection[int], failed_ops: Collection[int]) -> Iterator[SceneLoad]:
+        """Chunks whose last copy ended. Each has its blocks until the caller releases it."""
         for load in self._loads:
             load.failed |= not load.op_ids.isdisjoint(failed_ops)
             load.op_ids.difference_update(finished_ops)
-            if not load.op_ids:
-                ended.append(load)
-        for load in ended:
-            self._loads.remove(load)
-        return ended
+        yield from [load for load in self._loads if not load.op_ids]
 
     def publish(self, load: SceneLoad) -> list[bytes]:
         """Lets requests find the blocks; their hashes. One that a live request computed meanwhile is left out."""
@@ -101,6 +101,7 @@ class SceneLoads:
 
     def release(self, load: SceneLoad) -> None:
         """The last block is then the first to leave."""
+        self._loads.remove(load)
         self._pool.free_blocks(reversed(load.blocks))
 
 

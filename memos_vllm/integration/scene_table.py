@@ -90,8 +90,10 @@ class SceneTable:
     """The pool's prefix cache that the policy knows; a reset puts another one in its place."""
     _failed: set[bytes] = field(default_factory=set)
     """Blocks whose load failed; not again before the next word of a planner."""
-    _loads: SceneLoads = field(init=False)
+    loads: SceneLoads = field(init=False)
     _unused: UnusedBlocks = field(init=False)
+    _planned: list[Op] = field(default_factory=list)
+    """Copies that are not handed over yet."""
     _num_arrivals: int = 0
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class SceneTable:
         self.pool.free_block_queue = self.queue
         self.known = KnownScenes(self.pool.enable_kv_cache_events)
         self._cached = self.pool.cached_block_hash_to_block
-        self._loads = SceneLoads(self.pool, self.tiers, self.block_size)
+        self.loads = SceneLoads(self.pool, self.tiers, self.block_size)
         self._unused = UnusedBlocks(self.pool)
 
     # -- learning ------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class SceneTable:
 
     def clear(self) -> None:
         """Forgets all scenes; what is under way is not published."""
-        self._loads.fail()
+        self.loads.fail()
         for scene in list(self.known):
             self._remove(scene.scene_id)
         self._refile()
@@ -148,7 +150,7 @@ class SceneTable:
             self.totals.other += 1
         elif num_resident_blocks >= num_shared:
             self.totals.ready += 1
-        elif self._loads.has(scene_id):
+        elif self.loads.has(scene_id):
             self.totals.late += 1
         else:
             self.totals.missed += 1
@@ -165,7 +167,7 @@ class SceneTable:
         for scene in gone:
             self._remove(scene.scene_id)
         self._refile()
-        self._loads.fail(tag)
+        self.loads.fail(tag)
         return len(gone)
 
     # -- value ---------------------------------------------------------------------------------
@@ -241,7 +243,6 @@ class SceneTable:
             scene, index = place
             return not self.tiers.is_on_its_way(scene.keys[index]) and self.tiers.holds(scene.keys[index])
 
-        operations: list[Op] = []
         budget = STARTED_BLOCKS
         while True:
             # Plain blocks run short only where live requests hold them; then a prefetch takes the place of
@@ -254,10 +255,16 @@ class SceneTable:
             budget -= len(plan.fetch)
             self.queue.give_up(plan.evict)
             missing = [block_hash for block_hash in plan.fetch if not self._keep_resident(block_hash)]
-            for scene, first, end in places.runs(missing, self.chunk_blocks):
-                operations += self._loads.start(scene, first, end)
+            runs = list(places.runs(missing, self.chunk_blocks))
+            with self.tiers.keeping(key for scene, first, end in runs for key in scene.keys[first:end]):
+                for scene, first, end in runs:
+                    self._planned += self.loads.start(scene, first, end)
             if len(missing) == len(plan.fetch):
-                return operations
+                return self.take_planned()
+
+    def take_planned(self) -> list[Op]:
+        planned, self._planned = self._planned, []
+        return planned
 
     def _keep_resident(self, block_hash: Any) -> bool:
         """Whether a block that is to come is on the GPU still, among those that leave next; then it stays."""
@@ -278,20 +285,27 @@ class SceneTable:
 
     def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
         """Publishes and releases what has arrived; returns the copies that follow."""
-        for load in self._loads.take_ended(finished_ops, failed_ops):
+        for load in self.loads.ended(finished_ops, failed_ops):
             if load.failed:
                 self.totals.failed_blocks += len(load.blocks)
                 self._failed.update(load.hashes)  # not again and again
-                self._policy.absent(load.hashes)
+                # What a live request brought meanwhile, and gave back, is on the GPU all the same.
+                self._policy.absent(each for each in load.hashes if not self.queue.keeps(each))
             else:
-                published = self._loads.publish(load)
+                published = self.loads.publish(load)
                 self._unused.add(published)
                 self.owned.note((block.block_id for block in load.blocks), load.tag)
                 self.totals.prefetched_blocks += len(published)
-            self._loads.release(load)
+            self.loads.release(load)
         if len(self._unused) > self.pool.num_gpu_blocks:
             self.count_wasted()
         return self.advance()
+
+    def retire(self) -> SceneLoads:
+        """Expects nothing any more, whatever state this is in; copies under way, whose blocks must be released."""
+        self.queue.keep_nothing()
+        self.loads.fail()
+        return self.loads
 
     # -- what only a forward pass can bring -----------------------------------------------------
 
@@ -331,7 +345,7 @@ class SceneTable:
 
     @property
     def num_loading_blocks(self) -> int:
-        return self._loads.num_blocks
+        return self.loads.num_blocks
 
     def state(self, scene_id: str) -> dict[str, Any]:
         """What an application may know about its scene."""
@@ -344,7 +358,7 @@ class SceneTable:
             resident += 1
         if resident == scene.num_blocks:
             state = SceneState.READY
-        elif self._loads.has(scene_id):
+        elif self.loads.has(scene_id):
             state = SceneState.LOADING
         elif self.tiers.match(scene.keys[resident:]).num_blocks or resident:
             state = SceneState.STORED

@@ -115,10 +115,7 @@ class SchedulerSide:
             return
         self._arrived.add(request.request_id)
         named = [scene_id for param in (SCENE_PARAM, START_PARAM) if (scene_id := _scene_of(request, param))]
-        if (scene_id := memory.scenes.closest(named, request)) is not None:
-            memory.scenes.arrived(scene_id, request, num_resident_blocks)
-            if memory.builds is not None:
-                memory.builds.used(scene_id)
+        memory.arrived(named, request, num_resident_blocks)
 
     def _waits(self, request: Request) -> bool:
         """Whether a request still waits for a prefetch of its first blocks, which others may overtake."""
@@ -202,8 +199,7 @@ class SchedulerSide:
             op_ids -= completion.finished_ops
             if not op_ids:
                 del self._loading[request_id]
-        if memory.scenes is not None:
-            self._operations += memory.scenes.complete(completion.finished_ops, completion.failed_ops)
+        self._operations += memory.complete(completion.finished_ops, completion.failed_ops)
 
     def take_stats(self) -> MemosStats | None:
         return self.memory.accounting.take() if self.memory is not None else None
@@ -217,7 +213,7 @@ class SchedulerSide:
     def holds_blocks(self) -> bool:
         if (memory := self.memory) is None:
             return False
-        return len(memory.held) > 0 or (memory.scenes is not None and memory.scenes.num_loading_blocks > 0)
+        return len(memory.held) > 0 or memory.num_loading_blocks > 0
 
     def reset_cache(self) -> None:
         """The weights changed, or the operator wants no older KV: nothing saved so far is found again."""

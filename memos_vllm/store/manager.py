@@ -20,7 +20,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -158,6 +159,20 @@ class TierManager:
 
     # -- load -----------------------------------------------------------------------------------
 
+    @contextmanager
+    def keeping(self, keys: Iterable[BlockKey]) -> Iterator[None]:
+        """Host copies of these keys stay until the end of the block.
+
+        For several loads that were matched together: a ``Read`` of the first makes room in the host for its own
+        blocks, and could take it from the second.
+        """
+        held = [key for key in keys if self.slots.lookup(key) is not None]
+        self.slots.pin(held)
+        try:
+            yield
+        finally:
+            self.slots.unpin(reversed(held))
+
     def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int], *, prefetch: bool = False) -> list[Op]:
         """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks.
 
@@ -193,6 +208,9 @@ class TierManager:
         operation: Op
         if not chunk:
             slots = tuple(slot for key in keys if (slot := self.slots.lookup(key)) is not None)
+            if self.disk is not None:  # the file that outlives the host's copy is as much in use
+                for used in {found.chunk for key in keys if (found := self.disk.lookup(key)) is not None}:
+                    self.disk.touch(used)
             operation = Load(op_id=op_id, slots=slots, block_ids=block_ids, prefetch=prefetch)
             self._start(_Pending(operation, keys))
             return operation

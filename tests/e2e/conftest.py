@@ -91,6 +91,7 @@ class Memos:
         deadline = time.monotonic() + 60
         while True:
             status = self.call("GET", "/v1/memos/status").json()
+            assert status["kv"].get("prediction", {}).get("fault") is None, status
             if not status["kv"]["in_flight"] and not status["build"]["pending"]:
                 return status["kv"]
             assert time.monotonic() < deadline, f"copies or builds do not end: {status}"

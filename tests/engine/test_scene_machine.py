@@ -15,14 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import Phase, currently_in_test_context, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memos_vllm.config import MemosConfig
+from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.integration import activation_memory, salts, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
 from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.scene_loads import SceneLoads
 from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM
 from memos_vllm.integration.scheduler_side import PREFETCH_PATIENCE_S, SchedulerSide
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
@@ -160,7 +163,8 @@ class SceneMachine(RuleBasedStateMachine):
         self.side = SchedulerSide(vllm_config, self.kv.kv_cache_config, config)
         self.side.bind_block_pool(self.pool)
         self.side.open_tiers([MemosHandshake(("x",), BLOCK_BYTES)] * WORLD_SIZE)
-        assert self.side.memory.scenes is not None, "prediction must be on for this test to mean anything"
+        self.scenes: Any = self.side.memory.scenes
+        assert self.scenes is not None, "prediction must be on for this test to mean anything"
 
         self.lives: list[Live] = []
         self.under_way: dict[int, UnderWay] = {}
@@ -176,10 +180,6 @@ class SceneMachine(RuleBasedStateMachine):
     @property
     def tiers(self) -> Any:
         return self.side.memory.tiers
-
-    @property
-    def scenes(self) -> Any:
-        return self.side.memory.scenes
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class SceneMachine(RuleBasedStateMachine):
         if num_loaded is None:
             return
         builds = self.side.memory.builds
-        assert not builds.is_build(request) or not builds._live, "a piece shares a step with a live request"
+        assert builds is None or not builds.is_build(request) or not builds._live, "a piece shares a step with a live request"
         assert is_async == (num_loaded > 0) and num_local + num_loaded < request.num_tokens
         num_new = 0 if is_async else request.num_tokens - num_local
         if not self.allocate(live, num_new, hits, num_local, num_loaded):
@@ -593,6 +593,7 @@ class SceneMachine(RuleBasedStateMachine):
 
     @invariant()
     def conservation(self) -> None:
+        assert self.side.memory.fault is None
         self.collect()
         self.scenes.check_integrity()
         self.tiers.check_integrity()
@@ -611,7 +612,7 @@ class SceneMachine(RuleBasedStateMachine):
         for item in self.under_way.values():
             if isinstance(item.operation, Save) or getattr(item.operation, "prefetch", False):
                 held += item.operation.block_ids
-        waits = {block.block_id for load in self.scenes._loads for block in load.blocks}
+        waits = {block.block_id for load in self.scenes.loads for block in load.blocks}
         for block in self.pool.blocks[1:]:
             at_most = held.count(block.block_id) + (block.block_id in waits)
             at_least = held.count(block.block_id)
@@ -762,6 +763,147 @@ def test_what_failed_to_load_is_loaded_when_it_is_expected_again() -> None:
             assert not machine.under_way, "a load that failed is not repeated unasked"
         assert machine.side.handle("scene", {"scene": SCENES[0]})["state"] == "ready"
     finally:
+        machine.teardown()
+
+
+def in_tiers(machine: SceneMachine, scene_id: str) -> tuple[int, int]:
+    """How many blocks of a scene are in host memory, and how many on disk."""
+    keys = machine.scenes.known.get(scene_id).keys
+    on_disk = [machine.tiers.disk.lookup(key) for key in keys]
+    return sum(machine.tiers.slots.lookup(key) is not None for key in keys), sum(map(bool, on_disk))
+
+
+def turn_from_the_tiers(machine: SceneMachine, path: Sequence[int], scene_id: str) -> None:
+    """A request that loads what it can, from its arrival to its end."""
+    machine.arrive(0, path, scene_id)
+    live = machine.lives[-1]
+    machine.try_schedule(live)
+    while live.state == "loading":
+        item = next(iter(machine.under_way.values()))
+        machine.end_copy(item, min(item.ranks))
+    if live.state == "loaded":
+        num_arrived = live.request.num_computed_tokens
+        machine.kv.cache_blocks(live.request, num_arrived)
+        assert machine.allocate(live, live.request.num_tokens - num_arrived)
+        live.state, live.request.num_computed_tokens = "running", live.request.num_tokens
+        machine.compute(live, num_arrived // BLOCK_SIZE, live.request.num_tokens)
+    machine.end(live)
+    machine.settle()
+
+
+def test_what_is_always_served_from_the_host_keeps_its_file() -> None:
+    machine = SceneMachine()
+    try:
+        turn_from_the_tiers(machine, [5] * 6, SCENES[0])
+        for other in range(4):
+            turn_from_the_tiers(machine, [10 + other] * 6, SCENES[1])
+            machine.empty_the_gpu()
+            turn_from_the_tiers(machine, [5] * 6, SCENES[0])
+        assert machine.tiers.slots.num_evicted and in_tiers(machine, SCENES[0]) == (6, 6)
+    finally:
+        machine.teardown()
+
+
+def test_prefetches_that_are_planned_together_take_no_host_copy_from_each_other() -> None:
+    """A read from disk makes room for its blocks in the host; what is to go there may be the next of the plan."""
+    machine = SceneMachine()
+    try:
+        for scene_id, number in zip(SCENES, (10, 5, 11), strict=False):
+            turn_from_the_tiers(machine, [number] * 6, scene_id)
+        machine.empty_the_gpu()
+        for key in machine.scenes.known.get(SCENES[1]).keys:  # its files are gone, as after a failed write
+            if (location := machine.tiers.disk.lookup(key)) is not None:
+                machine.tiers.disk.drop(location.chunk)
+        assert [in_tiers(machine, each) for each in SCENES[:3]] == [(0, 6), (6, 0), (6, 6)]
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0]), (0.5, SCENES[1])]})
+        machine.settle()
+        resident = [machine.side.handle("scene", {"scene": each})["resident_blocks"] for each in SCENES[:2]]
+        assert resident[0] == 6 and resident[1] >= 1, "what was planned came"
+        machine.conservation()
+    finally:
+        machine.teardown()
+
+
+def test_a_prefetch_that_fails_leaves_alone_what_a_request_brought_meanwhile() -> None:
+    machine = SceneMachine()
+    try:
+        machine.turn(0, PATHS[2], SCENES[0])
+        machine.empty_the_gpu()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.collect()
+        prefetches = list(machine.under_way.values())
+        machine.arrive(0, PATHS[2], SCENES[0])
+        (live,) = machine.lives
+        machine.try_schedule(live)
+        assert live.state == "waiting", "for the prefetch"
+        machine.now += PREFETCH_PATIENCE_S
+        machine.try_schedule(live)
+        while live.state == "loading":
+            item = next(each for each in machine.under_way.values() if each not in prefetches)
+            machine.end_copy(item, min(item.ranks))
+        num_arrived = live.request.num_computed_tokens
+        machine.kv.cache_blocks(live.request, num_arrived)
+        assert machine.allocate(live, live.request.num_tokens - num_arrived)
+        live.state, live.request.num_computed_tokens = "running", live.request.num_tokens
+        machine.compute(live, num_arrived // BLOCK_SIZE, live.request.num_tokens)
+        machine.end(live)
+        kept = machine.scenes.queue.num_kept_blocks
+        assert kept
+        for item in prefetches:
+            for rank in range(WORLD_SIZE):
+                machine.end_copy(item, rank, ok=False)
+        assert machine.scenes.queue.num_kept_blocks == kept
+        machine.conservation()
+        machine.settle()
+        machine.pressure(1.0)
+    finally:
+        machine.teardown()
+
+
+@pytest.mark.parametrize("broken", ["plan", "absent", "evict", "publish", "update"])
+def test_an_error_in_prediction_ends_prediction_and_nothing_else(
+    broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = SceneMachine()
+    scenes = machine.scenes
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyError("a slip")
+
+    try:
+        machine.turn(0, PATHS[2], SCENES[0])
+        machine.turn(0, PATHS[3], SCENES[1])
+        machine.empty_the_gpu()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.collect()
+        prefetches = list(machine.under_way.values())
+        assert prefetches and machine.side.holds_blocks
+        if broken == "publish":
+            monkeypatch.setattr(SceneLoads, "publish", fail)
+        else:
+            monkeypatch.setattr(ResidencyPolicy, broken, (lambda *_: None) if broken == "evict" else fail)
+        for item in prefetches:
+            for rank in range(WORLD_SIZE):
+                machine.end_copy(item, rank, ok=broken != "absent")
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[1])]})
+        if broken == "evict":
+            machine.settle()
+            assert machine.scenes.queue.num_kept_blocks
+            machine.pressure(1.0)
+            assert "does not know" in caplog.text and machine.side.memory.fault is None
+            machine.conservation()
+            return
+        assert "a slip" in machine.side.memory.fault and machine.side.memory.scenes is None
+        monkeypatch.undo()  # it stays off
+        assert machine.side.handle("status", {})["prediction"] == {"enabled": False, "fault": "KeyError: 'a slip'"}
+        assert machine.side.handle("expect", {"planner": "p", "scenes": []}) == {"enabled": False}
+        machine.settle()
+        assert not scenes.queue.num_kept_blocks and scenes.queue.num_plain_blocks == USABLE
+        turn_from_the_tiers(machine, PATHS[2], SCENES[0])
+        assert machine.pool.reset_prefix_cache()
+        machine.tiers.check_integrity()
+    finally:
+        monkeypatch.undo()
         machine.teardown()
 
 
