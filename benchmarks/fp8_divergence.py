@@ -39,7 +39,6 @@ Row = dict[str, Any]
 
 MAX_TOKENS = 24
 LOGPROBS = 20
-SALT = "memos:divergence"
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,10 @@ class _Engine:
         from vllm import LLM
 
         from memos_vllm.config import MemosConfig
+        from memos_vllm.data_dir import secret
+        from memos_vllm.integration import salts
         from memos_vllm.integration.plugin import connector_config
+        from memos_vllm.types import Principal
 
         kv = {"store_dtype": "fp8", "disk_bytes": 0, "min_load_tokens": 1}
         config = MemosConfig.model_validate({"data_dir": str(data_dir), "kv": kv})
@@ -195,6 +197,7 @@ class _Engine:
             max_logprobs=LOGPROBS,
             **flags,
         )
+        self._salt = salts.salt_of(secret(data_dir), Principal("benchmark", "divergence"), 0)
         self.tokenizer = self._llm.get_tokenizer()
         self._core = self._llm.llm_engine.engine_core.engine_core
         self._scheduler = self._core.scheduler
@@ -203,7 +206,7 @@ class _Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=LOGPROBS)
-        asked = {"prompt_token_ids": prompt.token_ids, "cache_salt": SALT}
+        asked = {"prompt_token_ids": prompt.token_ids, "cache_salt": self._salt}
         output = self._llm.generate([asked], params, use_tqdm=False)[0]
         self._settle()
         completion = output.outputs[0]

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from memos_vllm import data_dir
 from memos_vllm.config import MemosConfig
+from memos_vllm.integration import salts
 from memos_vllm.integration.engine_metrics import MemosPromMetrics, MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.scheduler_side import SchedulerSide
@@ -38,7 +40,9 @@ class MemosConnector(KVConnectorBase_V1):
         config = MemosConfig.model_validate(self._kv_transfer_config.kv_connector_extra_config["memos"])
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
+        self._secret = b""
         if role == KVConnectorRole.SCHEDULER:
+            self._secret = data_dir.secret(config.data_dir)
             self.scheduler_side = SchedulerSide(vllm_config, kv_cache_config, config)
         else:
             self.worker_side = WorkerSide(vllm_config, kv_cache_config, config)
@@ -67,6 +71,9 @@ class MemosConnector(KVConnectorBase_V1):
         # A client may send anything here, and vLLM itself reads it as a mapping right after this call.
         if not isinstance(request.kv_transfer_params, dict):
             request.kv_transfer_params = None
+        # Endpoints that are not ours pass on any salt; with one of ours comes the right to say which scene this is.
+        if salts.is_memory_salt(request.cache_salt) and not salts.is_genuine(self._secret, request.cache_salt):
+            request.cache_salt = salts.foreign(request.cache_salt)
         self._scheduler.added(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:

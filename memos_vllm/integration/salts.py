@@ -18,13 +18,30 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 _PREFIX = "memos:"
+_DIGEST_CHARS, _SEAL_CHARS = 64, 16
 
 
 def salt_of(secret: bytes, who: Principal, kv_epoch: int) -> str:
     """What a user's salts in a KV epoch begin with, and what they are deleted by."""
     message = b"".join(len(part).to_bytes(4, "big") + part for part in (who.tenant.encode(), who.user.encode()))
-    digest = hmac.digest(secret, message + kv_epoch.to_bytes(8, "big"), hashlib.sha256)
-    return _PREFIX + digest.hex()
+    digest = hmac.digest(secret, message + kv_epoch.to_bytes(8, "big"), hashlib.sha256).hex()
+    return _PREFIX + digest + _seal(secret, digest)
+
+
+def _seal(secret: bytes, digest: str) -> str:
+    return hmac.digest(secret, b"seal:" + digest.encode(), hashlib.sha256).hex()[:_SEAL_CHARS]
+
+
+def is_genuine(secret: bytes, salt: str) -> bool:
+    """Whether a salt that looks like memory's is: who does not know the secret cannot make one."""
+    made = salt.split(":")[1]
+    digest, seal = made[:_DIGEST_CHARS], made[_DIGEST_CHARS:]
+    return hmac.compare_digest(seal.encode(), _seal(secret, digest).encode())
+
+
+def foreign(salt: str) -> str:
+    """What becomes of one that is not: a client's salt like any other."""
+    return "client-" + salt
 
 
 def of_store(salt: str, store_dtype: str) -> str:

@@ -109,3 +109,21 @@ def test_a_deletion_takes_the_scene_with_it(memos: Memos, key: str) -> None:
     receipt = memos.call("DELETE", "/v1/memories", key).json()
     assert receipt["kv"]["scenes"] >= 1 and receipt["kv"]["host_blocks"] > 0
     assert scene(memos, key)["state"] == "unknown"
+
+
+def test_another_endpoint_cannot_speak_for_a_users_scene(memos: Memos, key: str) -> None:
+    """A scene's id can be computed by anyone who knows tenant and user; /v1/completions passes everything on."""
+    memos.drop("gpu")
+    victim, saved = scene(memos, key), memos.settle()["totals"]["saved_blocks"]
+    body = {
+        "model": memos.server.model,
+        "prompt": "Somebody else's words. " * 40,
+        "max_tokens": 1,
+        "cache_salt": "memos:" + "0" * 80,
+        "kv_transfer_params": {"memos_scene": victim["scene"]},
+    }
+    assert memos.call("POST", "/v1/completions", "stranger", json=body).status_code == 200
+    assert memos.settle()["totals"]["saved_blocks"] == saved, "it would be filed where no deletion finds it"
+    hint(memos, key, "typing")
+    wait_until(memos, key, "ready")
+    assert cached_tokens(memos.chat(key, "What is my home city?", {"remember": False})) > 200

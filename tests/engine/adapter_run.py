@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from memos_vllm import data_dir
+from memos_vllm.integration import salts
+from memos_vllm.types import Principal
 from tests.engine.conftest import BLOCK_SIZE, Engine, make_engine
 from tests.engine.test_kv_tiers import prompt
 
 RANK = 8
 NUM_BLOCKS = 9
-SALT = "memos:alice"
 RESULT_FILE = "result.json"
 
 Answer = dict[str, Any]
@@ -58,12 +60,13 @@ class Run:
         self.engine: Engine = make_engine(
             model, folder / "data", enable_lora=True, max_loras=2, max_lora_rank=RANK, seed=0
         )
+        self.salt = salts.salt_of(data_dir.secret(folder / "data"), Principal("shop", "alice"), 0)
 
     def ask(self, token_ids: list[int], adapter: Any = None) -> Answer:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": token_ids, "cache_salt": SALT}]
+        prompts = [{"prompt_token_ids": token_ids, "cache_salt": self.salt}]
         (output,) = self.engine.llm.generate(prompts, params, lora_request=adapter, use_tqdm=False)
         self.engine.settle()
         steps = output.outputs[0]

@@ -12,8 +12,18 @@ import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+from memos_vllm.integration import salts
+
 BLOCK_SIZE = 32
 NUM_BLOCKS_BYTES = 64 * 2**20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def salts_may_have_any_name() -> Iterator[None]:
+    """Here ``memos:alice`` is Alice's; tests/unit/test_salts.py and tests/e2e hold that it is not elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(salts, "is_genuine", lambda secret, salt: True)
+        yield
 
 
 @dataclass

@@ -358,7 +358,9 @@ class SceneMachine(RuleBasedStateMachine):
         if num_loaded is None:
             return
         builds = self.side.memory.builds
-        assert builds is None or not builds.is_build(request) or not builds._live, "a piece shares a step with a live request"
+        assert builds is None or not builds.is_build(request) or not builds._live, (
+            "a piece shares a step with a live request"
+        )
         assert is_async == (num_loaded > 0) and num_local + num_loaded < request.num_tokens
         num_new = 0 if is_async else request.num_tokens - num_local
         if not self.allocate(live, num_new, hits, num_local, num_loaded):

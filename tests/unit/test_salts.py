@@ -43,3 +43,14 @@ def test_a_client_cannot_claim_a_memory_salt() -> None:
         salts.check_client_salt("memos:" + "0" * 64)
     salts.check_client_salt("anything else")
     salts.check_client_salt(None)
+
+
+def test_only_the_secret_makes_a_genuine_salt() -> None:
+    salt = salts.salt_of(b"s", Principal("t", "u"), 0)
+    genuine = [salt, salts.of_store(salt, "fp8"), salts.combine(salts.of_store(salt, "fp8"), "mine")]
+    assert all(salts.is_genuine(b"s", each) for each in genuine)
+    forged = ["memos:", "memos:x", "memos:" + "0" * 80, "memos::", salt[:-1], "memos:é" + "0" * 79]
+    other = salts.salt_of(b"t", Principal("t", "u"), 0)
+    mixed = salt[:-16] + other[-16:]
+    assert not any(salts.is_genuine(b"s", each) for each in [*forged, other, mixed])
+    assert not salts.is_memory_salt(salts.foreign(salt))
