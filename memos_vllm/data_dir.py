@@ -99,7 +99,7 @@ def secret(data_dir: Path) -> bytes:
                 f"{path} must hold {_SECRET_BYTES} bytes but holds {len(value)}; restore it from a backup"
             )
         return value
-    data_dir.mkdir(parents=True, exist_ok=True)  # an engine without a server is the first to come
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # an engine without a server is the first to come
     temporary = path.with_name(f"secret.{os.getpid()}.tmp")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(secrets.token_bytes(_SECRET_BYTES))

@@ -31,6 +31,8 @@ class BlockNames:
         self._generation = b""
         self._keys: dict[str, list[BlockKey]] = {}
         self._adapters: dict[tuple[int, str], bytes | None] = {}
+        self._contents: dict[tuple[str, str], set[bytes | None]] = {}
+        """Of adapters by name and path, which is all that vLLM's hashes of blocks tell of them."""
 
     def __len__(self) -> int:
         """Requests whose names are kept."""
@@ -60,7 +62,12 @@ class BlockNames:
         """What a deletion finds the request's KV by; None: the request is not to be saved."""
         if self._save == "none" or (self._save == "memory" and not salts.is_memory_salt(request.cache_salt)):
             return None
-        return salts.tag_of(request.cache_salt, request.lora_request)
+        if (lora := request.lora_request) is not None:
+            self._adapter_digest(lora)
+            if len(self._contents[lora.lora_name, lora.lora_path]) > 1:
+                # The GPU's prefix cache cannot tell their blocks apart: one's would be filed as another's.
+                return None
+        return salts.tag_of(request.cache_salt, lora)
 
     def drop(self, request_id: str) -> None:
         self._keys.pop(request_id, None)
@@ -82,4 +89,5 @@ class BlockNames:
             self._adapters[loaded] = None
         if loaded not in self._adapters:
             self._adapters[loaded] = adapter_digest(lora)
+        self._contents.setdefault((lora.lora_name, lora.lora_path), set()).add(self._adapters[loaded])
         return self._adapters[loaded]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -104,7 +105,12 @@ def block_hasher() -> Any:
 
 
 def make_request(
-    name: str, token_ids: list[int], salt: str | None, scene: str | None = None, build: str | None = None
+    name: str,
+    token_ids: list[int],
+    salt: str | None,
+    scene: str | None = None,
+    build: str | None = None,
+    lora: Any = None,
 ) -> Any:
     from vllm import SamplingParams
     from vllm.v1.request import Request
@@ -116,6 +122,7 @@ def make_request(
         token_ids,
         SamplingParams(max_tokens=1000, extra_args=extra),
         None,
+        lora_request=lora,
         cache_salt=salt,
         block_hasher=block_hasher(),
     )
@@ -764,6 +771,31 @@ def test_what_failed_to_load_is_loaded_when_it_is_expected_again() -> None:
             machine.collect()
             assert not machine.under_way, "a load that failed is not repeated unasked"
         assert machine.side.handle("scene", {"scene": SCENES[0]})["state"] == "ready"
+    finally:
+        machine.teardown()
+
+
+def test_kv_of_an_adapters_old_weights_is_not_filed_under_its_new_ones(tmp_path: Path) -> None:
+    """Saved anew under the same name and path, which is all that vLLM hashes: it finds the old blocks on the GPU."""
+    from vllm.lora.request import LoRARequest
+
+    machine = SceneMachine()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    keys = []
+    try:
+        for lora_id, weights in ((1, "old"), (2, "new"), (3, "old")):
+            (tmp_path / "adapter_model.safetensors").write_text(weights)
+            machine.add([1, 2, 3, 4, 5], "memos:user0-0")
+            live = machine.lives[-1]
+            adapter = LoRARequest("sql", lora_id, str(tmp_path))
+            live.request = make_request(live.request.request_id, [1, 2, 3, 4, 5], "memos:user0-0", lora=adapter)
+            machine.note_hashes(live)
+            machine.try_schedule(live)
+            keys.append(machine.side.memory.names.keys(live.request))
+            machine.end(live)
+            machine.settle()
+        assert keys[0] == keys[2] != keys[1]
+        assert [machine.tiers.match(each).num_blocks for each in keys[:2]] == [2, 0]
     finally:
         machine.teardown()
 
