@@ -49,14 +49,20 @@ _HOUR_STEP_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class Expected:
     scene_id: str
     probability: float
     """Of a use within the horizon."""
-    expected_in_s: float
-    """Of the uses that come within a day, half come earlier."""
     value: float
     """Expected prefill seconds saved per byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction(Expected):
+    """With what takes a hundred times as long to tell, and nobody needs of all scenes."""
+
+    expected_in_s: float
+    """Of the uses that come within a day, half come earlier."""
     why: str
 
 
@@ -76,7 +82,7 @@ class Predictor:
         self._now = -math.inf
         self._waits: dict[str, Wait] = {}
         self._roles: dict[tuple[str | None, str], str] = {}  # owner and role -> the latest such scene
-        self._last_use: dict[str, tuple[str, float]] = {}  # owner -> scene and time
+        self._last_use: dict[str | None, tuple[str, float]] = {}  # owner -> scene and time, the latest last
         self._due: list[tuple[float, str, int]] = []
         self._ranking = Ranking()
         self._changed: set[str] = set()
@@ -116,6 +122,8 @@ class Predictor:
         self._turn_order.drop(scene_id)
         if self._roles.get((wait.scene.owner, wait.scene.role)) == scene_id:
             del self._roles[wait.scene.owner, wait.scene.role]
+        if (owner := wait.scene.owner) in self._last_use and self._last_use[owner][0] == scene_id:
+            del self._last_use[owner]
 
     def forget_owner(self, owner: str) -> None:
         """Removes the owner's scenes and habits."""
@@ -164,17 +172,17 @@ class Predictor:
             if wait is not None and wait.version == version:
                 self._visit(wait, now)
 
-    def rank(self, now: float, limit: int, kinds: Iterable[SceneKind] | None = None) -> list[Prediction]:
+    def rank(self, now: float, limit: int, kinds: Iterable[SceneKind] | None = None) -> list[Expected]:
         """The most valuable scenes that no request is using, best first."""
         self.advance(now)
         wanted = None if kinds is None else set(kinds)
-        out: list[Prediction] = []
+        out: list[Expected] = []
         for scene_id in self._ranking.best():
             if len(out) == limit:
                 break
             wait = self._waits[scene_id]
             if not wait.busy and (wanted is None or wait.scene.kind in wanted):
-                out.append(self._prediction(wait, self._now))
+                out.append(Expected(scene_id, wait.probability, wait.value))
         return out
 
     def predict(self, scene_id: str, now: float) -> Prediction | None:
@@ -283,7 +291,10 @@ class Predictor:
                     self._transitions.follow(before_id, scene_id, now - at)
                 if before.scene.role != wait.scene.role:
                     self._transitions.follow(f"role {before.scene.role}", wait.scene.role, now - at)
+        self._last_use.pop(owner, None)
         self._last_use[owner] = (scene_id, now)
+        if len(self._last_use) > self.max_scenes:  # of shared scenes, whose users have none of their own
+            del self._last_use[next(iter(self._last_use))]
         self._transitions.use(scene_id)
         self._transitions.use(role)
         raised = {scene_id}
@@ -406,7 +417,7 @@ class Predictor:
 
     def _prediction(self, wait: Wait, now: float) -> Prediction:
         return Prediction(
-            wait.scene.id, wait.probability, self._expected_in_s(wait, now), wait.value, self._why(wait, now)
+            wait.scene.id, wait.probability, wait.value, self._expected_in_s(wait, now), self._why(wait, now)
         )
 
     def _expected_in_s(self, wait: Wait, now: float) -> float:

@@ -102,7 +102,7 @@ class MemosConnector(KVConnectorBase_V1):
         return self._scheduler.has_work
 
     def has_pending_block_frees(self) -> bool:
-        return self._scheduler.holds_blocks
+        return self._scheduler.will_free_blocks()
 
     # -- worker side ----------------------------------------------------------------------------
 

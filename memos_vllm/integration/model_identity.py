@@ -51,11 +51,13 @@ def fingerprint_of(vllm_config: VllmConfig) -> str:
 
 
 def _effective_config(vllm_config: VllmConfig) -> str:
-    """What the command line changes about the computation: ``--hf-overrides``, ``--quantization``."""
+    """What the command line changes about the computation: ``--hf-overrides``, ``--quantization``, and
+    ``--max-model-len``, by which LongRoPE models choose their rotary factors, and others scale their attention."""
     config = vllm_config.model_config.hf_config.to_dict()
     for name in ("_name_or_path", "transformers_version"):  # a folder may move, a library be updated
         config.pop(name, None)
-    text = json.dumps([config, str(vllm_config.model_config.quantization)], sort_keys=True, default=str)
+    model = vllm_config.model_config
+    text = json.dumps([config, str(model.quantization), model.max_model_len], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -66,6 +66,11 @@ def _wrap_engine_config() -> None:
             data_dir.acquire(config.data_dir)
         except MemosError as error:
             raise SystemExit(f"memos: {error}") from error
+        if getattr(self, "kv_offloading_size", None):
+            raise SystemExit(
+                "memos: --kv-offloading-size puts another KV connector in the place of ours; leave it out "
+                "(kv.host_bytes in the configuration is what memos keeps in host memory)"
+            )
         self.kv_transfer_config = connector_config(self.kv_transfer_config, config)
         return original(self, *args, **kwargs)
 

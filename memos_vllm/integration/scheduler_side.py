@@ -56,7 +56,7 @@ class SchedulerSide:
         self._loading: dict[str, set[int]] = {}
         self._prefetch_waits: dict[str, float] = {}
         self._is_waited_for = False
-        """Whether a request of the coming step waits for a prefetch."""
+        """Whether a request of the coming step waits for a prefetch, or for the blocks that one holds."""
         self._failed: set[str] = set()
         self._stale: set[str] = set()
         engine_channel.serve(self.handle)
@@ -214,6 +214,14 @@ class SchedulerSide:
         if (memory := self.memory) is None:
             return False
         return len(memory.held) > 0 or memory.num_loading_blocks > 0
+
+    def will_free_blocks(self) -> bool:
+        """Asked when a running request got no block: whether it may wait for copies that hold some.
+
+        Prefetches among them are then no longer paced.
+        """
+        self._is_waited_for |= self.memory is not None and self.memory.num_loading_blocks > 0
+        return self.holds_blocks
 
     def reset_cache(self) -> None:
         """The weights changed, or the operator wants no older KV: nothing saved so far is found again."""

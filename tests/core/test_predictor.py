@@ -83,9 +83,11 @@ def test_probabilities_are_probabilities_and_the_order_follows_the_value(steps) 
     predictor, now = replay(steps)
     ranked = predictor.rank(now + 1, 10)
     for each in ranked:
+        told = predictor.predict(each.scene_id, now + 1)
+        assert told is not None and (told.probability, told.value) == (each.probability, each.value)
         assert 0.0 < each.probability <= 1.0
-        assert 0.0 <= each.expected_in_s < math.inf
-        assert each.why
+        assert 0.0 <= told.expected_in_s < math.inf
+        assert told.why
     assert [(-each.value, each.scene_id) for each in ranked] == sorted((-e.value, e.scene_id) for e in ranked)
     assert predictor.rank(now + 1, 10) == ranked
     assert predictor.rank(now + 1, 2) == ranked[:2]
@@ -127,7 +129,8 @@ def test_hints_rank_above_everything_else() -> None:
     predictor.observe(Typing("typed"), 6000)
     first = predictor.rank(6000, 1)[0]
     assert (first.scene_id, first.probability > 0.8) == ("typed", True)
-    assert "typing" in first.why
+    told = predictor.predict("typed", 6000)
+    assert told is not None and "typing" in told.why
 
 
 def test_a_more_certain_announcement_is_worth_more() -> None:
@@ -336,3 +339,16 @@ def test_ten_thousand_scenes_cost_little() -> None:
         ranking += time.perf_counter() - middle
     assert observing / 400 < 2e-3
     assert ranking / 200 < 20e-3
+
+
+def test_owners_whose_scenes_are_gone_leave_nothing() -> None:
+    predictor = Predictor(max_scenes=4)
+    predictor.add(Scene("shared", None, SceneKind.PREFIX))
+    for number in range(40):
+        predictor.add(Scene(f"own {number}", owner=f"user {number}"))
+        predictor.observe(TurnStarted(f"own {number}", owner=f"user {number}"), number)
+        predictor.observe(TurnStarted("shared", owner=f"guest {number}"), number)
+    assert len(predictor._last_use) <= 4
+    predictor.forget_owner("user 39")
+    predictor.remove("shared")
+    assert not {"user 39"} & set(predictor._last_use)

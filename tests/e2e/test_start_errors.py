@@ -27,12 +27,14 @@ def outputs(
         "no_directory": f"data_dir: {directory / 'no_directory.yaml'}",
     }.items():
         (directory / f"{name}.yaml").write_text(text)
+    (directory / "good.yaml").write_text(f"data_dir: {directory / 'data'}")
     flags = {
         "unknown_plugin": ["--plugin", "memo"],
         "without_plugin": ["--memos-config", config_path],
         "unknown_key": ["--plugin", "memos", "--memos-config", directory / "unknown_key.yaml"],
         "no_yaml": ["--memos-config", directory / "no_yaml.yaml", "--plugin=memos"],
         "no_directory": ["--plugin", "memos", "--memos-config", directory / "no_directory.yaml"],
+        "offloading": ["--plugin", "memos", "--memos-config", directory / "good.yaml", "--kv-offloading-size", "1"],
         "in_use": ["--plugin", "memos", "--memos-config", config_path],
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MEMOS_")}
@@ -61,6 +63,7 @@ def outputs(
         ("unknown_key", "unknown key 'data_dri'"),
         ("no_yaml", "is not valid YAML"),
         ("no_directory", "cannot use the data directory"),
+        ("offloading", "--kv-offloading-size puts another KV connector in the place of ours"),
         ("in_use", "is in use by another server"),
     ],
 )

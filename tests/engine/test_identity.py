@@ -108,6 +108,7 @@ CHANGES = {
     "pipeline parallel": set_attribute("parallel_config", "pipeline_parallel_size", 2),
     "revision": set_attribute("model_config", "revision", "another"),
     "quantization": set_attribute("model_config", "quantization", "fp8"),
+    "longest prompt": set_attribute("model_config", "max_model_len", 8192),
     "rope theta": rope_theta,
     "norm": head_norm,
     "dummy weights": set_attribute("load_config", "load_format", "dummy"),

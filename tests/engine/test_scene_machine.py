@@ -753,6 +753,9 @@ def test_prefetches_are_paced_while_requests_run_and_none_waits_for_them() -> No
         assert machine.side.match(machine.lives[0].request, 0) == (None, False)
         assert not machine.side.take_metadata(idle=False).paced
         assert machine.side.take_metadata(idle=False).paced, "it did not ask again"
+        assert machine.side.will_free_blocks() and not machine.side.take_metadata(idle=False).paced
+        machine.settle()
+        assert not machine.side.will_free_blocks() and machine.side.take_metadata(idle=False).paced
     finally:
         machine.teardown()
 
