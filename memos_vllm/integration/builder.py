@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import BuildConfig
-from memos_vllm.errors import AdapterUnavailable
+from memos_vllm.errors import AdapterUnavailable, StoreUnavailable
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.idle import IdleTime, lowest_priority
@@ -94,31 +94,47 @@ class SceneBuilder:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-builder")
 
-    def status(self) -> dict[str, bool]:
-        """``pending``: something may have to be built, or is being built."""
-        pending = self._task is not None and (self._planner.busy or self._working or self._has_news())
+    @property
+    def is_pending(self) -> bool:
+        """Something is being built, or may have to be, as far as was looked."""
+        return self._task is not None and (self._planner.busy or self._working or self._woken.is_set())
+
+    async def status(self) -> dict[str, bool]:
+        """``pending``: as ``is_pending``, after a look at what was written since; True while nobody can look."""
+        try:
+            pending = self.is_pending or (self._task is not None and self._stamp != await self._look())
+        except StoreUnavailable:
+            pending = True
         return {"enabled": self.enabled, "pending": pending}
 
-    def _has_news(self) -> bool:
-        return self._woken.is_set() or self._stamp != self._starts.stamp()
+    async def _look(self) -> tuple[int, int]:
+        """Off the loop: the store may be held by a resize, or be a database that does not answer."""
+        return await asyncio.to_thread(self._starts.stamp)
 
     # -- what follows ---------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        is_away = False
         while not self._engine.errored:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), CHECK_INTERVAL_S)
             await self._idle.wait()
-            if not self._has_news():
-                continue
-            self._working, self._stamp = True, self._starts.stamp()
-            self._woken.clear()
+            again = True
             try:
+                stamp = await self._look()
+                is_away = False
+                if stamp == self._stamp and not self._woken.is_set():
+                    continue
+                self._working, self._stamp = True, stamp
+                self._woken.clear()
                 again = await self._work()
+            except StoreUnavailable as error:
+                if not is_away:
+                    logger.warning("nothing is built until memory can be read: %s", error)
+                is_away = True
             except Exception:
                 # Building only makes requests cheap; they must not depend on it.
                 logger.exception("a scene could not be built")
-                again = True
             if again:
                 self._woken.set()
                 if self._idle.is_now:

@@ -113,7 +113,7 @@ class MemosEndpoints:
             idle,
             memos.metrics,
             serving=lambda: getattr(state, "openai_serving_chat", None),
-            is_building=lambda: memos.builder.status()["pending"],
+            is_building=lambda: memos.builder.is_pending,
             salt_of=memos.salt,
             model=f"{engine_client.model_config.served_model_name}@{fingerprint_of(engine_client.vllm_config)}",
         )

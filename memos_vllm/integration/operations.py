@@ -27,7 +27,7 @@ async def status(raw_request: Request) -> Any:
     memory = await asyncio.to_thread(state.service.stats)
     accounts = [engine.pop("accounting") for engine in engines if engine["enabled"]]
     summary = summarize(accounts) if accounts else None
-    build = state.builder.status()
+    build = await state.builder.status()
     adapters = await state.adapters.status()
     refiner = state.refiner.status() if state.refiner is not None else {"enabled": False}
     sources = state.sources.status()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from memos_vllm.config import BuildConfig, MemoryConfig, PredictionConfig
-from memos_vllm.errors import AdapterUnavailable
+from memos_vllm.errors import AdapterUnavailable, StoreUnavailable
 from memos_vllm.integration import builder as builder_module
 from memos_vllm.integration.adapter_gate import Coming
 from memos_vllm.integration.builder import SceneBuilder
@@ -180,6 +181,32 @@ def test_a_live_request_goes_on_when_the_piece_is_aborted(run: Any) -> None:
     run(play)
 
 
+def test_building_goes_on_after_the_database_was_away_and_the_loop_does_not_ask_it(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def play(parts: Parts) -> None:
+        monkeypatch.setattr("memos_vllm.integration.builder.CHECK_INTERVAL_S", 0.001)
+        loop_thread, stamp = threading.get_ident(), parts.starts.stamp
+        asked = 0
+
+        def away() -> Any:
+            nonlocal asked
+            assert threading.get_ident() != loop_thread
+            asked += 1
+            if asked <= 3:
+                raise StoreUnavailable("the database cannot be reached")
+            return stamp()
+
+        monkeypatch.setattr(parts.starts, "stamp", away)
+        parts.builder.wake()
+        await parts.engine.until("claim")
+        assert asked > 3 and caplog.text.count("cannot be reached") == 1
+        asked = 0
+        assert (await parts.builder.status())["pending"], "who cannot look does not say that nothing is left"
+
+    run(play)
+
+
 def test_nothing_is_claimed_while_a_request_is_there(run: Any) -> None:
     async def play(parts: Parts) -> None:
         await parts.idle.live_started()
@@ -188,7 +215,7 @@ def test_nothing_is_claimed_while_a_request_is_there(run: Any) -> None:
         parts.idle.live_ended()
         for _ in range(20):
             await asyncio.sleep(0)
-        assert parts.engine.events == [] and parts.builder.status()["pending"]
+        assert parts.engine.events == [] and (await parts.builder.status())["pending"]
         parts.idle.live_ended()
         await parts.engine.until("claim")
 
@@ -244,7 +271,7 @@ def test_nothing_starts_where_building_is_off(run: Any, config: BuildConfig, eng
         parts.builder.wake()
         parts.planner.on_told()
         assert parts.builder._task is None
-        assert parts.builder.status() == {"enabled": False, "pending": False}
+        assert await parts.builder.status() == {"enabled": False, "pending": False}
 
     run(play, config, engines=engines)
 
@@ -333,7 +360,7 @@ def test_a_start_has_the_adapter_of_the_coming_request(run: Any) -> None:
         parts.turn()
         assert await declared() == [None] and parts.adapters.expected == {start_id: None}
         parts.adapters.set(None, style("default"))
-        assert parts.builder._has_news() and await declared() == ["default"]
+        assert parts.builder._stamp != await parts.builder._look() and await declared() == ["default"]
         assert parts.adapters.expected == {start_id: "default"}, "it is loaded with the start's KV"
         parts.adapters.set("other", style("other"))
         assert await declared() == [], "another one has changed"
