@@ -3,7 +3,8 @@
 data_dir/
   lock            held (flock) by the one server that uses the directory
   secret          32 random bytes; tenant salts derive from it
-  predictor.json  what next-scene prediction has learned
+  predictor.json  what next-scene prediction has learned; predictor-<number>.json of further API processes
+  forgotten_owners  whose habits were deleted, as digests
   memory/         LMDB: plaintext memory, the single source of truth
   sources/        LMDB: what stands in the configured folders; it can be removed, and is then read again
   adapters/       LoRA adapters: files, and LMDB of their names

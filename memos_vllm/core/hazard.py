@@ -92,6 +92,9 @@ class Factor:
             row = self._rows[key] = [0.0] * self._width
         return row
 
+    def __iter__(self) -> Iterator[int | str]:
+        return iter(self._rows)
+
     def forget(self, key: int | str) -> None:
         self._rows.pop(key, None)
 
@@ -209,6 +212,10 @@ class HazardModel:
         if context.clock is not None:
             found.append(("hour of day", _ratio(context.clock, hour, self._clock.priors)))
         return sorted(found, key=lambda pair: -abs(math.log(pair[1])))
+
+    def owners(self) -> set[str]:
+        """Who has habits of his own."""
+        return {key for each in (self._factors["owner"], self._clock) for key in each if isinstance(key, str)}
 
     def forget_owner(self, owner: str) -> None:
         self._factors["owner"].forget(owner)

@@ -125,6 +125,11 @@ class Predictor:
         if (owner := wait.scene.owner) in self._last_use and self._last_use[owner][0] == scene_id:
             del self._last_use[owner]
 
+    def owners(self) -> set[str]:
+        """Of whom anything is known."""
+        of_scenes = {wait.scene.owner for wait in self._waits.values() if wait.scene.owner is not None}
+        return of_scenes | {owner for owner in self._last_use if owner} | self._returns.hazard.owners()
+
     def forget_owner(self, owner: str) -> None:
         """Removes the owner's scenes and habits."""
         theirs = {each for each, wait in self._waits.items() if wait.scene.owner == owner}

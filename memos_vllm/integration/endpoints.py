@@ -24,6 +24,7 @@ from memos_vllm.integration.idle import IdleTime, LiveRequests
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
 from memos_vllm.integration.refiner import Refiner
 from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
@@ -85,9 +86,12 @@ class MemosEndpoints:
         secret = data_dir.secret(config.data_dir)
         metrics = MemoryMetrics()
         adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics)
-        planner = ScenePlanner(
-            engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
+        rank = engine_client.vllm_config.parallel_config._api_process_rank
+        learned = PredictorFile(
+            config.data_dir / (f"predictor-{rank}.json" if rank > 0 else "predictor.json"),
+            ForgottenOwners(config.data_dir / "forgotten_owners", secret),
         )
+        planner = ScenePlanner(engine_client, config.prediction, learned, on_expected=adapters.prefetch)
         salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
         starts = SessionStarts(engine_client, service, salt_of, adapters)
         idle = IdleTime()

@@ -18,16 +18,15 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import PredictionConfig
 from memos_vllm.core import snapshot
-from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import Event, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.predictor_file import PredictorFile
 from memos_vllm.types import Principal
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class ScenePlanner:
     """Owned by the API process's event loop.
 
     Args:
-        state_path: where what was learned is kept, over restarts.
+        file: where what was learned is kept, over restarts.
         now: wall-clock seconds; habits follow the hour of the day.
         on_expected: told ``likely`` after each event, and when time alone has changed it.
     """
@@ -67,20 +66,20 @@ class ScenePlanner:
         self,
         engine: EngineClient,
         config: PredictionConfig,
-        state_path: Path,
+        file: PredictorFile,
         now: Callable[[], float] = time.time,
         on_expected: Callable[[Sequence[str]], Awaitable[None]] | None = None,
     ) -> None:
         self.enabled = config.enabled
         self._engine = engine
         self._max_scenes = config.max_scenes
-        self._state_path = state_path
+        self._file = file
         self._now = now
         self.name = f"{os.getpid()}"
         self.on_told: Callable[[], None] = lambda: None
         """Called when an event has changed what the engine expects."""
         self._on_expected = on_expected
-        self._predictor = _restored(state_path, now())
+        self._predictor = file.restore(now())
         self._told: list[tuple[float, str]] = []
         self.likely: list[str] = []
         """Scenes that come within the horizon with at least the probability ``LIKELY``, most valuable first."""
@@ -191,12 +190,18 @@ class ScenePlanner:
             self._changed.set()
 
     def forget(self, who: Principal) -> None:
-        """Forgets a user's scenes and habits, and has that written down at once."""
-        self._copied_at = None  # which ends a copy; it starts again
-        self._learn()
-        self._predictor.forget_owner(str(who))
-        self._saved_at = -math.inf
+        """Forgets a user's scenes and habits, and has that written down at once, here and in other API processes."""
+        self._file.forgotten.add(str(who))
+        self._forget_news()
         self._start()
+
+    def _forget_news(self) -> None:
+        """Forgets whom any API process was told to forget."""
+        if self._file.forgotten.has_news():
+            self._copied_at = None  # which ends a copy; it starts again
+            self._learn()
+            self._file.forgotten.take_news(self._predictor)
+            self._saved_at = -math.inf
 
     def explain(self, scene_id: str) -> dict[str, Any] | None:
         """Why a scene is expected; None if nothing is known of it."""
@@ -221,6 +226,7 @@ class ScenePlanner:
             self._changed.clear()
             self._telling = True
             try:
+                self._forget_news()
                 if self.enabled:
                     await self._replan(happened)
                 if self._now() - self._saved_at > SAVE_INTERVAL_S:
@@ -290,24 +296,20 @@ class ScenePlanner:
         What happens while the state is copied is learned right after that, so the copy is of one moment.
         """
         with _without_collection():
-            lines = await self._encoded_state()
-        temporary = self._temporary_path("slices")
-        try:
-            await asyncio.to_thread(_write, temporary, lines)
-            temporary.replace(self._state_path)
-        except OSError as error:
-            self._not_saved(error)
+            as_of, lines = await self._encoded_state()
+        await asyncio.to_thread(self._file.write, lines, as_of, "slices")
 
-    async def _encoded_state(self) -> list[bytes]:
+    async def _encoded_state(self) -> tuple[float, list[bytes]]:
+        """When the state was so, in seconds since the epoch, and its lines."""
         copied: list[snapshot.Part] | None = None
         while copied is None:
-            self._saved_at = self._now()
+            self._saved_at, as_of = self._now(), time.time()
             copied = await self._copy_state()
         lines = [snapshot.head(copied)]
         for part in copied:
             lines.append(snapshot.encode(part))
             await asyncio.sleep(0)
-        return lines
+        return as_of, lines
 
     async def _copy_state(self) -> list[snapshot.Part] | None:
         """None if a user was forgotten before it was done."""
@@ -328,18 +330,7 @@ class ScenePlanner:
 
     def save(self) -> None:
         """The same in one go, at the end of the process."""
-        temporary = self._temporary_path("whole")
-        try:
-            _write(temporary, [self._predictor.to_bytes()])
-            temporary.replace(self._state_path)
-        except OSError as error:
-            self._not_saved(error)
-
-    def _temporary_path(self, name: str) -> Path:
-        return self._state_path.with_name(f".{self._state_path.name}.{os.getpid()}.{name}.tmp")
-
-    def _not_saved(self, error: OSError) -> None:
-        logger.warning("what the predictor learned was not saved to %s: %s", self._state_path, error)
+        self._file.write([self._predictor.to_bytes()], time.time(), "whole")
 
 
 @contextlib.contextmanager
@@ -356,22 +347,3 @@ def _without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _write(path: Path, lines: Iterable[bytes]) -> None:
-    """On disk when this returns."""
-    with path.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _restored(path: Path, now: float) -> Predictor:
-    """What an earlier server learned; a file that cannot be read costs only that."""
-    try:
-        return Predictor.from_bytes(path.read_bytes(), now=now)
-    except FileNotFoundError:
-        return Predictor()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("what the predictor learned cannot be read from %s (%s); it starts anew", path, error)
-        return Predictor()

@@ -19,6 +19,7 @@ from memos_vllm.integration.adapter_gate import Coming
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.idle import LOWEST_PRIORITY, IdleTime, LiveRequests
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
 from memos_vllm.integration.session_start import SessionStart, SessionStarts, start_of
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
@@ -123,7 +124,8 @@ class Parts:
     def __init__(self, folder: Path, engine: Engine, config: BuildConfig | None = None) -> None:
         self.engine = engine
         self.service = MemoryService(MemoryStore(folder / "memory", 2**24), MemoryConfig())
-        self.planner = ScenePlanner(engine, PredictionConfig(), folder / "predictor.json")
+        learned = PredictorFile(folder / "predictor.json", ForgottenOwners(folder / "forgotten_owners", b"secret"))
+        self.planner = ScenePlanner(engine, PredictionConfig(), learned)
         self.adapters = Adapters()
         self.starts = SessionStarts(engine, self.service, self.salt, self.adapters)
         self.idle = IdleTime()

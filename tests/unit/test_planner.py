@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import TurnEnded, Typing, WillUse
 from memos_vllm.integration.planner import FIRST_TOKEN_S, ScenePlanner
+from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
 from memos_vllm.types import Principal
 
 USERS = 300
@@ -43,6 +45,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def learned_in(path: Path) -> PredictorFile:
+    return PredictorFile(path, ForgottenOwners(path.with_name("forgotten_owners"), b"secret"))
 
 
 def user(number: int) -> Principal:
@@ -73,7 +79,7 @@ def run(
     monkeypatch.setattr(asyncio, "to_thread", at_once)
 
     def run(body: Callable[[ScenePlanner], Awaitable[None]]) -> ScenePlanner:
-        planner = ScenePlanner(Engine(), PredictionConfig(), tmp_path / "predictor.json", clock)  # type: ignore[arg-type]
+        planner = ScenePlanner(Engine(), PredictionConfig(), learned_in(tmp_path / "predictor.json"), clock)  # type: ignore[arg-type]
 
         async def main() -> None:
             for round_ in range(3):
@@ -216,7 +222,8 @@ def test_who_is_forgotten_while_it_saves_is_not_in_the_file(run: Any, tmp_path: 
             await planner.save_in_slices()
         assert named(7) not in path.read_text()
         assert named(8) in path.read_text()
-        assert [each.name for each in tmp_path.iterdir()] == ["predictor.json"]
+        assert {each.name for each in tmp_path.iterdir()} == {"predictor.json", "forgotten_owners"}
+        assert "user-7" not in (tmp_path / "forgotten_owners").read_text(), "the log does not say who it is"
 
     run(body)
 
@@ -232,6 +239,33 @@ def test_a_deletion_is_written_down_without_being_asked(run: Any, tmp_path: Path
     run(lambda planner: asyncio.wait_for(body(planner), 60))
 
 
+def test_a_deletion_in_one_api_process_reaches_the_others_and_what_they_wrote(
+    run: Any, tmp_path: Path, clock: Clock
+) -> None:
+    """Each has a file of its own, and one that was away reads the log at its start."""
+    (tmp_path / "other").mkdir()
+
+    async def body(planner: ScenePlanner) -> None:
+        await saving(planner)
+        files = [tmp_path / name for name in ("predictor-1.json", "predictor-2.json")]
+        for path in files:
+            shutil.copy2(tmp_path / "predictor.json", path)
+        beside = ScenePlanner(Engine(), PredictionConfig(), learned_in(files[0]), clock)  # type: ignore[arg-type]
+        planner.forget(user(7))
+        assert str(user(7)) in beside._predictor.owners()
+        beside._start()  # its loop, which looks every second
+        while str(user(7)) in beside._predictor.owners() or named(7) in files[0].read_text():
+            await asyncio.sleep(0)
+        away = ScenePlanner(Engine(), PredictionConfig(), learned_in(files[1]), clock)  # type: ignore[arg-type]
+        assert str(user(7)) not in away._predictor.owners() and str(user(8)) in away._predictor.owners()
+        a_turn(planner, 7)
+        await planner.save_in_slices()
+        again = ScenePlanner(Engine(), PredictionConfig(), learned_in(tmp_path / "predictor.json"), clock)  # type: ignore[arg-type]
+        assert str(user(7)) in again._predictor.owners(), "he came back after that"
+
+    run(lambda planner: asyncio.wait_for(body(planner), 60))
+
+
 def test_with_prediction_off_a_deletion_is_written_down_too(tmp_path: Path, clock: Clock, run: Any) -> None:
     async def body(planner: ScenePlanner) -> None:
         planner.save()
@@ -241,7 +275,7 @@ def test_with_prediction_off_a_deletion_is_written_down_too(tmp_path: Path, cloc
 
     async def off() -> None:
         config = PredictionConfig(enabled=False)
-        planner = ScenePlanner(engine, config, tmp_path / "predictor.json", clock)  # type: ignore[arg-type]
+        planner = ScenePlanner(engine, config, learned_in(tmp_path / "predictor.json"), clock)  # type: ignore[arg-type]
         planner.forget(user(7))
         while named(7) in (tmp_path / "predictor.json").read_text():
             await asyncio.sleep(0)
@@ -278,10 +312,10 @@ def test_a_torn_file_is_a_new_start(run: Any, tmp_path: Path, clock: Clock) -> N
     whole = path.read_bytes()
     for end in (0, len(whole) // 2, whole.rindex(b"\n", 0, -1) + 1):
         path.write_bytes(whole[:end])
-        planner = ScenePlanner(Engine(), PredictionConfig(), path, clock)  # type: ignore[arg-type]
+        planner = ScenePlanner(Engine(), PredictionConfig(), learned_in(path), clock)  # type: ignore[arg-type]
         assert len(planner._predictor) == 0
     path.write_bytes(whole)
-    assert len(ScenePlanner(Engine(), PredictionConfig(), path, clock)._predictor) == 2 * USERS  # type: ignore[arg-type]
+    assert len(ScenePlanner(Engine(), PredictionConfig(), learned_in(path), clock)._predictor) == 2 * USERS  # type: ignore[arg-type]
 
 
 def told(planner: ScenePlanner) -> dict[str, Any]:
