@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -114,12 +115,24 @@ class ActivationMemory:
         if self.builds is not None and keys:
             self.builds.show(scene_id, request, len(keys))
 
-    def forget(self, tag: bytes) -> dict[str, int]:
-        """Drops all KV that is filed under a tag from all tiers, the GPU too; what a receipt says of it."""
+    def forget(self, tag: bytes) -> Future[dict[str, int]]:
+        """Drops all KV that is filed under a tag from all tiers, the GPU too; nobody finds it any more.
+
+        Returns:
+            What a receipt says of it, once the files are gone for good.
+        """
         if self.builds is not None:
             self.builds.forget(tag)
         num_scenes = self.guarded(lambda scenes: scenes.forget(tag), 0)
-        return {**asdict(self.tiers.forget(tag)), "gpu_blocks": self.owned.evict(tag), "scenes": num_scenes}
+        dropped = self.tiers.forget(tag)
+        told = {"host_blocks": dropped.host_blocks, "disk_blocks": dropped.disk_blocks}
+        told |= {"gpu_blocks": self.owned.evict(tag), "scenes": num_scenes}
+        receipt: Future[dict[str, int]] = Future()
+        if dropped.removal is None:
+            receipt.set_result(told)
+        else:
+            dropped.removal.add_done_callback(lambda _: receipt.set_result(told))
+        return receipt
 
     def reset(self) -> set[str]:
         """Nothing saved so far is found again; the requests whose KV is of before."""

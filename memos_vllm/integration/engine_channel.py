@@ -7,6 +7,7 @@ lock. Any call wakes an idle engine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,14 +15,14 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
 _METHOD = "memos"
-Handler = Callable[[str, dict[str, Any], "EngineCore"], dict[str, Any]]
+Handler = Callable[[str, dict[str, Any], "EngineCore"], dict[str, Any] | Future[dict[str, Any]]]
 
 
 def serve(handler: Handler) -> None:
     """Makes ``handler`` reachable in this process, which is the engine's."""
     from vllm.v1.engine.core import EngineCore
 
-    def memos(self: Any, op: str, payload: dict) -> dict:  # vLLM converts arguments by annotation
+    def memos(self: Any, op: str, payload: dict) -> Any:  # vLLM converts arguments by annotation
         return handler(op, payload, self)
 
     setattr(EngineCore, _METHOD, memos)

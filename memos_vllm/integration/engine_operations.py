@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.integration import salts
@@ -11,12 +12,15 @@ from memos_vllm.store.ops import Op
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
+Reply = dict[str, Any] | Future[dict[str, Any]]
+"""vLLM waits for a future without holding up the engine."""
+
 PREDICTION_OPS = ("expect", "scene", "declare", "build")
 
 
 def serve(
     memory: ActivationMemory, op: str, payload: dict[str, Any], engine: EngineCore | None = None
-) -> tuple[dict[str, Any], list[Op]]:
+) -> tuple[Reply, list[Op]]:
     """The reply, and the copies that follow from it.
 
     Args:

@@ -32,7 +32,8 @@ class OwnedBlocks:
 
     def evict(self, tag: bytes) -> int:
         """Takes out of the prefix cache all that the owner, or the adapter, has there; how many blocks."""
-        owned = [block_id for block_id, (_, of) in self._of.items() if tag in tags.parts(of)]
+        gone = tags.with_part((of for _, of in self._of.values()), tag)
+        owned = [block_id for block_id, (_, of) in self._of.items() if of in gone]
         noted = {block_id: self._of.pop(block_id)[0] for block_id in owned}
         theirs = {block_id for block_id, of in noted.items() if self.pool.blocks[block_id].block_hash == of}
         self.pool.evict_blocks(theirs)

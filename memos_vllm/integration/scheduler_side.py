@@ -231,7 +231,7 @@ class SchedulerSide:
 
     # -- operator -------------------------------------------------------------------------------
 
-    def handle(self, op: str, payload: dict[str, Any], engine: EngineCore | None = None) -> dict[str, Any]:
+    def handle(self, op: str, payload: dict[str, Any], engine: EngineCore | None = None) -> engine_operations.Reply:
         """Serves the API processes, between two steps of the engine; see ``engine_operations``."""
         if op == "adapters":
             return {"in_use": sorted(set(self._adapter_of.values()))}

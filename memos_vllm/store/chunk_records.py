@@ -87,16 +87,16 @@ class ChunkRecords:
             return [ChunkRecord.decode(bytes(name).decode(), bytes(data)) for name, data in transaction.cursor()]
 
     def apply(self, put: Iterable[ChunkRecord] = (), delete: Iterable[str] = ()) -> None:
-        """One transaction: all or nothing. Raises lmdb.Error if the disk is full."""
+        """One transaction, deletions first: all or nothing. Raises lmdb.Error if the disk is full."""
         changes = [(record.chunk.encode(), record.encode()) for record in put]
         removals = [chunk.encode() for chunk in delete]
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
-                    for name, data in changes:
-                        transaction.put(name, data)
                     for name in removals:
                         transaction.delete(name)
+                    for name, data in changes:
+                        transaction.put(name, data)
                 return
             except lmdb.MapFullError:
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])

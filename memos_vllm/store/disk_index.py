@@ -19,9 +19,10 @@ import errno
 import fcntl
 import logging
 import os
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import lmdb
@@ -54,8 +55,8 @@ class DropReport:
     chunks: int
     blocks: int
     bytes: int
-    undeleted: tuple[str, ...] = ()
-    """Files that the file system refuses to remove; empty when all is well."""
+    removal: Future[list[str]] = field(compare=False)
+    """Of the files: done when they are gone for good; files that the file system refuses to remove."""
 
 
 class DiskIndex:
@@ -88,6 +89,9 @@ class DiskIndex:
         self._usage_bytes = 0
         self._clock = 0
         self._lock_fd = _lock(self.root)
+        self._remover = ThreadPoolExecutor(1, "memos-kv-removal")
+        self._removed: deque[str] = deque()
+        """Chunks whose files are gone and whose records are not; LMDB is used from the owner's thread only."""
         try:
             self._records, records = open_records(self.root / "index")
             self._recover(records)
@@ -192,28 +196,29 @@ class DiskIndex:
             self._remove([self._ready[chunk]])
 
     def drop_tag(self, tag: bytes) -> DropReport:
-        """Forgets all chunks with ``tag``, of every identity; durable when it returns.
+        """Forgets all chunks with ``tag``, of every identity. Their files go in a thread.
 
-        A part of a chunk's tag counts (``store.tags``). Chunks that are being written are counted and go
-        when their write ends.
+        A part of a chunk's tag counts (``store.tags``), and no chunk may be written with it any more. Chunks
+        that are being written are counted and go when their write ends.
         """
-        written = [record for record in self._ready.values() if tag in tags.parts(record.tag)]
+        gone = tags.with_part((each.tag for each in (*self._ready.values(), *self._writing.values())), tag)
+        written = [record for record in self._ready.values() if record.tag in gone]
         writing = [
-            record
-            for record in self._writing.values()
-            if tag in tags.parts(record.tag) and record.chunk not in self._doomed
+            record for record in self._writing.values() if record.tag in gone and record.chunk not in self._doomed
         ]
-        undeleted = self._remove(written, sync=True)
+        self._forget(written)
+        removal = self._remover.submit(self._remove_for_good, written)
         self._doomed.update(record.chunk for record in writing)
         dropped = written + writing
         num_blocks = sum(len(record.keys) for record in dropped)
         size_bytes = sum(record.size_bytes for record in dropped)
-        return DropReport(len(dropped), num_blocks, size_bytes, tuple(undeleted))
+        return DropReport(len(dropped), num_blocks, size_bytes, removal)
 
     def close(self) -> None:
         """Writes recency and releases the directory. May be called twice."""
         if self._lock_fd is None:
             return
+        self._remover.shutdown()
         self._persist()
         self._sync()
         self._records.close()
@@ -286,26 +291,38 @@ class DiskIndex:
         self._doomed.discard(record.chunk)
         chunk_files.unlink(self._rank_paths(record), sync=doomed)
 
-    def _remove(self, records: Sequence[ChunkRecord], sync: bool = False) -> list[str]:
-        """Forgets published chunks; returns files that could not be removed."""
+    def _remove(self, records: Sequence[ChunkRecord]) -> None:
+        """Forgets published chunks and removes their files."""
+        self._forget(records)
+        chunk_files.unlink(path for record in records for path in self._rank_paths(record))
+        if records:
+            self._persist(delete=[record.chunk for record in records])
+
+    def _forget(self, records: Sequence[ChunkRecord]) -> None:
+        """They are found no more."""
         for record in records:
             del self._ready[record.chunk]
             self._touched.discard(record.chunk)
             self._usage_bytes -= record.size_bytes
             for key in record.keys:
                 self._locations.pop(key, None)
-        undeleted = chunk_files.unlink((path for record in records for path in self._rank_paths(record)), sync)
-        if records:
-            self._persist(delete=[record.chunk for record in records])
-        if sync:
-            self._sync()
+
+    def _remove_for_good(self, records: Sequence[ChunkRecord]) -> list[str]:
+        """In a thread: the files of forgotten chunks, durably; those that could not be removed.
+
+        Their records follow with the next commit: a record without files is dropped at the next start.
+        """
+        paths = (path for record in records for path in self._rank_paths(record))
+        undeleted = chunk_files.unlink(paths, sync=True)
+        self._removed.extend(record.chunk for record in records)
         return undeleted
 
     def _persist(self, put: Sequence[ChunkRecord] = (), delete: Sequence[str] = ()) -> None:
         """Brings LMDB up to date. A failure (disk full) costs recency, no look-up: the files are the truth."""
         touched = [self._ready[chunk] for chunk in self._touched]
+        removed = [self._removed.popleft() for _ in range(len(self._removed))]
         try:
-            self._records.apply([*touched, *put], delete)
+            self._records.apply([*touched, *put], [*delete, *removed])
             self._touched.clear()
         except lmdb.Error as error:
             logger.warning(

@@ -21,6 +21,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -396,15 +397,19 @@ class TierManager:
         self.slots.clear()
 
     def forget(self, tag: bytes) -> ForgetReport:
-        """Removes every copy with this tag from host and disk, and refuses later ones.
+        """Removes every copy with this tag from host and disk, and refuses later ones. Files go in a thread.
 
         Copies under way are removed when they end. The tag belongs to a salt that is never used
         again, so remembering it costs 32 bytes per deletion until the server restarts.
         """
         self._forgotten.add(tag)
-        dropped = self.slots.drop([key for key, of in self._host_tags.items() if tag in tags.parts(of)])
-        num_disk_blocks = self.disk.drop_tag(tag).blocks if self.disk is not None else 0
-        return ForgetReport(dropped.freed + dropped.doomed, num_disk_blocks)
+        gone = tags.with_part(self._host_tags.values(), tag)
+        dropped = self.slots.drop([key for key, of in self._host_tags.items() if of in gone])
+        on_disk = self.disk.drop_tag(tag) if self.disk is not None else None
+        num_host_blocks = dropped.freed + dropped.doomed
+        if on_disk is None:
+            return ForgetReport(num_host_blocks, 0, None)
+        return ForgetReport(num_host_blocks, on_disk.blocks, on_disk.removal)
 
     def is_forgotten(self, tag: bytes) -> bool:
         """Whether a deletion named this tag; a request that still runs under it leaves nothing behind."""
@@ -423,3 +428,5 @@ class ForgetReport:
 
     host_blocks: int
     disk_blocks: int
+    removal: Future[list[str]] | None = field(default=None, compare=False)
+    """Done when the files are gone for good; None without a disk tier."""

@@ -202,7 +202,7 @@ def test_a_deletion_during_a_build_leaves_nothing(engine: Engine) -> None:
     expect(engine, "s")
     run_until_finished(engine, add_piece(engine, claim(engine)))
     build_id = add_piece(engine, claim(engine))
-    engine.side.handle("forget", {"salt": salt})
+    engine.side.handle("forget", {"salt": salt}).result()
     run_until_finished(engine, build_id)
     engine.settle()
     assert claim(engine) is None and state(engine, "s") == "unknown"

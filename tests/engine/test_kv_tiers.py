@@ -209,7 +209,7 @@ def test_what_is_forgotten_is_gone_from_every_tier_under_its_salt(engine: Engine
     engine.generate(token_ids, salt)
     engine.generate(prompt(16), SALT)
     engine.settle()
-    report = engine.side.handle("forget", {"salt": salt})
+    report = engine.side.handle("forget", {"salt": salt}).result()
     assert all(report[tier] >= NUM_BLOCKS for tier in ("gpu_blocks", "host_blocks", "disk_blocks"))
     assert engine.generate(token_ids, salt).num_cached_tokens == 0, "no scene named it, and the GPU has none of it"
     engine.drop_gpu()

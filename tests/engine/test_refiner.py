@@ -253,7 +253,7 @@ def test_vllm_enforces_the_schema_on_a_model_that_knows_no_json(engine: Engine, 
     engine.settle()
     assert engine.side.memory.accounting.status()["counters"] == before["counters"], "it is no user's request"
     assert len(engine.tiers.slots) == 0, "and its KV is not kept off the GPU"
-    assert engine.side.handle("forget", {"salt": SALT})["gpu_blocks"] > 0, "a deletion finds it on the GPU"
+    assert engine.side.handle("forget", {"salt": SALT}).result()["gpu_blocks"] > 0, "a deletion finds it on the GPU"
 
 
 def test_a_live_request_interrupts_vllm(engine: Engine, real: Parts) -> None:

@@ -197,7 +197,7 @@ def test_a_forgotten_scene_leaves_the_gpu_too(engine: Engine) -> None:
     ask(engine, "s", prompt(110), salt)
     ask(engine, "other", prompt(111))
     engine.settle()
-    report = engine.side.handle("forget", {"salt": salt})
+    report = engine.side.handle("forget", {"salt": salt}).result()
     assert report["scenes"] == 1
     assert engine.side.handle("scene", {"scene": "s"})["state"] == "unknown"
     assert engine.generate(prompt(110), salt).num_cached_tokens == 0

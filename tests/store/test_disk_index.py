@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import Future
 
 import lmdb
 import pytest
@@ -76,7 +78,7 @@ def test_everything_is_there_after_a_restart(open_index, tmp_path):
     chunk = write(index, 1, 2, tag=b"alice")
     again = open_index()
     assert again.lookup(make_key(2)) == Location(chunk.chunk, 1) and again.usage_bytes == index.usage_bytes
-    assert again.drop_tag(b"alice") == DropReport(1, 2, 4 * ROW_BYTES)
+    assert again.drop_tag(b"alice") == DropReport(1, 2, 4 * ROW_BYTES, Future())
 
 
 def test_an_aborted_write_leaves_no_key_and_no_file(open_index, tmp_path):
@@ -124,9 +126,11 @@ def test_dropping_a_tag_removes_files_and_records_of_every_identity(open_index, 
     index = open_index()
     write(index, 1, 2, tag=b"alice")
     write(index, 3, tag=b"bob")
-    assert index.drop_tag(b"alice") == DropReport(chunks=2, blocks=3, bytes=6 * ROW_BYTES)
-    assert found(index, 1, 2, 3) == [False, False, True] and len(files(tmp_path)) == 2
-    assert index.drop_tag(b"alice") == DropReport(0, 0, 0)
+    dropped = index.drop_tag(b"alice")
+    assert dropped == DropReport(chunks=2, blocks=3, bytes=6 * ROW_BYTES, removal=Future())
+    assert found(index, 1, 2, 3) == [False, False, True], "at once"
+    assert dropped.removal.result() == [] and len(files(tmp_path)) == 2
+    assert index.drop_tag(b"alice") == DropReport(0, 0, 0, Future())
     shutil.rmtree(tmp_path / "kv" / "index")
     assert found(open_index(), 1, 2, 3) == [False, False, True]
 
@@ -145,9 +149,9 @@ def test_a_crash_during_the_removal_of_a_tag_does_not_bring_it_back(open_index, 
     index = open_index()
     write(index, 1, tag=b"alice")
     copy = tmp_path / "crashed"
-    monkeypatch.setattr(index, "_persist", lambda **_: shutil.copytree(tmp_path / "kv", copy, dirs_exist_ok=True))
-    index.drop_tag(b"alice")
-    monkeypatch.undo()
+    index.drop_tag(b"alice").removal.result()
+    shutil.copytree(tmp_path / "kv", copy)
+    assert index._removed, "the record is there still"
     assert found(open_index(root=copy), 1) == [False]
 
 
@@ -159,7 +163,25 @@ def test_a_file_that_cannot_be_removed_is_reported(open_index, monkeypatch):
         raise OSError(errno.EIO, "I/O error", path)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    assert index.drop_tag(b"alice").undeleted == tuple(path_for_rank(chunk.path, rank) for rank in range(2))
+    assert index.drop_tag(b"alice").removal.result() == [path_for_rank(chunk.path, rank) for rank in range(2)]
+
+
+def test_files_go_in_a_thread_and_an_index_that_closes_waits_for_it(open_index, tmp_path, monkeypatch):
+    index = open_index()
+    write(index, 1, tag=b"alice")
+    may_go, unlink, threads = threading.Event(), os.unlink, set()
+
+    def slow(path):
+        threads.add(threading.get_ident())
+        may_go.wait()
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", slow)
+    removal = index.drop_tag(b"alice").removal
+    assert found(index, 1) == [False] and not removal.done(), "nobody waits for the file system"
+    may_go.set()
+    index.close()
+    assert removal.done() and files(tmp_path) == [] and threading.get_ident() not in threads
 
 
 def test_a_damaged_chunk_is_dropped_while_it_is_read(open_index, tmp_path):
@@ -353,7 +375,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(tag=st.sampled_from([b"a", b"b"]))
     def drop_tag(self, tag):
-        self.index.drop_tag(tag)
+        self.index.drop_tag(tag).removal.result()  # it may come back here
         self.pinned_dropped()
 
     def pinned_dropped(self):

@@ -635,7 +635,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(tag=st.integers(0, 2))
     def forget(self, tag: int) -> None:
-        self.tiers.forget(bytes([tag]))
+        if (removal := self.tiers.forget(bytes([tag])).removal) is not None:
+            removal.result()
         self.forgotten.add(bytes([tag]))
 
     @rule()
