@@ -67,4 +67,8 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
 def _checked(user: str) -> str:
     if not 0 < len(user) <= _MAX_USER_CHARS:
         raise RequestError(f"'user' must have 1 to {_MAX_USER_CHARS} characters")
+    try:
+        user.encode()
+    except UnicodeEncodeError as error:  # JSON can name what no salt can be made of
+        raise RequestError("'user' has half of a surrogate pair, which is no character") from error
     return user

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ READ_YOUR_WRITES_TIMEOUT_S = 2.0
 
 ANNOUNCEMENT_TIMEOUT_S = 30.0
 
+NUM_DOCUMENT_THREADS = 2
+
 
 @dataclass
 class MemosState:
@@ -49,6 +52,11 @@ class MemosState:
     """With the served model's tokenizer."""
     sources: Sources = field(default_factory=Sources)
     """What is recalled beside memory."""
+
+    document_threads: Executor = field(
+        default_factory=lambda: ThreadPoolExecutor(NUM_DOCUMENT_THREADS, thread_name_prefix="memos-documents")
+    )
+    """Of their own: reading a document may take a minute, and every recall needs one of the loop's few threads."""
 
     idle: IdleTime = field(default_factory=IdleTime)
     recalls: RecallCounts = field(default_factory=RecallCounts)

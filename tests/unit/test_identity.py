@@ -50,6 +50,11 @@ def test_the_gateways_header_decides_the_user() -> None:
         resolve(bearer("k", **{"x-user": "alice"}), gateway, "bob")
 
 
+def test_half_of_a_surrogate_pair_is_no_user() -> None:
+    with pytest.raises(RequestError, match="'user'"):
+        resolve(bearer("k"), config(), "\ud800")
+
+
 def test_without_configuration_the_header_means_nothing() -> None:
     assert resolve(bearer("k", **{"x-user": "alice"}), config()).principal.user == "default"
 
