@@ -64,7 +64,8 @@ def client(engine: FakeEngine, tmp_path: Path) -> Iterator[TestClient]:
     def get(who: Any, memory_id: str) -> Any:
         raise NotFound(f"no memory {memory_id!r}")
 
-    app.state.memos = SimpleNamespace(config=config, adapters=gate, service=SimpleNamespace(get=get))
+    service = SimpleNamespace(get=get)
+    app.state.memos = SimpleNamespace(config=config, adapters=gate, service=service, cut_reports=lambda who: None)
     with TestClient(app) as client:
         yield client
     registry.close()
