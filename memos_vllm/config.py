@@ -108,8 +108,8 @@ class DocumentsConfig(Section):
     """Longest piece that a document is cut into. Words and not tokens: a document is then cut the same whichever
     model is served, so that its pieces keep their ids."""
 
-    pdf_timeout_s: float = Field(default=60.0, gt=0)
-    """How long a PDF may take to be read, in a process of its own."""
+    read_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a document may take to be read, in a process of its own."""
 
 
 class RefinerConfig(Section):

@@ -17,6 +17,7 @@
     |   `-- StoreUncertain     it may have been stored: the database could not be asked
     +-- SourceError            an outside source gave no answer; the chat goes on without
     +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without
+    |   `-- EmbedderRefused    it does not take one of these texts; others it may
     `-- KVFileError            a KV file that must not be used; always a miss, never a failed request
         +-- KVFileMismatch     written by another model, dtype, layout, ...
         `-- KVFileCorrupt      truncated or malformed
@@ -114,6 +115,10 @@ class StoreUncertain(StoreError):
 
 class EmbedderError(MemosError):
     """A text could not be embedded."""
+
+
+class EmbedderRefused(EmbedderError):
+    """The embedder does not take one of these texts, whenever it is asked."""
 
 
 class KVFileError(MemosError):

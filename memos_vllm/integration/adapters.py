@@ -205,7 +205,10 @@ async def probe(raw_request: Request, reference: str) -> Any:
     choice = await state.adapters.use(who, f"{adapter.name}@{version.version}", serving, None)
     assert choice is not None
     try:
-        answers = [await _answer(serving, choice, state.salt(who), each["question"]) for each in source["questions"]]
+        answers = [
+            await _answer(serving, choice, await asyncio.to_thread(state.salt, who), each["question"])
+            for each in source["questions"]
+        ]
     finally:
         choice.close()
     asked = [{**each, "answer": answer} for each, answer in zip(source["questions"], answers, strict=True)]

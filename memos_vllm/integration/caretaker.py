@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from memos_vllm.integration.distillation_jobs import DistillationJobs
 from memos_vllm.memory.life import TEND_BATCH
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Caretaker:
             removed = await self._state.forget_kv(who)
             if any(removed.values()):
                 logger.info("KV of past epochs of %s was removed: %s", who, removed)
-        for who in await asyncio.to_thread(self._state.adapters.registry.distilled_users):
+        jobs = DistillationJobs(self._state.config.data_dir)
+        await asyncio.to_thread(jobs.remove_old)
+        distilled = await asyncio.to_thread(self._state.adapters.registry.distilled_users)
+        for who in distilled | await asyncio.to_thread(jobs.users):
             if withdrawn := await self._state.withdraw_adapters(who):
                 logger.info("adapters of %s were withdrawn with their memories: %s", who, withdrawn)

@@ -6,19 +6,17 @@ Off by default (``adapters.distill``): training takes minutes of the machine tha
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
-import uuid
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from memos_vllm import activation, data_dir
+from memos_vllm import activation
 from memos_vllm.adapters.records import check_name
 from memos_vllm.errors import AdapterError, Forbidden, NotFound
+from memos_vllm.integration.distillation_jobs import DistillationJobs
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
@@ -54,11 +52,7 @@ async def start(raw_request: Request) -> Any:
         await asyncio.to_thread(state.service.get, who, memory_id)
     if _running:
         raise AdapterError("a distillation is running; ask again when it has ended", status=409)
-    job = uuid.uuid4().hex
-    folder = _folder(state)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / f"{job}.owner.json").write_text(json.dumps([who.tenant, who.user]))
-    (folder / f"{job}.running").touch()
+    job = DistillationJobs(state.config.data_dir).begin(who)
     task = asyncio.create_task(_run(job, who, body, state), name="memos-distill")
     _running[job] = task
     task.add_done_callback(lambda _: _running.pop(job, None))
@@ -71,22 +65,19 @@ async def report(raw_request: Request, job: str, user: str | None = None) -> Any
     """The state of a distillation and, once it has ended, its evaluation and what was published or why not."""
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
-    folder = _folder(state)
-    try:
-        owner = json.loads((folder / f"{uuid.UUID(job).hex}.owner.json").read_text())
-    except (ValueError, OSError):
-        owner = None
-    if owner != [who.tenant, who.user]:
+    jobs = DistillationJobs(state.config.data_dir)
+    if jobs.owner(job) != who:
         raise NotFound(f"no distillation {job[:64]!r}")
-    try:
-        return {"id": job, "state": "ended", **json.loads((folder / f"{job}.json").read_text())}
-    except FileNotFoundError:
-        return {"id": job, "state": "running" if (folder / f"{job}.running").exists() else "interrupted"}
+    await asyncio.to_thread(state.cut_reports, who)  # a memory may have gone while it ran
+    found = jobs.report(job)
+    if found is None:
+        return {"id": job, "state": "running" if jobs.is_running(job) else "interrupted"}
+    return {"id": job, "state": "ended", **found}
 
 
 async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -> None:
-    folder = _folder(state)
-    command = [sys.executable, "-m", "memos_vllm.distill", "--quiet", "--report", str(folder / f"{job}.json")]
+    jobs = DistillationJobs(state.config.data_dir)
+    command = [sys.executable, "-m", "memos_vllm.distill", "--quiet", "--report", str(jobs.report_path(job))]
     command += ["--tenant", who.tenant, "--user", who.user, "--name", body.name]
     command += ["--threads", str(max(1, (os.cpu_count() or 1) // 2))]  # the rest is the server's
     if path := activation.config_path():
@@ -100,7 +91,7 @@ async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -
     # A process of its own: it must not think that it belongs to the server.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEMOS_", "VLLM_"))}
     try:
-        with open(folder / f"{job}.log", "wb") as log:
+        with open(jobs.log_path(job), "wb") as log:
             process = await asyncio.create_subprocess_exec(
                 "nice", "-n", str(NICENESS), *command, stdout=log, stderr=log, env=environment
             )
@@ -110,8 +101,4 @@ async def _run(job: str, who: Principal, body: DistillBody, state: MemosState) -
                 process.terminate()
                 raise
     finally:
-        (folder / f"{job}.running").unlink(missing_ok=True)
-
-
-def _folder(state: MemosState) -> Path:
-    return data_dir.adapters_dir(state.config.data_dir) / "distillations"
+        jobs.end(job)

@@ -54,7 +54,8 @@ async def put(raw_request: Request) -> Any:
         raise DocumentError("the document has no name; add ?name=handbook.pdf")
     who = principal(raw_request, state, fields.user)
     given = {"tags": fields.tags, "pinned": fields.pinned, "cube": fields.cube}
-    stored = await asyncio.to_thread(partial(state.service.documents.put, who, name, data, content_type, **given))
+    store = partial(state.service.documents.put, who, name, data, content_type, **given)
+    stored = await asyncio.get_running_loop().run_in_executor(state.document_threads, store)
     state.metrics.stored("document", stored.added + stored.superseded)
     return stored.as_json()
 

@@ -36,7 +36,7 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
     Raises:
         Unauthorized: no key, or one that is not listed where that is required.
         Forbidden: ``user_field`` names another user than the credential stands for.
-        RequestError: ``user_field`` is no usable name.
+        RequestError: ``user_field``, or what the gateway's header says, is no usable name.
     """
     scheme, _, key = headers.get("authorization", "").partition(" ")
     key = key.strip()
@@ -51,7 +51,7 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
     tenant = entry.tenant if entry else f"key-{digest[:32]}"
     fixed_user = entry.user if entry else None
     if config.trusted_user_header:
-        named = headers.get(config.trusted_user_header)
+        named = _named_by_gateway(headers, config.trusted_user_header)
         if not named and fixed_user is None:
             raise Unauthorized(f"the gateway named no user in {config.trusted_user_header}")
         if named and fixed_user not in (None, named):
@@ -64,7 +64,20 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
     return Identity(Principal(tenant, user), entry.memory if entry else None)
 
 
+def _named_by_gateway(headers: Mapping[str, str], header: str) -> str | None:
+    """In UTF-8, as bodies and the configuration are; the server has read its bytes as Latin-1."""
+    value = headers.get(header)
+    try:
+        return None if value is None else value.encode("latin-1").decode()
+    except UnicodeError as error:  # a guess could be another user
+        raise RequestError(f"the gateway's header {header} is not in UTF-8") from error
+
+
 def _checked(user: str) -> str:
     if not 0 < len(user) <= _MAX_USER_CHARS:
         raise RequestError(f"'user' must have 1 to {_MAX_USER_CHARS} characters")
+    try:
+        user.encode()
+    except UnicodeEncodeError as error:  # JSON can name what no salt can be made of
+        raise RequestError("'user' has half of a surrogate pair, which is no character") from error
     return user

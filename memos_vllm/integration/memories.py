@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
+from memos_vllm.integration.distillation_jobs import DistillationJobs
 from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
@@ -190,6 +191,7 @@ async def delete_all(raw_request: Request, user: str | None = None) -> Any:
     who = principal(raw_request, state, user)
     state.planner.forget(who)
     state.builder.forget(who)
+    await asyncio.to_thread(DistillationJobs(state.config.data_dir).remove_all, who)
     return await forget(state, who, state.service.delete_all, who)
 
 

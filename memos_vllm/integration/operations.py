@@ -8,8 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from memos_vllm.errors import StoreError
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.state import state_of
+from memos_vllm.integration.rest import answers_errors
+from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.integration.summary import summarize
 
 router = APIRouter(prefix="/v1/memos", tags=["Memos"])
@@ -17,14 +19,16 @@ development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
 
 
 @router.get("/status")
+@answers_errors
 async def status(raw_request: Request) -> Any:
     """Counts only; with several data-parallel engines, ``engines`` has one entry each.
 
-    ``summary`` is of all engines together, since their start; null while activation memory is off.
+    ``summary`` is of all engines together, since their start; null while activation memory is off. While the
+    database cannot be reached, ``memory`` has an ``error`` in the place of its counts.
     """
     state = state_of(raw_request)
     engines = await engine_channel.call(state.engine, "status")
-    memory = await asyncio.to_thread(state.service.stats)
+    memory = await _memory(state)
     accounts = [engine.pop("accounting") for engine in engines if engine["enabled"]]
     summary = summarize(accounts) if accounts else None
     build = await state.builder.status()
@@ -33,6 +37,14 @@ async def status(raw_request: Request) -> Any:
     sources = state.sources.status()
     parts = {"memory": memory, "build": build, "refiner": refiner, "adapters": adapters, "sources": sources}
     return {"summary": summary, "kv": engines[0], "engines": engines, **parts}
+
+
+async def _memory(state: MemosState) -> dict[str, Any]:
+    """The rest is most wanted when the store is away."""
+    try:
+        return dict(await asyncio.to_thread(state.service.stats))
+    except StoreError as error:
+        return {"error": str(error)}
 
 
 @development_router.post("/kv/drop")

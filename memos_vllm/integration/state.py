@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from memos_vllm.errors import NotFound
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.distillation_jobs import DistillationJobs
 from memos_vllm.integration.idle import IdleTime
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
@@ -34,6 +36,8 @@ READ_YOUR_WRITES_TIMEOUT_S = 2.0
 
 ANNOUNCEMENT_TIMEOUT_S = 30.0
 
+NUM_DOCUMENT_THREADS = 2
+
 
 @dataclass
 class MemosState:
@@ -49,6 +53,11 @@ class MemosState:
     """With the served model's tokenizer."""
     sources: Sources = field(default_factory=Sources)
     """What is recalled beside memory."""
+
+    document_threads: Executor = field(
+        default_factory=lambda: ThreadPoolExecutor(NUM_DOCUMENT_THREADS, thread_name_prefix="memos-documents")
+    )
+    """Of their own: reading a document may take a minute, and every recall needs one of the loop's few threads."""
 
     idle: IdleTime = field(default_factory=IdleTime)
     recalls: RecallCounts = field(default_factory=RecallCounts)
@@ -78,17 +87,21 @@ class MemosState:
 
     async def withdraw_adapters(self, who: Principal) -> list[str]:
         """Removes adapters that were distilled from memories that are gone, out of recall or changed: weights hold
-        the text.
+        the text. So do reports of distillations, which are cut.
 
         Returns:
-            ``name@version`` of each.
+            ``name@version`` of each adapter.
         """
+        await asyncio.to_thread(self.cut_reports, who)
         stale = await asyncio.to_thread(self._stale_sources, who)
         if not stale:
             return []
         removed = await asyncio.to_thread(self.adapters.registry.withdraw, who, stale)
         await self.adapters.remove(removed)
         return list(removed.references)
+
+    def cut_reports(self, who: Principal) -> None:
+        DistillationJobs(self.config.data_dir).cut(who, lambda source: self._is_as_distilled(who, source))
 
     def _stale_sources(self, who: Principal) -> set[str]:
         """Memories that a distilled adapter knows otherwise than they are now."""

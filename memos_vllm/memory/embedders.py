@@ -49,6 +49,7 @@ class Embedder(ABC):
         """[num texts, num dims]; a row of zeros for a text that it cannot say anything about.
 
         Raises:
+            EmbedderRefused: it does not take one of the texts.
             EmbedderError: it cannot be reached, or fails.
         """
 

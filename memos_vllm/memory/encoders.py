@@ -9,10 +9,13 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from memos_vllm.errors import ConfigError, EmbedderError
+from memos_vllm.errors import ConfigError, EmbedderError, EmbedderRefused
 from memos_vllm.memory.embedders import Embedder
 
 _BATCH = 64
+_REFUSALS = frozenset({400, 413, 422})
+"""What servers answer to a text that they do not take: it is too long, or has characters that they do not know."""
+
 _MAX_ENDPOINT_CHARS = 8000
 """Servers refuse texts beyond their context, commonly 8,192 tokens; a character is seldom more than one."""
 
@@ -106,6 +109,8 @@ class EndpointEncoder(Embedder):
         try:
             body = {"model": self._model, "input": [text[:_MAX_ENDPOINT_CHARS] for text in texts]}
             response = self._client.post(self._url, json=body)
+            if response.status_code in _REFUSALS:
+                raise EmbedderRefused(f"{self._url} refuses a text: {response.status_code} {response.text[:200]}")
             response.raise_for_status()
             rows = sorted(response.json()["data"], key=lambda row: row["index"])
             vectors = np.array([row["embedding"] for row in rows], np.float32)

@@ -6,7 +6,6 @@ and handed to the caller, who keeps it; and a gap in a history, which nothing ca
 
 from __future__ import annotations
 
-import struct
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +14,8 @@ from memos_vllm.memory import claims, sessions, tables
 from memos_vllm.memory.checks import UNREADABLE, Checks, Problem, Repair, Report, entries_under, name_of
 from memos_vllm.memory.contract import Transaction
 from memos_vllm.memory.life_integrity import LifeChecks
+from memos_vllm.memory.owner_integrity import OwnerChecks
 from memos_vllm.memory.records import NO_ID
-from memos_vllm.memory.tables import Owner
 from memos_vllm.types import Principal
 
 _RESTART = tables.PUT + NO_ID.bytes
@@ -26,26 +25,7 @@ _OPERATIONS = (tables.PUT, tables.REMOVE, tables.CLEAR)
 
 
 class RecordChecks(Checks):
-    """Owners, records, and what belongs to them one by one."""
-
-    def owners(self) -> Iterator[Problem]:
-        """Rows that decode, numbers that are given once and below the next one."""
-        next_owner = int(self._txn.get(b"next_owner", b"0", db=self._dbs["meta"]))
-        highest = 0
-        for key, raw in self._rows("owners"):
-            try:
-                owner = Owner.decode(raw)
-            except struct.error:
-                yield self._unreadable("owners", key, raw)
-                continue
-            if owner.prefix in self._owners:
-                yield Problem("owners", key.hex(), f"number {owner.number} is another user's, too")
-                continue
-            self._owners[owner.prefix] = (key, owner)
-            highest = max(highest, owner.number)
-        if next_owner <= highest:
-            mend = self._put("meta", b"next_owner", str(highest + 1).encode())
-            yield Problem("meta", "next_owner", f"{next_owner} was given already", mend)
+    """Records, and what belongs to them one by one."""
 
     def records(self) -> Iterator[Problem]:
         """Each decodes, is its owner's, and refers to memories that are there."""
@@ -200,7 +180,7 @@ class RecordChecks(Checks):
         return restart
 
 
-class Examination(RecordChecks, LifeChecks):
+class Examination(OwnerChecks, RecordChecks, LifeChecks):
     """All tables; the owners first, for the others look at them."""
 
     def run(self) -> Report:

@@ -11,12 +11,17 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import islice
 
-from memos_vllm.errors import EmbedderError, StoreError
+import numpy as np
+import numpy.typing as npt
+
+from memos_vllm.errors import EmbedderError, EmbedderRefused, StoreError
 from memos_vllm.memory import links
 from memos_vllm.memory.abstract_store import Store
+from memos_vllm.memory.backlog import Backlog
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.filters import Filter
 from memos_vllm.memory.indexes import Indexes
@@ -31,7 +36,11 @@ from memos_vllm.types import MemoryId, Principal
 
 logger = logging.getLogger(__name__)
 
-_EMBED_BATCH = 1024
+_EMBED_BATCH = 64
+"""So many texts at most are embedded before a question is; the rest of a user's follows meanwhile."""
+
+_QUICK_BATCH = 1024
+"""Of an embedder that makes a vector as fast as it could be read; nothing of it is left for later."""
 
 RETRY_AFTER_S = 30.0
 """An embedder that failed is left alone for so long: a server that is away would cost every question its
@@ -57,9 +66,11 @@ class Retrieval:
         self._embedder = embedder
         self._monotonic_s = monotonic_s
         self._left_alone_until_s = -math.inf
+        self._backlog = Backlog("memos-embedding", self._embed_rest)
 
     def query(self, who: Principal, text: str, asked_at: datetime) -> Query:
-        """A question with its embedding; not within a transaction. Embeds what is new of the user's before."""
+        """A question with its embedding; not within a transaction. Embeds what is new of the user's before, if that
+        is not much."""
         return Query(text, asked_at, self._embed_query(who, text) if self._embedder and text.strip() else None)
 
     def hits(
@@ -84,48 +95,87 @@ class Retrieval:
             found.append(Hit(record, match.score, match.why, before, after))
         return found
 
-    def embed_new(self, who: Principal) -> int:
-        """Embeds the user's memories that have no vector, and stores the vectors; how many.
-
-        Raises:
-            EmbedderError: the embedder failed; what was embedded before is kept.
-        """
-        count = 0
-        while self._embedder is not None:
-            with self._store.read(who) as user, self._indexes.current(user) as index:
-                missing = list(index.without_vector().items())[:_EMBED_BATCH]
-            if not missing:
-                break
-            rows = self._embedder.embed([text for _, text in missing])
-            vectors = {memory_id: row for (memory_id, _), row in zip(missing, rows, strict=True)}
-            texts = dict(missing)
-            with self._store.read(who) as user, self._indexes.current(user) as index:
-                now_missing = index.without_vector()
-                vectors = {id: row for id, row in vectors.items() if now_missing.get(id) == texts[id]}
-                index.put_vectors(vectors)
-            if self._embedder.is_stored:
-                self._keep(who, vectors, texts)
-            count += len(vectors)
-        return count
-
-    def prepare(self, who: Principal) -> bool:
-        """Embeds what is new of the user's, so that the next query need not; False if the embedder failed."""
-        if self._monotonic_s() < self._left_alone_until_s:
-            return False
+    def prepare(self, who: Principal) -> None:
+        """Embeds what is new of the user's, or begins to, so that the next query need not."""
         try:
-            self.embed_new(who)
+            if not self._is_left_alone():
+                self._embed_new(who)
         except EmbedderError as error:
             self._leave_alone(error)
-            return False
-        return True
 
     def _embed_query(self, who: Principal, text: str) -> Vector | None:
         assert self._embedder is not None
+        if self._is_left_alone():
+            return None
         try:
-            return self._embedder.embed_query(text) if self.prepare(who) else None
+            self._embed_new(who)
+            return self._embedder.embed_query(text)
+        except EmbedderRefused as error:
+            logger.info("a question is answered by words alone: %s", error)
         except EmbedderError as error:
             self._leave_alone(error)
-            return None
+        return None
+
+    def _embed_new(self, who: Principal) -> None:
+        """Of an embedder that is not quick a batch, without what it refuses; the backlog has the rest.
+
+        Raises:
+            EmbedderError: the embedder failed.
+        """
+        embedder = self._embedder
+        if embedder is None or who in self._backlog:
+            return
+        try:
+            while is_left := self._embed_batch(who, embedder.embed):
+                if embedder.is_stored:
+                    break
+        except EmbedderRefused:
+            is_left = True
+        if is_left:
+            self._backlog.add(who)
+
+    def _embed_rest(self, who: Principal) -> bool:
+        """A batch of what no request waits for; whether more is left."""
+        try:
+            return not self._is_left_alone() and self._embed_batch(who, self._embed_each)
+        except EmbedderError as error:
+            self._leave_alone(error)
+            return False
+
+    def _embed_batch(self, who: Principal, embed: Callable[[Sequence[str]], npt.NDArray[np.float32]]) -> bool:
+        """Embeds memories that have no vector, and stores the vectors; whether more are without."""
+        assert self._embedder is not None
+        size = _EMBED_BATCH if self._embedder.is_stored else _QUICK_BATCH
+        with self._store.read(who) as user, self._indexes.current(user) as index:
+            missing = list(islice(index.without_vector().items(), size))
+        if not missing:
+            return False
+        rows = embed([text for _, text in missing])
+        vectors = {memory_id: row for (memory_id, _), row in zip(missing, rows, strict=True)}
+        texts = dict(missing)
+        with self._store.read(who) as user, self._indexes.current(user) as index:
+            now_missing = index.without_vector()
+            vectors = {id: row for id, row in vectors.items() if now_missing.get(id) == texts[id]}
+            index.put_vectors(vectors)
+            is_left = bool(index.without_vector())
+        if self._embedder.is_stored:
+            self._keep(who, vectors, texts)
+        return is_left
+
+    def _embed_each(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """All that the embedder takes; a text that it refuses has zeros, which say nothing. [num texts, num dims]"""
+        assert self._embedder is not None
+        try:
+            return self._embedder.embed(texts)
+        except EmbedderRefused as error:
+            if len(texts) == 1:
+                logger.info("a memory is found by words alone: %s", error)
+                return np.zeros((1, self._embedder.num_dims), np.float32)
+            middle = len(texts) // 2
+            return np.concatenate([self._embed_each(texts[:middle]), self._embed_each(texts[middle:])])
+
+    def _is_left_alone(self) -> bool:
+        return self._monotonic_s() < self._left_alone_until_s
 
     def _leave_alone(self, error: EmbedderError) -> None:
         logger.warning("memory is searched by words alone for %g s: %s", RETRY_AFTER_S, error)

@@ -50,8 +50,8 @@ def make_pdf(
     return out.getvalue()
 
 
-def read(text: str | bytes, type: str, charset: str | None = None, timeout_s: float = 60.0) -> list[Block]:
-    return formats.read(text.encode() if isinstance(text, str) else text, type, charset, timeout_s)
+def read(text: str | bytes, type: str, charset: str | None = None) -> list[Block]:
+    return formats.read(text.encode() if isinstance(text, str) else text, type, charset)
 
 
 def shown(blocks: Sequence[Any]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from memos_vllm.errors import EmbedderError
+from memos_vllm.errors import EmbedderError, EmbedderRefused
 from memos_vllm.memory.embedders import Embedder, ModelRows
 
 VOCABULARY = ModelRows.MIN_VOCABULARY
@@ -27,10 +27,15 @@ class TopicEmbedder(Embedder):
         self._topics = [topic.split() for topic in topics]
         self.embedded: list[str] = []
         self.fails = False
+        self.refuses = "\0"
+        self.num_calls = 0
 
     def embed(self, texts: Sequence[str]) -> Any:
+        self.num_calls += 1
         if self.fails:
             raise EmbedderError("the embedder is away")
+        if any(self.refuses in text for text in texts):
+            raise EmbedderRefused("too long")
         self.embedded += texts
         rows = [[sum(word in text.lower() for word in topic) for topic in self._topics] for text in texts]
         return np.array(rows, np.float32) + 0.01

@@ -17,6 +17,7 @@ import pytest
 from memos_vllm import cli, data_dir, doctor
 from memos_vllm.memory import environment, maintenance, tables
 from memos_vllm.memory.service import MemoryService
+from memos_vllm.types import Principal
 from tests.memory.memory_factories import ALICE, BOB, GIB, make_service, says, texts
 
 CLEAN, PROBLEMS, FAILED = doctor.CLEAN, doctor.PROBLEMS, doctor.FAILED
@@ -86,6 +87,15 @@ def low_last_id(raw: bytes) -> bytes:
     return struct.pack(">QQQ16s", number, kv_epoch, seq, bytes(16))
 
 
+def put_owner(who: Principal, raw: bytes | None) -> Callable[[Any, Any], Any]:
+    def how(txn: Any, dbs: Any) -> None:
+        txn.delete(tables.owner_key(who), db=dbs["owners"])
+        if raw is not None:
+            txn.put(tables.owner_key(who), raw, db=dbs["owners"])
+
+    return how
+
+
 NOWHERE = str(uuid.UUID(int=7 << 76 | 2 << 62))
 MENDABLE = {
     "a record that is no JSON": (put("records", lambda raw: raw[: len(raw) // 2]), "records 1/.*cannot be read"),
@@ -146,6 +156,13 @@ MENDABLE = {
 }  # fmt: skip
 
 
+BROKEN_OWNERS = {
+    "a row of a user that cannot be read": (put_owner(ALICE, bytes(7)), "owners .* user 1 does not fit its records"),
+    "a row of a user that is not there": (put_owner(ALICE, None), "owners .* user 1 is missing"),
+    "a user with the number of another": (put_owner(ALICE, tables.Owner(2).encode()), "owners .* user 1 does not fit"),
+    "a user with the number of nobody": (put_owner(ALICE, tables.Owner(77).encode()), "owners .* user 1 does not fit"),
+}
+MENDABLE |= BROKEN_OWNERS
 LEAVES_A_GAP = {"a version that is no JSON"}
 
 
@@ -166,6 +183,38 @@ def test_finds_and_mends(tmp_path: Path, capsys: pytest.CaptureFixture[str], cas
     hits = {hit.record.id for hit in service.search(ALICE, "tea milk water job pilot bread")}
     assert hits == {record.id for record in service.list(ALICE).records} and len(hits) >= 1
     service.add(ALICE, "goes on")
+    service._store.close()
+
+
+@pytest.mark.parametrize("case", BROKEN_OWNERS)
+def test_a_user_whose_row_is_broken_keeps_all(tmp_path: Path, case: str) -> None:
+    service = fill(tmp_path)
+    records = service.list(ALICE, include_superseded=True).records
+    histories = [service.history(ALICE, record.id) for record in records]
+    past = service.past_kv_epochs(ALICE)
+    service._store.maintain(BROKEN_OWNERS[case][0])
+    service._store.close()
+    mended, left = maintenance.repair(tmp_path / "memory", GIB)
+    assert [problem.table for problem in mended] == ["owners"] and not left.problems
+    service = make_service(tmp_path / "memory")
+    assert service.list(ALICE, include_superseded=True).records == records
+    assert [service.history(ALICE, record.id) for record in records] == histories
+    assert service.past_kv_epochs(ALICE) == past and service.kv_epoch(ALICE) > max(past)
+    assert service.add(ALICE, "goes on").id > max(record.id for record in records)
+    service.add(Principal("acme", "carol"), "of carol")
+    assert texts(service.list(BOB).records) == ["of bob"]
+    service._store.close()
+
+
+def test_a_user_without_records_is_told_by_kv_that_is_to_be_removed(tmp_path: Path) -> None:
+    service = fill(tmp_path)
+    service.delete_all(ALICE)
+    past = service.past_kv_epochs(ALICE)
+    service._store.maintain(put_owner(ALICE, bytes(7)))
+    service._store.close()
+    assert not maintenance.repair(tmp_path / "memory", GIB)[1].problems
+    service = make_service(tmp_path / "memory")
+    assert service.past_kv_epochs(ALICE) == past and service.kv_epoch(ALICE) > max(past)
     service._store.close()
 
 

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from memos_vllm.errors import ConfigError, EmbedderError
+from memos_vllm.errors import ConfigError, EmbedderError, EmbedderRefused
 from memos_vllm.memory import vectors as vectors_module
 from memos_vllm.memory.embedders import ModelRows
 from memos_vllm.memory.encoders import EndpointEncoder, SentenceEncoder, StaticEncoder
@@ -242,6 +242,18 @@ class TestEndpoint:
         embedder = self.embedder(httpx.MockTransport(lambda _: answers.pop(0)))
         with pytest.raises(EmbedderError, match="http://host/v1/embeddings"):
             embedder.embed(["a"])
+
+    @pytest.mark.parametrize(
+        ("status", "refuses"),
+        [*((status, True) for status in (400, 413, 422)), *((status, False) for status in (401, 404, 408, 429, 503))],
+    )
+    def test_a_text_that_is_refused_is_no_endpoint_that_is_away(self, status: int, refuses: bool) -> None:
+        good = httpx.Response(200, json={"data": [{"index": 0, "embedding": [1.0]}]})
+        answers = [good, httpx.Response(status, text="this text")]
+        embedder = self.embedder(httpx.MockTransport(lambda _: answers.pop(0)))
+        with pytest.raises(EmbedderError) as caught:
+            embedder.embed(["a"])
+        assert isinstance(caught.value, EmbedderRefused) is refuses
 
     def test_an_endpoint_that_is_away_stops_the_start(self) -> None:
         def away(request: httpx.Request) -> httpx.Response:

@@ -10,9 +10,10 @@ import pytest
 
 from memos_vllm.errors import RequestError, StoreFull
 from memos_vllm.memory.indexes import Indexes
-from memos_vllm.memory.retrieval import RETRY_AFTER_S, Retrieval
+from memos_vllm.memory.retrieval import _EMBED_BATCH, RETRY_AFTER_S, Retrieval
 from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.service import MemoryService
+from memos_vllm.types import Principal
 from tests.memory.embedder_factories import TopicEmbedder
 from tests.memory.memory_factories import ALICE, BOB, Clock, make_service, says, texts
 
@@ -29,6 +30,19 @@ def hybrid(tmp_path: Path, clock: Clock, embedder: TopicEmbedder) -> MemoryServi
     service = make_service(tmp_path / "hybrid", clock=clock, embedder=embedder, long_lived_tokens=0)
     yield service
     service._store.close()
+
+
+class Later:
+    """A backlog on which nobody works."""
+
+    def __init__(self) -> None:
+        self.users: dict[Principal, None] = {}
+
+    def __contains__(self, who: Principal) -> bool:
+        return who in self.users
+
+    def add(self, who: Principal) -> None:
+        self.users[who] = None
 
 
 def say(service: MemoryService, session: str, *sentences: str) -> None:
@@ -202,6 +216,46 @@ class TestHybrid:
         now_s[0] = RETRY_AFTER_S
         assert texts(hybrid.search(ALICE, "tea")) == ["oolong"]
 
+    def test_a_text_that_is_refused_costs_nobody_his_vectors(
+        self, hybrid: MemoryService, embedder: TopicEmbedder
+    ) -> None:
+        embedder.refuses = "poison"
+        for who in (ALICE, BOB):
+            hybrid.add_many(who, [{"text": text} for text in ("oolong", "kitten", "drive")])
+        hybrid.add(ALICE, "poison")
+        hybrid.search(ALICE, "tea")
+        hybrid._retrieval._backlog.join()
+        for who in (BOB, ALICE):
+            assert texts(hybrid.search(who, "tea")) == ["oolong"]
+        assert hybrid.search(ALICE, "brew poison") == hybrid.search(ALICE, "poison"), "a question may be refused, too"
+        assert texts(hybrid.search(BOB, "tea")) == ["oolong"]
+        hybrid._indexes = hybrid._retrieval._indexes = Indexes(embedder)  # as after a restart
+        embedder.num_calls = 0
+        hybrid.search(ALICE, "tea")
+        assert embedder.num_calls == 1, "what was refused is not asked again"
+
+    def test_a_question_waits_for_one_batch(self, hybrid: MemoryService, embedder: TopicEmbedder) -> None:
+        hybrid._retrieval._backlog = later = Later()
+        hybrid.add_many(ALICE, [{"text": f"oolong {number}"} for number in range(2 * _EMBED_BATCH)])
+        hybrid.add(ALICE, "kitten")
+        hybrid.search(ALICE, "cat")
+        assert len(embedder.embedded) == _EMBED_BATCH + 1 and later.users == {ALICE: None}
+        hybrid.search(ALICE, "cat")
+        assert len(embedder.embedded) == _EMBED_BATCH + 2, "the rest is another's work already"
+        assert [hybrid._retrieval._embed_rest(ALICE) for _ in range(2)] == [True, False]
+        later.users.clear()
+        assert texts(hybrid.search(ALICE, "cat")) == ["kitten"]
+
+    def test_the_backlog_leaves_an_embedder_alone_that_fails(
+        self, hybrid: MemoryService, embedder: TopicEmbedder
+    ) -> None:
+        hybrid._retrieval._backlog = Later()
+        hybrid.add_many(ALICE, [{"text": f"oolong {number}"} for number in range(2 * _EMBED_BATCH)])
+        hybrid.search(ALICE, "cat")
+        embedder.fails, embedder.num_calls = True, 0
+        assert [hybrid._retrieval._embed_rest(ALICE) for _ in range(2)] == [False, False]
+        assert embedder.num_calls == 1
+
     def test_a_full_store_still_searches_by_vectors(
         self, hybrid: MemoryService, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -228,6 +282,7 @@ class TestHybrid:
 
         monkeypatch.setattr(embedder, "embed", change_meanwhile)
         assert texts(hybrid.search(ALICE, "tea")) == ["brew"]
+        hybrid._retrieval._backlog.join()
         assert "plain words" in embedder.embedded
 
     def test_what_is_remembered_is_embedded_before_the_next_question(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +15,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from memos_vllm.config import MemosConfig
+from memos_vllm.config import IdentityConfig, MemosConfig
 from memos_vllm.errors import NotFound
 from memos_vllm.integration import adapters, distillations, engine_channel
 from memos_vllm.integration.adapter_gate import AdapterGate
+from memos_vllm.integration.identity import resolve
 from memos_vllm.integration.memory_metrics import MemoryMetrics
+from memos_vllm.types import Principal
 from tests.adapters.adapter_factories import adapter_folder, open_registry
 
 ALICE, BOB = {"Authorization": "Bearer alice"}, {"Authorization": "Bearer bob"}
@@ -60,7 +64,8 @@ def client(engine: FakeEngine, tmp_path: Path) -> Iterator[TestClient]:
     def get(who: Any, memory_id: str) -> Any:
         raise NotFound(f"no memory {memory_id!r}")
 
-    app.state.memos = SimpleNamespace(config=config, adapters=gate, service=SimpleNamespace(get=get))
+    service = SimpleNamespace(get=get)
+    app.state.memos = SimpleNamespace(config=config, adapters=gate, service=service, cut_reports=lambda who: None)
     with TestClient(app) as client:
         yield client
     registry.close()
@@ -185,6 +190,34 @@ def test_probing_is_the_owners_and_needs_a_record(client: TestClient, tmp_path: 
         client.post("/v1/adapters/style/probe", json={}, headers=ALICE), 400
     )
     assert message(client.post("/v1/adapters/style/probe", json={}, headers=BOB), 404)
+
+
+def test_probing_asks_the_store_off_the_event_loop(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = client.app.state.memos  # type: ignore[attr-defined]
+    asked: list[tuple[str, str]] = []
+
+    def salt(who: Principal) -> str:
+        asked.append((threading.current_thread().name, who.user))
+        return "salt"
+
+    async def answer(request: Any, _: Any) -> Any:
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=request.cache_salt))])
+
+    async def use(*_: Any) -> Any:
+        return SimpleNamespace(header="knows@1", active=nullcontext, close=lambda: None)
+
+    state.salt = salt
+    state.adapters.use = use
+    client.app.state.openai_serving_chat = SimpleNamespace(create_chat_completion=answer)  # type: ignore[attr-defined]
+    distilled = {"memories": [], "questions": [{"question": "What is my job?", "memory": "m"}]}
+    who = resolve({"authorization": "Bearer alice"}, IdentityConfig()).principal
+    state.adapters.registry.register(who, "knows", adapter_folder(tmp_path / "k"), origin={"distilled": distilled})
+    probed = client.post("/v1/adapters/knows/probe", json={}, headers=ALICE).json()
+    assert [each["answer"] for each in probed["answers"]] == ["salt"]
+    ((thread, user),) = asked
+    assert user == "default" and thread.startswith("asyncio_"), "a thread of to_thread's"
 
 
 def test_distillation_is_off_unless_the_operator_wants_it(client: TestClient) -> None:

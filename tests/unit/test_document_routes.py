@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def test_nobody_else_has_it(client: TestClient) -> None:
         ("name=x", b"x", {}, 415, "content type"),
         ("name=x", b"x", {"content-type": "image/png"}, 415, "image/png"),
         ("name=x.md", b"", {}, 400, "empty"),
+        ("name=x", b"x", {"content-type": "text/plain; charset=undefined"}, 400, "charset 'undefined'"),
+        ("name=x", b"x", {"content-type": "text/plain; charset=punycode"}, 400, "charset 'punycode'"),
         ("name=x.pdf", b"torn", {}, 400, "damaged"),
         ("name=x.pdf", make_pdf([["x"]], password="p"), {}, 400, "encrypted"),
         ("name=x.md&colour=1", b"x", {}, 400, "'colour'"),
@@ -117,3 +120,16 @@ def test_too_long_a_request_is_refused_before_it_is_read(client: TestClient) -> 
 def test_a_form_without_a_file(client: TestClient) -> None:
     response = client.post(PATH, files={"wrong": ("x.md", b"x")})
     assert response.status_code == 400 and "'file'" in response.json()["error"]["message"]
+
+
+def test_reading_a_document_takes_no_thread_that_chat_needs(client: TestClient) -> None:
+    state = client.app.state.memos  # type: ignore[attr-defined]
+    put_document, threads = state.service.documents.put, []
+
+    def note(*args: Any, **given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return put_document(*args, **given)
+
+    state.service.documents.put = note
+    assert put(client, b"# x").status_code == 200
+    assert threads[0].startswith("memos-documents")

@@ -50,6 +50,22 @@ def test_the_gateways_header_decides_the_user() -> None:
         resolve(bearer("k", **{"x-user": "alice"}), gateway, "bob")
 
 
+def test_the_gateways_header_is_utf_8() -> None:
+    gateway = config(
+        keys={"k": {"tenant": "shop"}, "j": {"tenant": "shop", "user": "José"}}, trusted_user_header="x-user"
+    )
+    jose = "José".encode().decode("latin-1")  # as a server reads headers
+    for key in ("k", "j"):
+        assert resolve(bearer(key, **{"x-user": jose}), gateway, "José").principal == Principal("shop", "José")
+    with pytest.raises(RequestError, match="x-user is not in UTF-8"):
+        resolve(bearer("k", **{"x-user": "José"}), gateway)
+
+
+def test_half_of_a_surrogate_pair_is_no_user() -> None:
+    with pytest.raises(RequestError, match="'user'"):
+        resolve(bearer("k"), config(), "\ud800")
+
+
 def test_without_configuration_the_header_means_nothing() -> None:
     assert resolve(bearer("k", **{"x-user": "alice"}), config()).principal.user == "default"
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable
 from email.message import Message
 from pathlib import PurePath
 
 from memos_vllm.errors import DocumentError
-from memos_vllm.memory.documents import html, isolated, markdown, plain
+from memos_vllm.memory.documents import charsets, html, markdown, pdf, plain
 from memos_vllm.memory.documents.blocks import Block, clean
 
 TEXT, MARKDOWN, HTML, PDF = "text/plain", "text/markdown", "text/html", "application/pdf"
@@ -44,40 +43,31 @@ def content_type(declared: str | None, name: str) -> tuple[str, str | None]:
     return found, charset
 
 
-def read(data: bytes, type: str, charset: str | None, pdf_timeout_s: float) -> list[Block]:
-    """The blocks of a document, at least one.
+def read(data: bytes, type: str, charset: str | None) -> list[Block]:
+    """The blocks of a document, at least one. ``isolated`` runs it where data could make it costly.
 
     Raises:
         DocumentError: it is damaged, encrypted, in another encoding than it says, or has no text.
     """
     if not data.strip():
         raise DocumentError("the document is empty")
-    blocks = list(_blocks(data, type, charset, pdf_timeout_s))
+    blocks = list(_blocks(data, type, charset))
     if not blocks:
         hint = "; of a scanned PDF, make its text with OCR first" if type == PDF else ""
         raise DocumentError(f"the document has no text{hint}")
     return blocks
 
 
-def _blocks(data: bytes, type: str, charset: str | None, pdf_timeout_s: float) -> Iterable[Block]:
+def _blocks(data: bytes, type: str, charset: str | None) -> Iterable[Block]:
     if type == PDF:
-        return isolated.read_pdf(data, pdf_timeout_s)
+        return pdf.read(data)
     if type == HTML:
-        return html.read(_decode(data, charset).encode() if charset else data)
-    return (markdown if type == MARKDOWN else plain).read(clean(_decode(data, charset)))
+        return html.read(_text(data, charset).encode() if charset else data)
+    return (markdown if type == MARKDOWN else plain).read(clean(_text(data, charset)))
 
 
-def _decode(data: bytes, charset: str | None) -> str:
-    if charset is None:
-        charset = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        text = data.decode(charset)
-    except LookupError as error:
-        raise DocumentError(f"unknown charset {charset!r}; use utf-8") from error
-    except UnicodeDecodeError as error:
-        raise DocumentError(
-            f"the text is not {charset}: byte {error.start} cannot be read; name its charset in the content type"
-        ) from error
+def _text(data: bytes, charset: str | None) -> str:
+    text = charsets.decode(data, charset)
     if "\0" in text:
         raise DocumentError("the text has NUL bytes, so it is none; send the document in its own content type")
     return text

@@ -11,7 +11,8 @@ from memos_vllm.config import DocumentsConfig
 from memos_vllm.errors import DocumentError, NotFound
 from memos_vllm.memory import inputs, removal, tables
 from memos_vllm.memory.abstract_store import Store
-from memos_vllm.memory.documents import formats, keeping, pieces
+from memos_vllm.memory.documents import formats, isolated, keeping
+from memos_vllm.memory.documents.isolated import Limits
 from memos_vllm.memory.documents.keeping import Stored
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.removal import Removed
@@ -81,10 +82,8 @@ class Library:
                 f"the document has {len(data)} bytes, memory.documents.max_bytes allows {self._config.max_bytes}", 413
             )
         type, charset = formats.content_type(content_type, name)
-        blocks = formats.read(data, type, charset, self._config.pdf_timeout_s)
-        cut = pieces.cut(blocks, self._config.piece_words)
-        if len(cut) > MAX_PIECES:
-            raise DocumentError(f"the document has {len(cut)} pieces, at most {MAX_PIECES} are taken; split it", 413)
+        limits = Limits(self._config.piece_words, MAX_PIECES, self._config.read_timeout_s)
+        cut = isolated.pieces_of(data, type, charset, limits)
 
         def keep(user: UserWriter) -> Stored:
             return keeping.keep(user, name, type, cut, given, self._now(), history=self._keeps_history)

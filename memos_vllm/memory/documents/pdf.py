@@ -1,21 +1,10 @@
-"""PDF: paragraphs of each page, under the bookmarks that lead to it.
-
-    python -m memos_vllm.memory.documents.pdf MAX_MEMORY_BYTES MAX_SECONDS < file.pdf
-
-writes the blocks as JSON. ``isolated`` runs it so: a PDF is a program of a kind, and one that is made to harm
-must cost its sender a refusal and not the server its memory.
-"""
+"""PDF: paragraphs of each page, under the bookmarks that lead to it."""
 
 from __future__ import annotations
 
 import io
-import json
-import logging
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple
 from typing import Any
 
 import regex
@@ -114,18 +103,3 @@ def _folded(text: str) -> str:
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def main(max_memory_bytes: int, max_seconds: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-    try:
-        answer: dict[str, Any] = {"blocks": [astuple(block) for block in read(sys.stdin.buffer.read())]}
-    except DocumentError as error:
-        answer = {"error": str(error), "status": error.status}
-    json.dump(answer, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
