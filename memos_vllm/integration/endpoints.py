@@ -86,7 +86,7 @@ class MemosEndpoints:
         secret = data_dir.secret(config.data_dir)
         metrics = MemoryMetrics()
         adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics)
-        rank = engine_client.vllm_config.parallel_config._api_process_rank
+        rank = getattr(engine_client.vllm_config.parallel_config, "_api_process_rank", 0)
         learned = PredictorFile(
             config.data_dir / (f"predictor-{rank}.json" if rank > 0 else "predictor.json"),
             ForgottenOwners(config.data_dir / "forgotten_owners", secret),
