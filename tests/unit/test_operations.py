@@ -21,10 +21,13 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Any:
     async def adapters() -> dict[str, Any]:
         return {"loaded": 0}
 
+    async def build() -> dict[str, Any]:
+        return {"enabled": False, "pending": False}
+
     monkeypatch.setattr(engine_channel, "call", call)
     part = SimpleNamespace(status=dict)
     return SimpleNamespace(
-        engine=None, builder=part, refiner=None, sources=part, adapters=SimpleNamespace(status=adapters),
+        engine=None, builder=SimpleNamespace(status=build), refiner=None, sources=part, adapters=SimpleNamespace(status=adapters),
         service=SimpleNamespace(stats=lambda: {"memories": 3}),
     )  # fmt: skip
 
