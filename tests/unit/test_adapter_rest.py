@@ -57,10 +57,10 @@ def client(engine: FakeEngine, tmp_path: Path) -> Iterator[TestClient]:
     app.include_router(adapters.router)
     gate = AdapterGate(engine, registry, config.adapters, MemoryMetrics())  # type: ignore[arg-type]
 
-    def get(who: Any, memory_id: str) -> Any:
+    def distillable(who: Any, memory_id: str) -> Any:
         raise NotFound(f"no memory {memory_id!r}")
 
-    app.state.memos = SimpleNamespace(config=config, adapters=gate, service=SimpleNamespace(get=get))
+    app.state.memos = SimpleNamespace(config=config, adapters=gate, service=SimpleNamespace(distillable=distillable))
     with TestClient(app) as client:
         yield client
     registry.close()
