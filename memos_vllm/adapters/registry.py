@@ -256,16 +256,17 @@ class AdapterRegistry:
         """Keeps the files of a version that vLLM is about to load, by vLLM's name for it, until the end of the block.
 
         Raises:
-            AdapterUnavailable: there is no such version any more, or its files are not what was registered.
+            NotFound: there is no such version any more.
+            AdapterUnavailable: its files are not what was registered.
         """
         with self._env.begin() as txn:
             version = next((each for each in self._versions(txn) if each.lora_name == lora_name), None)
         if version is None:
-            raise AdapterUnavailable("the adapter was deleted meanwhile")
+            raise NotFound("the adapter was deleted meanwhile")
         with self.files.holding(version.digest):
             with self._env.begin() as txn:  # again: a deletion may have been faster than the lock
                 if all(each.lora_name != lora_name for each in self._versions(txn)):
-                    raise AdapterUnavailable("the adapter was deleted meanwhile")
+                    raise NotFound("the adapter was deleted meanwhile")
             self.files.verify(version.digest)
             yield
 

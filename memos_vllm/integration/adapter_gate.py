@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -33,6 +33,7 @@ from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound, RequestError
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.memory_metrics import MemoryMetrics
+from memos_vllm.integration.scene_builds import lora_arguments
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.types import Principal
 
@@ -114,11 +115,21 @@ class Coming:
 
 
 class AdapterGate:
-    """One per API process, in its event loop."""
+    """One per API process, in its event loop.
+
+    Args:
+        serving: vLLM's object behind the chat endpoint, once there is one; it knows vLLM's own adapters.
+    """
 
     def __init__(
-        self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig, metrics: MemoryMetrics
+        self,
+        engine: EngineClient,
+        registry: AdapterRegistry,
+        config: AdaptersConfig,
+        metrics: MemoryMetrics,
+        serving: Callable[[], Any] = lambda: None,
     ) -> None:
+        self._serving = serving
         self.registry = registry
         self._metrics = metrics
         self.totals = GateTotals()
@@ -287,20 +298,34 @@ class AdapterGate:
         A request whose adapter does not load stops vLLM's engine, so it is loaded by itself first.
 
         Raises:
-            AdapterUnavailable: it is gone or broken; the engine knows no scene of it any more.
+            AdapterUnavailable: it is gone, and with it what it computed; or it cannot be loaded now, and what it
+                would compute is left until a request has used it.
         """
-        if lora is None or not lora.lora_name.startswith(NAME_PREFIX):
-            yield  # of vLLM's own adapters vLLM takes care
+        if lora is None:
+            yield
             return
+        named = {"lora_name": lora.lora_name}
         with ExitStack() as files:
             try:
-                await self._hold(files, self.registry.use_named(lora.lora_name))
+                if lora.lora_name.startswith(NAME_PREFIX):
+                    await self._hold(files, self.registry.use_named(lora.lora_name))
+                elif not self._is_vllms(lora):
+                    raise AdapterUnavailable(f"vLLM's adapter {lora.lora_name!r} is not loaded in this process")
                 await self._add(lora, lora.lora_name)
-                self._metrics.adapter_loaded("build")
+            except NotFound as error:
+                await engine_channel.call(self._engine, "forget_adapter", named)
+                raise AdapterUnavailable(str(error)) from error
             except AdapterUnavailable:
-                await engine_channel.call(self._engine, "forget_adapter", {"lora_name": lora.lora_name})
+                await engine_channel.call(self._engine, "give_up_builds", named)
                 raise
+            self._metrics.adapter_loaded("build")
             yield
+
+    def _is_vllms(self, lora: LoRARequest) -> bool:
+        """Whether it is one of vLLM's own that the operator has not unloaded: only its files can be relied on."""
+        serving = self._serving()
+        known = serving.models.lora_requests.get(lora.lora_name) if serving is not None else None
+        return known is not None and lora_arguments(known) == lora_arguments(lora)
 
     async def prefetch(self, scene_ids: Sequence[str]) -> None:
         """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.

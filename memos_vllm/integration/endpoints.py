@@ -84,7 +84,8 @@ class MemosEndpoints:
         sources = open_sources(config, data_dir.sources_dir(config.data_dir), count_tokens, embedder)
         secret = data_dir.secret(config.data_dir)
         metrics = MemoryMetrics()
-        adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics)
+        serving = partial(getattr, state, "openai_serving_chat", None)  # vLLM makes it later
+        adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics, serving)
         planner = ScenePlanner(
             engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
         )
@@ -112,7 +113,7 @@ class MemosEndpoints:
             service.refining,
             idle,
             memos.metrics,
-            serving=lambda: getattr(state, "openai_serving_chat", None),
+            serving=serving,
             is_building=lambda: memos.builder.status()["pending"],
             salt_of=memos.salt,
             model=f"{engine_client.model_config.served_model_name}@{fingerprint_of(engine_client.vllm_config)}",
@@ -120,7 +121,9 @@ class MemosEndpoints:
         memos.refiner.start()
 
 
-def open_adapters(engine_client: Any, config: MemosConfig, metrics: MemoryMetrics) -> AdapterGate:
+def open_adapters(
+    engine_client: Any, config: MemosConfig, metrics: MemoryMetrics, serving: Callable[[], Any]
+) -> AdapterGate:
     """The registry of LoRA adapters, for what this server serves."""
     registry = AdapterRegistry(
         data_dir.adapters_dir(config.data_dir),
@@ -128,7 +131,7 @@ def open_adapters(engine_client: Any, config: MemosConfig, metrics: MemoryMetric
         base_of(engine_client.vllm_config, config.adapters),
         fingerprint_of(engine_client.vllm_config),
     )
-    return AdapterGate(engine_client, registry, config.adapters, metrics)
+    return AdapterGate(engine_client, registry, config.adapters, metrics, serving)
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

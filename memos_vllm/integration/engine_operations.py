@@ -11,7 +11,7 @@ from memos_vllm.store.ops import Op
 if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
-PREDICTION_OPS = ("expect", "scene", "declare", "build")
+PREDICTION_OPS = ("expect", "scene", "declare", "build", "give_up_builds")
 
 
 def serve(
@@ -48,6 +48,9 @@ def serve(
         case "build" if builds is not None:
             claim = builds.claim(payload["planner"], payload["piece_tokens"])
             return {"enabled": True, "unknown": builds.unknown(payload["declared"]), **claim}, []
+        case "give_up_builds" if builds is not None:
+            builds.give_up(salts.adapter_tag(payload["lora_name"]))
+            return {"enabled": True}, []
         case _ if op in PREDICTION_OPS:
             return {"enabled": False}, []
     raise ValueError(f"unknown operation {op!r}")

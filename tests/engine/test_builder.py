@@ -14,6 +14,7 @@ import pytest
 from memos_vllm.config import BuildConfig, MemoryConfig, PredictionConfig
 from memos_vllm.errors import AdapterUnavailable
 from memos_vllm.integration import builder as builder_module
+from memos_vllm.integration import engine_operations
 from memos_vllm.integration.adapter_gate import Coming
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.idle import LOWEST_PRIORITY, IdleTime, LiveRequests
@@ -415,6 +416,14 @@ def test_an_adapter_travels_with_its_scene() -> None:
     builds.show("s", request, 2)
     piece = builds.claim("p", 64)["piece"]
     assert piece["token_ids"] == [1, 2, 3, 4] and LoRARequest(**piece["lora"]) == adapter
+
+    memory: Any = SimpleNamespace(scenes=table, builds=builds, accounting=SimpleNamespace(changed=lambda: None))
+    for name, expected in (("other", True), ("style", False)):
+        engine_operations.serve(memory, "give_up_builds", {"lora_name": name})
+        assert (builds.claim("p", 64)["piece"] is not None) == expected
+    assert builds.unknown(["s"]) == [], "a start is not declared anew for it"
+    builds.used("s")
+    assert builds.claim("p", 64)["piece"] is not None, "it is tried again after a request could have it"
 
     builds.show("s", SimpleNamespace(**{**vars(request), "mm_features": ["image"]}), 2)
     assert builds.claim("p", 64)["piece"] is None, "tokens alone would compute something else"

@@ -370,29 +370,77 @@ def test_a_build_holds_its_adapters_files_and_has_it_loaded(engine: FakeEngine, 
     run(body)
 
 
-@pytest.mark.parametrize("end", ["deleted", "broken"])
-def test_a_build_with_an_adapter_that_ended_never_reaches_the_engine(
-    engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    forgotten = []
+async def build(gate: AdapterGate, lora: Any) -> None:
+    async with gate.building(lora):
+        pass
+
+
+@pytest.fixture
+def told(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the engine was told of which adapter."""
+    told: list[tuple[str, str]] = []
 
     async def call(client: FakeEngine, op: str, payload: Any = None) -> list[dict[str, Any]]:
-        forgotten.append((op, payload["lora_name"]))
+        told.append((op, payload["lora_name"]))
         return [{}]
 
     monkeypatch.setattr(engine_channel, "call", call)
+    return told
+
+
+@pytest.mark.parametrize("end", ["deleted", "broken", "damaged"])
+def test_a_build_with_an_adapter_that_does_not_load_never_reaches_the_engine(
+    engine: FakeEngine, registry: Any, told: list[tuple[str, str]], end: str
+) -> None:
+    """Only what is gone is forgotten: the name is forgotten for ever, with all that was computed under it."""
     gate = gate_of(engine, registry)
     lora = gate.coming(ALICE, "a0", Serving(), "base", ()).lora
     if end == "deleted":
         registry.delete(ALICE, "a0")
-    else:
+    elif end == "broken":
         engine.broken.add(number(registry, "a0"))
-
-    async def body() -> None:
-        with pytest.raises(AdapterUnavailable):
-            async with gate.building(lora):
-                raise AssertionError("it was built")
-
-    run(body)
+    else:
+        (registry.files.folder(registry.find(ALICE, "a0")[1].digest) / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterUnavailable):
+        run(lambda: build(gate, lora))
     assert engine.loaded == [] and registry.files.num_held == 0
-    assert forgotten == [("forget_adapter", lora.lora_name)], "or it would be claimed again and again"
+    op = "forget_adapter" if end == "deleted" else "give_up_builds"
+    assert told == [(op, lora.lora_name)], "or it would be claimed again and again"
+
+
+def test_a_build_goes_on_when_its_adapter_loads_again(
+    engine: FakeEngine, registry: Any, told: list[tuple[str, str]]
+) -> None:
+    gate = gate_of(engine, registry)
+    lora = gate.coming(ALICE, "a0", Serving(), "base", ()).lora
+    engine.broken.add(lora.lora_int_id)
+    with pytest.raises(AdapterUnavailable, match="cannot be loaded by vLLM"):
+        run(lambda: build(gate, lora))
+    engine.broken.clear()
+    run(lambda: build(gate, lora))
+    assert engine.loaded == [lora.lora_int_id] and counted("loads", reason="build") == 1
+    assert told == [("give_up_builds", lora.lora_name)]
+
+
+@pytest.mark.parametrize("end", ["stands", "unloaded", "loaded anew", "files gone", "no endpoint"])
+def test_a_build_with_vllms_own_adapter_has_it_loaded_while_it_stands(
+    engine: FakeEngine, registry: Any, told: list[tuple[str, str]], end: str
+) -> None:
+    """The operator may have unloaded it since, and removed its folder; vLLM's engine would not survive the load."""
+    from vllm.lora.request import LoRARequest
+
+    serving, lora = Serving(), LoRARequest("listed", 1, "/adapters/listed")
+    serving.models.lora_requests = {"listed": LoRARequest("listed", 2 if end == "loaded anew" else 1, lora.lora_path)}
+    config = AdaptersConfig()
+    gate = AdapterGate(engine, registry, config, MemoryMetrics(), lambda: None if end == "no endpoint" else serving)  # type: ignore[arg-type]
+    if end == "unloaded":
+        serving.models.lora_requests.clear()
+    elif end == "files gone":
+        engine.broken.add(1)
+    if end == "stands":
+        run(lambda: build(gate, lora))
+        assert engine.loaded == [1] and told == []
+        return
+    with pytest.raises(AdapterUnavailable):
+        run(lambda: build(gate, lora))
+    assert engine.loaded == [] and told == [("give_up_builds", "listed")]
