@@ -87,7 +87,7 @@ class MemosEndpoints:
         serving = partial(getattr, state, "openai_serving_chat", None)  # vLLM makes it later
         adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics, serving)
         planner = ScenePlanner(
-            engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
+            engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.expected.prefetch
         )
         salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
         starts = SessionStarts(engine_client, service, salt_of, adapters)

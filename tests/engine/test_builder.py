@@ -94,7 +94,8 @@ class Adapters:
         self.num_changes = 0
         self.num_prefetches = 0
         self.choices: dict[str | None, Coming] = {}
-        self.expected: dict[str, str | None] = {}
+        self.expected = SimpleNamespace(expect=self.expect, prefetch=self.prefetch)
+        self.references: dict[str, str | None] = {}
         self.gone = False
 
     def set(self, named: str | None, coming: Coming) -> None:
@@ -105,7 +106,7 @@ class Adapters:
         return self.choices.get(named, Coming())
 
     def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
-        self.expected[scene_id] = reference
+        self.references[scene_id] = reference
 
     async def prefetch(self, scene_ids: list[str]) -> None:
         self.num_prefetches += 1
@@ -332,10 +333,10 @@ def test_a_start_has_the_adapter_of_the_coming_request(run: Any) -> None:
             return [(each["lora"] or {}).get("lora_name") for each in parts.engine.declared[number:]]
 
         parts.turn()
-        assert await declared() == [None] and parts.adapters.expected == {start_id: None}
+        assert await declared() == [None] and parts.adapters.references == {start_id: None}
         parts.adapters.set(None, style("default"))
         assert parts.builder._has_news() and await declared() == ["default"]
-        assert parts.adapters.expected == {start_id: "default"}, "it is loaded with the start's KV"
+        assert parts.adapters.references == {start_id: "default"}, "it is loaded with the start's KV"
         parts.adapters.set("other", style("other"))
         assert await declared() == [], "another one has changed"
         parts.turn(adapter="other")
