@@ -2,11 +2,11 @@
 
     memos distill --config memos.yaml --tenant shop --user alice --name alice-knows
 
-It reads the memories from the data directory, distils them (``adapters.distill``), and registers the result
-as the newest version of the name, with its provenance. It is not registered if it misses the bar, harms the
-control set, or if a memory was changed or deleted meanwhile; the exit status is then 1. It may run beside the
-server, which uses the adapter from then on. Undo: ``DELETE /v1/adapters/NAME@VERSION``, or choose the version
-before with ``PATCH``.
+It reads the memories from the data directory that may stand in any prompt, distils them (``adapters.distill``),
+and registers the result as the newest version of the name, with its provenance. It is not registered if it
+misses the bar, harms the control set, or if a memory was changed or deleted meanwhile; the exit status is then
+1. It may run beside the server, which uses the adapter from then on. Undo: ``DELETE
+/v1/adapters/NAME@VERSION``, or choose the version before with ``PATCH``.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from memos_vllm.adapters.distill_settings import Settings
 from memos_vllm.adapters.questions import Control, questions_of
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemosConfig, load
-from memos_vllm.errors import MemosError, RequestError
+from memos_vllm.errors import Conflict, MemosError, NotFound, RequestError
 from memos_vllm.memory import claims
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.opening import open_store
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.records import MemoryRecord, utc_now
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
 
@@ -119,13 +119,18 @@ def _with_memory(messages: Sequence[dict[str, Any]], memory: Sequence[str]) -> l
 
 
 def _select(service: MemoryService, who: Principal, ids: Sequence[str], tag: str | None) -> list[MemoryRecord]:
+    """
+    Raises:
+        NotFound, Conflict: a memory that is named is not there, or may not go into weights.
+    """
     if ids:
-        return [service.get(who, memory_id) for memory_id in ids]
+        return [service.distillable(who, memory_id) for memory_id in ids]
+    now = utc_now()
     found: list[MemoryRecord] = []
     after = None
     while True:
         page = service.list(who, limit=PAGE, after=after, tag=tag)
-        found += page.records
+        found += [record for record in page.records if record.is_distillable(now)]
         if (after := page.next) is None:
             return found
 
@@ -174,10 +179,12 @@ def _changed(service: MemoryService, who: Principal, memories: Sequence[MemoryRe
     """Whether a memory was deleted or changed while the adapter learned it."""
     for memory in memories:
         try:
-            now = service.get(who, memory.id)
-        except RequestError:
+            now = service.distillable(who, memory.id)
+        except NotFound:
             return f"memory {memory.id} was deleted meanwhile; run it again"
-        if now.text != memory.text or not now.is_current:
+        except Conflict as error:
+            return f"{error}; run it again"
+        if now.text != memory.text:
             return f"memory {memory.id} was changed meanwhile; run it again"
     return None
 

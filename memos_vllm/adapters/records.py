@@ -162,14 +162,30 @@ def parse_reference(reference: str) -> tuple[str, int | None]:
     return match["name"], int(match["version"]) if match["version"] else None
 
 
+SPACE_BYTES = 16
+
+
 def space_key(scope: Scope, who: Principal) -> bytes:
-    """16 bytes for the names that one scope of a user holds."""
+    """For the names that one scope of a user holds."""
     parts = {Scope.USER: (who.tenant, who.user), Scope.TENANT: (who.tenant,), Scope.ALL: ()}[scope]
-    digest = hashlib.blake2b(scope.value.encode(), digest_size=16)
+    digest = hashlib.blake2b(scope.value.encode(), digest_size=SPACE_BYTES)
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(4, "big") + raw)
     return digest.digest()
+
+
+def adapter_key(scope: Scope, who: Principal, name: str) -> bytes:
+    """Where the index has a name."""
+    return space_key(scope, who) + name.encode()
+
+
+def key_of(adapter: Adapter) -> bytes:
+    return adapter_key(adapter.scope, adapter.owner, adapter.name)
+
+
+def name_of(key: bytes) -> str:
+    return key[SPACE_BYTES:].decode()
 
 
 def first_id(digest: bytes) -> int:

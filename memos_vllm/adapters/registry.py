@@ -1,6 +1,6 @@
 """The registry: which adapters there are, who may use them, and under which number vLLM knows them.
 
-    root/index/     LMDB: names and versions, numbers ever given, profiles
+    root/index/     LMDB: names and versions, numbers ever given, profiles, what was distilled from whom
     root/base.json  the served model, for ``python -m memos_vllm.distill``
     root/...        see ``adapters.files``
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ import lmdb
 from memos_vllm.adapters import peft_folder, records
 from memos_vllm.adapters.files import AdapterFiles
 from memos_vllm.adapters.peft_config import BaseModel
+from memos_vllm.adapters.provenance import Provenance
 from memos_vllm.adapters.records import Adapter, Scope, Version
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, DataDirError, Forbidden, NotFound, StoreError
@@ -85,13 +87,15 @@ class AdapterRegistry:
         self._fingerprint = fingerprint
         try:
             self.files = AdapterFiles(root)
-            self._env = lmdb.open(str(root / "index"), map_size=_MAP_BYTES, max_dbs=len(_TABLES), mode=0o600)
+            self._env = lmdb.open(str(root / "index"), map_size=_MAP_BYTES, max_dbs=len(_TABLES) + 1, mode=0o600)
             self._dbs = {name: self._env.open_db(name.encode()) for name in _TABLES}
+            self._provenance = Provenance(self._env)
         except (lmdb.Error, OSError) as error:
             raise DataDirError(f"cannot use the adapters in {root}: {error}; check data_dir") from error
         with self.files.locked():
             with self._env.begin() as txn:
                 self.files.sweep({version.digest for version in self._versions(txn)})
+            self._write(lambda txn: self._provenance.restore(txn, self._adapters(txn)))
             if base is not None:
                 _write_base(root / "base.json", base, fingerprint)
 
@@ -188,6 +192,7 @@ class AdapterRegistry:
                 return adapter  # sent twice
             adapter = adapter.with_version(version) if adapter else Adapter(name, scope, who, 1, (version,))
             self._put(txn, adapter)
+            self._provenance.add(txn, adapter, version)
             return adapter
 
         return self._write(work)
@@ -256,16 +261,17 @@ class AdapterRegistry:
         """Keeps the files of a version that vLLM is about to load, by vLLM's name for it, until the end of the block.
 
         Raises:
-            AdapterUnavailable: there is no such version any more, or its files are not what was registered.
+            NotFound: there is no such version any more.
+            AdapterUnavailable: its files are not what was registered.
         """
         with self._env.begin() as txn:
             version = next((each for each in self._versions(txn) if each.lora_name == lora_name), None)
         if version is None:
-            raise AdapterUnavailable("the adapter was deleted meanwhile")
+            raise NotFound("the adapter was deleted meanwhile")
         with self.files.holding(version.digest):
             with self._env.begin() as txn:  # again: a deletion may have been faster than the lock
                 if all(each.lora_name != lora_name for each in self._versions(txn)):
-                    raise AdapterUnavailable("the adapter was deleted meanwhile")
+                    raise NotFound("the adapter was deleted meanwhile")
             self.files.verify(version.digest)
             yield
 
@@ -322,45 +328,34 @@ class AdapterRegistry:
     def sources(self, who: Principal) -> list[Mapping[str, Any]]:
         """What the adapters that were distilled from a user's memories were made from: id, version, fingerprint."""
         with self._env.begin() as txn:
-            return [source for each in self._versions(txn) for source in each.sources_of(who)]
+            return [source for each in self._provenance.of(txn, who) for source in each.memories]
 
     def distilled_users(self) -> set[Principal]:
         """Those of whose memories an adapter was distilled."""
         with self._env.begin() as txn:
-            sources = [each.origin.get("distilled") for each in self._versions(txn)]
-        return {Principal(source["tenant"], source["user"]) for source in sources if source}
+            return self._provenance.users(txn)
 
     def distilled_from(self, who: Principal, memory_id: str) -> list[str]:
         """The versions, by reference, that know a memory of the user."""
         with self._env.begin() as txn:
-            return [
-                f"{adapter.name}@{each.version}"
-                for adapter in self._adapters(txn)
-                for each in adapter.versions
-                if any(source["id"] == memory_id for source in each.sources_of(who))
-            ]
+            found = self._provenance.of(txn, who)
+            return [each.reference for each in found if any(source["id"] == memory_id for source in each.memories)]
 
     def distillation_s(self) -> float | None:
         """How long the newest distillation took; None: there is none."""
         with self._env.begin() as txn:
-            distilled = [each for each in self._versions(txn) if each.origin.get("distilled")]
-        newest = max(distilled, key=lambda each: each.created_at, default=None)
-        return None if newest is None else newest.origin["distilled"].get("took_s")
+            return self._provenance.newest_took_s(txn)
 
     def withdraw(self, who: Principal, memory_ids: Collection[str]) -> Removed:
         """Removes the versions that were distilled from these memories of a user."""
 
         def work(txn: lmdb.Transaction) -> Removed:
-            doomed = []
-            for adapter in self._adapters(txn):
-                numbers = {
-                    each.version
-                    for each in adapter.versions
-                    if any(source["id"] in memory_ids for source in each.sources_of(who))
-                }
-                if numbers:
-                    doomed.append((adapter, numbers))
-            return self._remove(txn, doomed)
+            doomed: defaultdict[bytes, set[int]] = defaultdict(set)
+            for each in self._provenance.of(txn, who):
+                if any(source["id"] in memory_ids for source in each.memories):
+                    doomed[each.adapter_key].add(each.version)
+            table = self._dbs["adapters"]
+            return self._remove(txn, [(records.decode(txn.get(key, db=table)), doomed[key]) for key in doomed])
 
         return self._write(work)
 
@@ -431,12 +426,11 @@ class AdapterRegistry:
             raise StoreError(f"the index of adapters {self.root} was not written: {error}") from error
 
     def _read(self, txn: lmdb.Transaction, scope: Scope, who: Principal, name: str) -> Adapter | None:
-        raw = txn.get(records.space_key(scope, who) + name.encode(), db=self._dbs["adapters"])
+        raw = txn.get(records.adapter_key(scope, who, name), db=self._dbs["adapters"])
         return None if raw is None else records.decode(raw)
 
     def _put(self, txn: lmdb.Transaction, adapter: Adapter) -> None:
-        key = records.space_key(adapter.scope, adapter.owner) + adapter.name.encode()
-        txn.put(key, records.encode(adapter), db=self._dbs["adapters"])
+        txn.put(records.key_of(adapter), records.encode(adapter), db=self._dbs["adapters"])
 
     def _own(self, txn: lmdb.Transaction, who: Principal, name: str) -> Adapter:
         for scope in Scope:
@@ -452,6 +446,8 @@ class AdapterRegistry:
         return (version for adapter in self._adapters(txn) for version in adapter.versions)
 
     def _remove(self, txn: lmdb.Transaction, doomed: list[tuple[Adapter, set[int]]]) -> Removed:
+        if not doomed:
+            return Removed((), (), (), 0)
         references: list[str] = []
         versions: list[Version] = []
         for adapter, numbers in doomed:
@@ -459,14 +455,14 @@ class AdapterRegistry:
             if left is not None:
                 self._put(txn, left)
             else:
-                key = records.space_key(adapter.scope, adapter.owner) + adapter.name.encode()
-                txn.delete(key, db=self._dbs["adapters"])
+                txn.delete(records.key_of(adapter), db=self._dbs["adapters"])
+            gone = [each for each in adapter.versions if each.version in numbers]
+            self._provenance.remove(txn, adapter, gone)
             references += [f"{adapter.name}@{number}" for number in sorted(numbers)]
-            versions += [each for each in adapter.versions if each.version in numbers]
+            versions += gone
         kept = {each.digest for each in self._versions(txn)}
         unique = {version.digest: version for version in versions if version.digest not in kept}
-        profiles = self._drop_profiles(txn) if doomed else 0
-        return Removed(tuple(references), tuple(versions), tuple(unique.values()), profiles)
+        return Removed(tuple(references), tuple(versions), tuple(unique.values()), self._drop_profiles(txn))
 
     def _drop_profiles(self, txn: lmdb.Transaction) -> int:
         """Defaults that mean nothing any more."""

@@ -1,4 +1,4 @@
-"""The way of a LoRA adapter into one request, and ahead of it into the engine.
+"""The way of a LoRA adapter into one request, or into a build, and out again.
 
 vLLM knows adapters by name and lists them to everybody; ours are private. So they never enter vLLM's own
 registry: the chosen one stands in a context variable for the time of the call, a wrapper on the serving
@@ -7,32 +7,32 @@ object hands it to the engine, and another keeps its name out of the response.
     use        look up with the user's rights, hold the files, have the engine load it, choose it
     coming     what ``use`` will choose, for a prefix that is built before its request
     building   hold the files and have the engine load it, for a build
-    prefetch   have the engine load what the next requests will need, while slots are free
+    expected   have the engine load what the next requests will need, while slots are free (``expected_adapters``)
 
-Only ``use`` before ``add_lora`` succeeded can fail, and then nothing of the request has reached the engine.
+Only ``use`` before the engine has it can fail, and then nothing of the request has reached the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.lora.request import LoRARequest
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from memos_vllm.adapters.records import NAME_PREFIX
 from memos_vllm.adapters.registry import AdapterRegistry, InUse, Removed
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound, RequestError
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.adapter_loader import AdapterLoader, AdapterTotals, lora_request
+from memos_vllm.integration.expected_adapters import ExpectedAdapters
 from memos_vllm.integration.memory_metrics import MemoryMetrics
+from memos_vllm.integration.scene_builds import lora_arguments
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.types import Principal
 
@@ -41,30 +41,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_SCENES = 16_384
-"""How many scenes' adapters one process remembers; those used least recently are forgotten first."""
-
 MAX_HEADER_CHARS = 200
 
 _T = TypeVar("_T")
 _NO_LORA = "this server runs without LoRA"
 _chosen: ContextVar[LoRARequest | None] = ContextVar("memos_adapter", default=None)
-
-
-@dataclass(slots=True)
-class GateTotals:
-    """Of this API process, since its start."""
-
-    requests: int = 0
-    loads: int = 0
-    """Requests that had to wait for their adapter's first load."""
-    load_s: float = 0.0
-    failures: int = 0
-    fallbacks: int = 0
-    prefetches: int = 0
-    prefetch_s: float = 0.0
-    prefetch_used: int = 0
-    """Prefetched adapters that a request then used."""
 
 
 @dataclass(slots=True)
@@ -114,22 +95,32 @@ class Coming:
 
 
 class AdapterGate:
-    """One per API process, in its event loop."""
+    """One per API process, in its event loop.
+
+    Args:
+        serving: vLLM's object behind the chat endpoint, once there is one; it knows vLLM's own adapters.
+    """
 
     def __init__(
-        self, engine: EngineClient, registry: AdapterRegistry, config: AdaptersConfig, metrics: MemoryMetrics
+        self,
+        engine: EngineClient,
+        registry: AdapterRegistry,
+        config: AdaptersConfig,
+        metrics: MemoryMetrics,
+        serving: Callable[[], Any] = lambda: None,
     ) -> None:
         self.registry = registry
-        self._metrics = metrics
-        self.totals = GateTotals()
+        self._loader = AdapterLoader(engine, metrics)
+        self.expected = ExpectedAdapters(registry, self._loader)
         self._engine = engine
         self._config = config
-        self._lora = engine.vllm_config.lora_config
-        self._loaded: set[str] = set()
-        """Names that the engine took once: it can load them again by itself."""
-        self._loading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._scenes: OrderedDict[str, tuple[Principal, str]] = OrderedDict()
-        self._prefetched: set[str] = set()
+        self._metrics = metrics
+        self._serving = serving
+        self._lora_config = self._loader.lora_config
+
+    @property
+    def totals(self) -> AdapterTotals:
+        return self._loader.totals
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -161,14 +152,14 @@ class AdapterGate:
         reference = named or (None if is_vllms else await asyncio.to_thread(self._unnamed, who, memories))
         if reference is None:
             return None
-        if self._lora is None:
+        if self._lora_config is None:
             if named is None:
                 return Choice(why=_NO_LORA)
             raise AdapterError(f"{_NO_LORA}; the operator starts it with --enable-lora", 409)
         choice = Choice(reference=reference)
         try:
             used = await self._hold(choice._files, self.registry.use(who, reference))
-            await self._load(used)
+            await self._loader.load_first(used)
         except (RequestError, asyncio.CancelledError) as error:
             choice.close()
             # What the request names must exist; only what exists may fail softly.
@@ -183,12 +174,7 @@ class AdapterGate:
             logger.warning("adapter %r of %s is not used: %s", reference, who, error)
             return Choice(reference=reference, why=_in_a_header(error))
         _hand_over(serving)
-        self.totals.requests += 1
-        self._metrics.adapter_requested("served")
-        if used.version.lora_name in self._prefetched:
-            self._prefetched.discard(used.version.lora_name)
-            self.totals.prefetch_used += 1
-            self._metrics.adapter_prefetch_used()
+        self._loader.served(used)
         choice.request, choice.name = lora_request(used), used.reference
         choice.instead_of = self._instead_of(used, who)
         return choice
@@ -214,61 +200,14 @@ class AdapterGate:
             held.add_done_callback(lambda _: files.close())  # the thread goes on, and may hold them only then
             raise
 
-    async def _load(self, used: InUse) -> None:
-        """Has the engine load an adapter that it never had, so that one that does not load fails here."""
-        name = used.version.lora_name
-        if name in self._loaded:
-            return
-        async with self._loading[name]:
-            if name in self._loaded:
-                return
-            began = time.monotonic()
-            await self._add(lora_request(used), used.reference)
-            self.totals.loads += 1
-            waited_s = time.monotonic() - began
-            self.totals.load_s += waited_s
-            self._metrics.adapter_loaded("request", waited_s)
-        self._loading.pop(name, None)
-
-    async def _add(self, lora: LoRARequest, reference: str) -> None:
-        try:
-            await self._engine.add_lora(lora)
-        except EngineDeadError:
-            raise
-        except Exception as error:  # vLLM passes on whatever the worker raised, as a plain Exception
-            self.totals.failures += 1
-            raise AdapterUnavailable(f"adapter {reference!r} cannot be loaded by vLLM: {error}") from error
-        self._loaded.add(lora.lora_name)
-
-    # -- ahead of requests ----------------------------------------------------------------------
-
-    def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
-        """The next request of a scene will use this adapter; None: no adapter."""
-        self._scenes.pop(scene_id, None)
-        if reference is not None:
-            self._scenes[scene_id] = (who, reference)
-            if len(self._scenes) > MAX_SCENES:
-                self._scenes.popitem(last=False)
-
-    async def hint(self, scene_id: str, who: Principal, named: str | None) -> bool:
-        """A request of the scene is announced; whether it will use an adapter.
-
-        Raises:
-            NotFound: the user may use no such adapter.
-        """
-        if named is not None:
-            await asyncio.to_thread(self.registry.find, who, named)
-            self.expect(scene_id, who, named)
-        elif scene_id not in self._scenes:
-            self.expect(scene_id, who, await asyncio.to_thread(self.registry.profile, who))
-        return scene_id in self._scenes
+    # -- builds ---------------------------------------------------------------------------------
 
     def coming(
         self, who: Principal, named: str | None, serving: Any, model: str | None, memories: Iterable[MemoryRecord]
     ) -> Coming:
         """What ``use`` would choose now. Blocks while the adapter's files are read."""
         vllms: LoRARequest | None = serving.models.lora_requests.get(model)
-        if vllms is not None or self._lora is None:
+        if vllms is not None or self._lora_config is None:
             return Coming(lora=vllms)
         reference = named or self._unnamed(who, memories)
         if reference is None:
@@ -287,83 +226,34 @@ class AdapterGate:
         A request whose adapter does not load stops vLLM's engine, so it is loaded by itself first.
 
         Raises:
-            AdapterUnavailable: it is gone or broken; the engine knows no scene of it any more.
+            AdapterUnavailable: it is gone, and with it what it computed; or it cannot be loaded now, and what it
+                would compute is left until a request has used it.
         """
-        if lora is None or not lora.lora_name.startswith(NAME_PREFIX):
-            yield  # of vLLM's own adapters vLLM takes care
+        if lora is None:
+            yield
             return
+        named = {"lora_name": lora.lora_name}
         with ExitStack() as files:
             try:
-                await self._hold(files, self.registry.use_named(lora.lora_name))
-                await self._add(lora, lora.lora_name)
-                self._metrics.adapter_loaded("build")
+                if lora.lora_name.startswith(NAME_PREFIX):
+                    await self._hold(files, self.registry.use_named(lora.lora_name))
+                elif not self._is_vllms(lora):
+                    raise AdapterUnavailable(f"vLLM's adapter {lora.lora_name!r} is not loaded in this process")
+                await self._loader.load(lora, lora.lora_name)
+            except NotFound as error:
+                await engine_channel.call(self._engine, "forget_adapter", named)
+                raise AdapterUnavailable(str(error)) from error
             except AdapterUnavailable:
-                await engine_channel.call(self._engine, "forget_adapter", {"lora_name": lora.lora_name})
+                await engine_channel.call(self._engine, "give_up_builds", named)
                 raise
+            self._metrics.adapter_loaded("build")
             yield
 
-    async def prefetch(self, scene_ids: Sequence[str]) -> None:
-        """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.
-
-        vLLM evicts the adapter used least recently, and every use counts. So all of them are used once more in
-        the end, the most valuable one last.
-        """
-        if self._lora is None or not any(scene_id in self._scenes for scene_id in scene_ids):
-            return
-        replies = await engine_channel.call(self._engine, "adapters")
-        in_use = {number for reply in replies for number in reply.get("in_use", ())}
-        room = self._lora.max_loras - len(in_use)
-        wanted: list[tuple[Principal, str]] = []
-        for scene_id in scene_ids:
-            if len(wanted) >= room:
-                break
-            if (known := self._scenes.get(scene_id)) is None:
-                continue
-            who, reference = known
-            try:
-                _, version = self.registry.find(who, reference)
-            except NotFound:
-                del self._scenes[scene_id]
-                continue
-            if version.lora_int_id not in in_use:
-                in_use.add(version.lora_int_id)
-                wanted.append((who, reference))
-        present = set(await self._engine.list_loras())
-        with ExitStack() as files:
-            brought = [await self._bring(files, who, reference, present) for who, reference in wanted]
-            for used in reversed(brought[:-1]):
-                if used is not None:
-                    with suppress(AdapterUnavailable):
-                        await self._add(lora_request(used), used.reference)
-
-    async def _bring(self, files: ExitStack, who: Principal, reference: str, present: Collection[int]) -> InUse | None:
-        """Has the engine load an adapter, or use it where it is ``present``; None if that cannot be."""
-        began = time.monotonic()
-        try:
-            used = await asyncio.to_thread(files.enter_context, self.registry.use(who, reference))
-            await self._add(lora_request(used), used.reference)
-        except (AdapterUnavailable, NotFound) as error:
-            logger.warning("adapter %r of %s is not prefetched: %s", reference, who, error)
-            return None
-        if used.version.lora_int_id not in present:
-            self._prefetched.add(used.version.lora_name)
-            self._metrics.adapter_loaded("prefetch")
-            self.totals.prefetches += 1
-            self.totals.prefetch_s += time.monotonic() - began
-        return used
-
-    async def next_adapter(self, scene_id: str, who: Principal) -> dict[str, Any] | None:
-        """The adapter of a scene's next request as far as it is known, and whether the engine has it."""
-        known = self._scenes.get(scene_id)
-        reference = known[1] if known is not None else await asyncio.to_thread(self.registry.profile, who)
-        if reference is None or self._lora is None:
-            return None
-        try:
-            adapter, version = await asyncio.to_thread(self.registry.find, who, reference)
-        except NotFound:
-            return None
-        loaded = version.lora_int_id in await self._engine.list_loras()
-        return {"name": f"{adapter.name}@{version.version}", "loaded": loaded}
+    def _is_vllms(self, lora: LoRARequest) -> bool:
+        """Whether it is one of vLLM's own that the operator has not unloaded: only its files can be relied on."""
+        serving = self._serving()
+        known = serving.models.lora_requests.get(lora.lora_name) if serving is not None else None
+        return known is not None and lora_arguments(known) == lora_arguments(lora)
 
     # -- the end of an adapter ------------------------------------------------------------------
 
@@ -376,14 +266,13 @@ class AdapterGate:
         free = {each.digest: await asyncio.to_thread(self.registry.wait_until_free, each) for each in removed.contents}
         kv = {"gpu_blocks": 0, "host_blocks": 0, "disk_blocks": 0}
         for version in removed.versions:
-            self._loaded.discard(version.lora_name)
-            self._prefetched.discard(version.lora_name)
+            self._loader.forget(version.lora_name)
             for reply in await engine_channel.call(self._engine, "forget_adapter", {"lora_name": version.lora_name}):
                 kv = {tier: count + reply.get(tier, 0) for tier, count in kv.items()}
         num_removed = 0
         for version in removed.contents:
             if free[version.digest]:
-                if self._lora is not None:
+                if self._lora_config is not None:
                     await self._engine.remove_lora(version.lora_int_id)
                 num_removed += await asyncio.to_thread(self.registry.remove_files, version)
         return {"contents": num_removed, "files_pending": len(free) - num_removed, "kv": kv}
@@ -391,12 +280,12 @@ class AdapterGate:
     async def status(self) -> dict[str, Any]:
         """Slots, what is in host memory, and what came of loads; for the operator."""
         stored = await asyncio.to_thread(self.registry.stats)
-        if self._lora is None:
+        if self._lora_config is None:
             return {"enabled": False, "stored": stored}
         return {
             "enabled": True,
-            "slots": self._lora.max_loras,
-            "host_capacity": self._lora.max_cpu_loras,
+            "slots": self._lora_config.max_loras,
+            "host_capacity": self._lora_config.max_cpu_loras,
             "host": len(await self._engine.list_loras()),
             "stored": stored,
             "totals": asdict(self.totals),
@@ -406,11 +295,6 @@ class AdapterGate:
 def _in_a_header(error: Exception) -> str:
     """One line of ASCII, whatever vLLM and the user's names have put into it."""
     return " ".join(str(error).encode("ascii", "replace").decode().split())[:MAX_HEADER_CHARS]
-
-
-def lora_request(used: InUse) -> LoRARequest:
-    version = used.version
-    return LoRARequest(version.lora_name, version.lora_int_id, str(used.folder))
 
 
 def _hand_over(serving: Any) -> None:

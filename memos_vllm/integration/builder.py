@@ -152,7 +152,7 @@ class SceneBuilder:
             reply = await self._claim()
             if (piece := reply.get("piece")) is None:
                 if took_slots:  # perhaps those of adapters that are expected sooner
-                    await self._adapters.prefetch(self._planner.likely)
+                    await self._adapters.expected.prefetch(self._planner.likely)
                 return bool(reply.get("busy") or reply.get("unknown"))
             await self._build(piece)
             took_slots = took_slots or piece["lora"] is not None

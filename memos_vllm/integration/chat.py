@@ -133,7 +133,7 @@ def announce_turn(
     """Tells planner, gate and builder of the turn, and the engine by the request; returns its scene."""
     starts_session = start is not None and turn.starts_conversation
     scene_id = state.planner.turn_started(turn.who, turn.options.session, starts_session=starts_session)
-    state.adapters.expect(scene_id, turn.who, None if adapter is None else adapter.reference)
+    state.adapters.expected.expect(scene_id, turn.who, None if adapter is None else adapter.reference)
     request.kv_transfer_params = {**(request.kv_transfer_params or {}), SCENE_PARAM: scene_id}
     if start is not None:
         request.kv_transfer_params[START_PARAM] = start.scene_id

@@ -31,7 +31,7 @@ _running: dict[str, asyncio.Task[None]] = {}
 class DistillBody(Body):
     name: str
     memories: list[str] = Field(default=[], max_length=10_000)
-    """Ids; empty: all of the user's, or those with the tag."""
+    """Ids; empty: all of the user's that may be distilled, or those with the tag."""
 
     tag: str | None = None
     steps: int | None = Field(default=None, ge=1, le=100_000)
@@ -49,7 +49,7 @@ async def start(raw_request: Request) -> Any:
         raise Forbidden("the operator has not switched distillation on (adapters.distill)")
     check_name(body.name)
     for memory_id in body.memories:
-        await asyncio.to_thread(state.service.get, who, memory_id)
+        await asyncio.to_thread(state.service.distillable, who, memory_id)
     if _running:
         raise AdapterError("a distillation is running; ask again when it has ended", status=409)
     job = DistillationJobs(state.config.data_dir).begin(who)

@@ -85,13 +85,14 @@ class MemosEndpoints:
         sources = open_sources(config, data_dir.sources_dir(config.data_dir), count_tokens, embedder)
         secret = data_dir.secret(config.data_dir)
         metrics = MemoryMetrics()
-        adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics)
+        serving = partial(getattr, state, "openai_serving_chat", None)  # vLLM makes it later
+        adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics, serving)
         rank = getattr(engine_client.vllm_config.parallel_config, "_api_process_rank", 0)
         learned = PredictorFile(
             config.data_dir / (f"predictor-{rank}.json" if rank > 0 else "predictor.json"),
             ForgottenOwners(config.data_dir / "forgotten_owners", secret),
         )
-        planner = ScenePlanner(engine_client, config.prediction, learned, on_expected=adapters.prefetch)
+        planner = ScenePlanner(engine_client, config.prediction, learned, on_expected=adapters.expected.prefetch)
         salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
         starts = SessionStarts(engine_client, service, salt_of, adapters)
         idle = IdleTime()
@@ -116,7 +117,7 @@ class MemosEndpoints:
             service.refining,
             idle,
             memos.metrics,
-            serving=lambda: getattr(state, "openai_serving_chat", None),
+            serving=serving,
             is_building=lambda: memos.builder.is_pending,
             salt_of=memos.salt,
             model=f"{engine_client.model_config.served_model_name}@{fingerprint_of(engine_client.vllm_config)}",
@@ -124,7 +125,9 @@ class MemosEndpoints:
         memos.refiner.start()
 
 
-def open_adapters(engine_client: Any, config: MemosConfig, metrics: MemoryMetrics) -> AdapterGate:
+def open_adapters(
+    engine_client: Any, config: MemosConfig, metrics: MemoryMetrics, serving: Callable[[], Any]
+) -> AdapterGate:
     """The registry of LoRA adapters, for what this server serves."""
     registry = AdapterRegistry(
         data_dir.adapters_dir(config.data_dir),
@@ -132,7 +135,7 @@ def open_adapters(engine_client: Any, config: MemosConfig, metrics: MemoryMetric
         base_of(engine_client.vllm_config, config.adapters),
         fingerprint_of(engine_client.vllm_config),
     )
-    return AdapterGate(engine_client, registry, config.adapters, metrics)
+    return AdapterGate(engine_client, registry, config.adapters, metrics, serving)
 
 
 def _remove_route(app: FastAPI, path: str, method: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Reply = dict[str, Any] | Future[dict[str, Any]]
 """vLLM waits for a future without holding up the engine."""
 
-PREDICTION_OPS = ("expect", "scene", "declare", "build")
+PREDICTION_OPS = ("expect", "scene", "declare", "build", "give_up_builds")
 
 
 def serve(
@@ -52,6 +52,9 @@ def serve(
         case "build" if builds is not None:
             claim = builds.claim(payload["planner"], payload["piece_tokens"])
             return {"enabled": True, "unknown": builds.unknown(payload["declared"]), **claim}, []
+        case "give_up_builds" if builds is not None:
+            builds.give_up(salts.adapter_tag(payload["lora_name"]))
+            return {"enabled": True}, []
         case _ if op in PREDICTION_OPS:
             return {"enabled": False}, []
     raise ValueError(f"unknown operation {op!r}")

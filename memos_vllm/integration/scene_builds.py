@@ -118,6 +118,13 @@ class SceneBuilds:
         for scene_id in [each for each, content in self._contents.items() if tag in content.tags()]:
             self._drop(scene_id)
 
+    def give_up(self, tag: bytes) -> None:
+        """What cannot be computed now counts as built: no piece of it is claimed until its scene is shown anew, or
+        a request used it."""
+        for content in self._contents.values():
+            if tag in content.tags():
+                content.num_built_blocks = len(content.token_ids) // self.block_size
+
     def clear(self) -> None:
         for scene_id in list(self._contents):
             self._drop(scene_id)

@@ -47,7 +47,7 @@ async def hint(raw_request: Request) -> Any:
     who = principal(raw_request, state, body.user)
     named_id = state.planner.scene_id(who, body.session)
     scene_ids = {state.planner.hinted_id(who, body.session)}
-    if await state.adapters.hint(named_id, who, body.adapter):
+    if await state.adapters.expected.hint(named_id, who, body.adapter):
         state.planner.know(named_id, who)  # the first request of a session has an adapter, if no KV yet
         scene_ids.add(named_id)
     if body.event is Hint.CLOSED:
@@ -98,5 +98,5 @@ async def drop(raw_request: Request, user: str | None = None) -> Any:
 async def _describe(state: MemosState, who: Principal, scene_id: str) -> dict[str, Any]:
     replies = await engine_channel.call(state.engine, "scene", {"scene": scene_id})
     known = max(replies, key=lambda reply: reply.get("blocks", 0))
-    adapter = await state.adapters.next_adapter(scene_id, who)
+    adapter = await state.adapters.expected.next_adapter(scene_id, who)
     return {"scene": scene_id, **known, "next_adapter": adapter, "prediction": state.planner.explain(scene_id)}

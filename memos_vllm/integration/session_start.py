@@ -154,7 +154,7 @@ class SessionStarts:
                 continue
             # Before the work: a start that cannot be rendered is not tried again until it has changed.
             start.declared, start.num_blocks, start.coming = version, 0, coming
-            self._adapters.expect(start.scene_id, start.who, coming.reference)
+            self._adapters.expected.expect(start.scene_id, start.who, coming.reference)
             left = [each for each in prepared.long_lived if (each.id, each.version) not in coming.instead_of]
             token_ids = await _render(start, assemble(start.lead, [record.text for record in left]))
             if not token_ids or self._starts.get(start.scene_id) is not start:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import MemosConfig
-from memos_vllm.core.lifecycle import IN_RECALL
-from memos_vllm.errors import NotFound
+from memos_vllm.errors import Conflict, NotFound
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
@@ -111,11 +110,10 @@ class MemosState:
 
     def _is_as_distilled(self, who: Principal, source: Mapping[str, Any]) -> bool:
         try:
-            record = self.service.get(who, source["id"])
-        except NotFound:
+            record = self.service.distillable(who, source["id"])
+        except (NotFound, Conflict):
             return False
-        may_be_said = record.is_current and record.state in IN_RECALL and record.sensitivity == "normal"
-        return may_be_said and claims.text_key(record.text).hex() == source["fingerprint"]
+        return claims.text_key(record.text).hex() == source["fingerprint"]
 
     def announce(self, who: Principal) -> asyncio.Future[None]:
         """Says that a write is coming, so that the user's next request does not overtake it."""

@@ -108,6 +108,10 @@ class MemoryRecord:
             self.is_current and self.state in IN_RECALL and self.sensitivity == "normal" and not self.has_expired(now)
         )
 
+    def is_distillable(self, now: datetime) -> bool:
+        """Whether it may go into an adapter's weights, which stand in every conversation."""
+        return self.type in STANDING_TYPES and self.is_recallable(now)
+
     def has_expired(self, now: datetime) -> bool:
         """Also before the state says so."""
         return self.expires_at is not None and self.expires_at <= now and self.state is not State.FROZEN

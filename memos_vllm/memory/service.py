@@ -120,6 +120,20 @@ class MemoryService:
         with self._store.read(who) as user:
             return existing(user, memory_id)
 
+    def distillable(self, who: Principal, memory_id: str) -> MemoryRecord:
+        """
+        Raises:
+            NotFound: see ``get``.
+            Conflict: it may not go into an adapter's weights, or not any more.
+        """
+        record = self.get(who, memory_id)
+        if not record.is_distillable(self._now()):
+            raise Conflict(
+                f"the memory {memory_id} cannot be distilled: an adapter takes facts, preferences and profiles that "
+                "are in recall, neither sensitive nor expired nor superseded"
+            )
+        return record
+
     def list(
         self,
         who: Principal,

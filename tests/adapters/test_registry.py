@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from memos_vllm.adapters import records
+from memos_vllm.adapters import provenance, records
 from memos_vllm.adapters.records import Scope
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.errors import AdapterError, AdapterUnavailable, Forbidden, NotFound
+from memos_vllm.types import Principal
 from tests.adapters.adapter_factories import ALICE, BASE, BOB, EVE, adapter_folder, open_registry
 
 
@@ -238,11 +240,12 @@ def test_a_default_goes_with_its_adapter(registry: AdapterRegistry, tmp_path: Pa
     assert [registry.profile(who) for who in (ALICE, BOB, EVE)] == [None, None, "style"]
 
 
-def test_withdrawing_a_memory_removes_what_was_distilled_from_it(registry: AdapterRegistry, tmp_path: Path) -> None:
-    def distilled(*ids: str) -> dict:
-        memories = [{"id": each, "version": 1, "fingerprint": "f"} for each in ids]
-        return {"distilled": {"tenant": "shop", "user": "alice", "memories": memories}}
+def distilled(*ids: str, who: Principal = ALICE, took_s: float = 1) -> dict[str, Any]:
+    memories = [{"id": each, "version": 1, "fingerprint": "f"} for each in ids]
+    return {"distilled": {"tenant": who.tenant, "user": who.user, "memories": memories, "took_s": took_s}}
 
+
+def test_withdrawing_a_memory_removes_what_was_distilled_from_it(registry: AdapterRegistry, tmp_path: Path) -> None:
     add(registry, tmp_path, name="hand-made")
     add(registry, tmp_path, name="knows", seed=1, origin=distilled("m1"))
     add(registry, tmp_path, name="knows", seed=2, origin=distilled("m1", "m2"))
@@ -251,8 +254,52 @@ def test_withdrawing_a_memory_removes_what_was_distilled_from_it(registry: Adapt
     assert registry.withdraw(ALICE, ["m2"]).references == ("knows@2",)
     assert registry.find(ALICE, "knows")[1].version == 1, "the newest of the rest is current"
     assert [source["id"] for source in registry.sources(ALICE)] == ["m1"] and registry.sources(BOB) == []
+    assert registry.distilled_users() == {ALICE}
     assert registry.withdraw(ALICE, ["m1"]).references == ("knows@1",)
     assert [adapter.name for adapter in registry.list(ALICE)] == ["hand-made"]
+    assert registry.distilled_users() == set() and registry.sources(ALICE) == []
+
+
+def test_one_name_is_withdrawn_and_others_stay(registry: AdapterRegistry, tmp_path: Path) -> None:
+    add(registry, tmp_path, name="one", origin=distilled("m1"))
+    add(registry, tmp_path, name="two", seed=1, origin=distilled("m1"), scope=Scope.TENANT)
+    add(registry, tmp_path, name="two", seed=2, who=BOB, origin=distilled("m1", who=BOB, took_s=7))
+    assert registry.distilled_users() == {ALICE, BOB} and registry.distillation_s() == 7
+    assert sorted(registry.withdraw(ALICE, ["m1"]).references) == ["one@1", "two@1"]
+    assert registry.distilled_users() == {BOB} and registry.distilled_from(BOB, "m1") == ["two@1"]
+    registry.delete(BOB, "two")
+    assert registry.distilled_users() == set() and registry.distillation_s() is None
+
+
+def test_looking_for_a_users_distilled_adapters_reads_no_adapter(
+    registry: AdapterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It happens with each deletion by anybody, and each minute for every user: reading all would take minutes."""
+    for who in (ALICE, BOB, EVE):
+        add(registry, tmp_path, who=who, origin=distilled("m1", who=who))
+    decoded = []
+    decode = records.decode
+    monkeypatch.setattr(records, "decode", lambda raw: (decoded.append(raw), decode(raw))[1])
+    assert registry.distilled_users() == {ALICE, BOB, EVE} and registry.distillation_s() == 1
+    assert [source["id"] for source in registry.sources(BOB)] == ["m1"]
+    assert registry.distilled_from(BOB, "m1") == ["style@1"] and registry.withdraw(BOB, ["m2"]).references == ()
+    assert decoded == []
+
+
+def test_an_index_from_before_gets_to_know_what_was_distilled(registry: AdapterRegistry, tmp_path: Path) -> None:
+    add(registry, tmp_path, origin=distilled("m1"))
+    known = registry.sources(ALICE)
+    with registry._env.begin(write=True) as txn:
+        table = registry._env.open_db(provenance.TABLE, txn=txn)
+        txn.drop(table, delete=False)
+        txn.put(b"left by another release", b"{}", db=table)
+    assert registry.sources(ALICE) == []
+    registry.close()
+    again = open_registry(registry.root)
+    assert again.sources(ALICE) == known and again.distilled_users() == {ALICE}
+    before = again.stamp()
+    again.close()
+    assert open_registry(registry.root).stamp() == before, "what is right is not written again"
 
 
 # -- limits and crashes -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from memos_vllm.config import BuildConfig, MemoryConfig, PredictionConfig
 from memos_vllm.errors import AdapterUnavailable, StoreUnavailable
 from memos_vllm.integration import builder as builder_module
+from memos_vllm.integration import engine_operations
 from memos_vllm.integration.adapter_gate import Coming
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.idle import LOWEST_PRIORITY, IdleTime, LiveRequests
@@ -95,7 +96,8 @@ class Adapters:
         self.num_changes = 0
         self.num_prefetches = 0
         self.choices: dict[str | None, Coming] = {}
-        self.expected: dict[str, str | None] = {}
+        self.expected = SimpleNamespace(expect=self.expect, prefetch=self.prefetch)
+        self.references: dict[str, str | None] = {}
         self.gone = False
 
     def set(self, named: str | None, coming: Coming) -> None:
@@ -106,7 +108,7 @@ class Adapters:
         return self.choices.get(named, Coming())
 
     def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
-        self.expected[scene_id] = reference
+        self.references[scene_id] = reference
 
     async def prefetch(self, scene_ids: list[str]) -> None:
         self.num_prefetches += 1
@@ -360,10 +362,10 @@ def test_a_start_has_the_adapter_of_the_coming_request(run: Any) -> None:
             return [(each["lora"] or {}).get("lora_name") for each in parts.engine.declared[number:]]
 
         parts.turn()
-        assert await declared() == [None] and parts.adapters.expected == {start_id: None}
+        assert await declared() == [None] and parts.adapters.references == {start_id: None}
         parts.adapters.set(None, style("default"))
         assert parts.builder._stamp != await parts.builder._look() and await declared() == ["default"]
-        assert parts.adapters.expected == {start_id: "default"}, "it is loaded with the start's KV"
+        assert parts.adapters.references == {start_id: "default"}, "it is loaded with the start's KV"
         parts.adapters.set("other", style("other"))
         assert await declared() == [], "another one has changed"
         parts.turn(adapter="other")
@@ -444,6 +446,14 @@ def test_an_adapter_travels_with_its_scene() -> None:
     builds.show("s", request, 2)
     piece = builds.claim("p", 64)["piece"]
     assert piece["token_ids"] == [1, 2, 3, 4] and LoRARequest(**piece["lora"]) == adapter
+
+    memory: Any = SimpleNamespace(scenes=table, builds=builds, accounting=SimpleNamespace(changed=lambda: None))
+    for name, expected in (("other", True), ("style", False)):
+        engine_operations.serve(memory, "give_up_builds", {"lora_name": name})
+        assert (builds.claim("p", 64)["piece"] is not None) == expected
+    assert builds.unknown(["s"]) == [], "a start is not declared anew for it"
+    builds.used("s")
+    assert builds.claim("p", 64)["piece"] is not None, "it is tried again after a request could have it"
 
     builds.show("s", SimpleNamespace(**{**vars(request), "mm_features": ["image"]}), 2)
     assert builds.claim("p", 64)["piece"] is None, "tokens alone would compute something else"

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from memos_vllm.adapters.records import Scope
 from memos_vllm.config import AdaptersConfig
 from memos_vllm.errors import AdapterError, AdapterUnavailable, NotFound
-from memos_vllm.integration import adapter_gate, engine_channel
+from memos_vllm.integration import adapter_gate, engine_channel, expected_adapters
 from memos_vllm.integration.adapter_gate import AdapterGate, Choice
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from tests.adapters.adapter_factories import ALICE, BOB, adapter_folder, open_registry
@@ -189,7 +189,7 @@ def test_a_server_without_lora_refuses_what_is_named_and_nothing_else(registry: 
             await gate.use(ALICE, "a0", Serving(), "base")
         assert (await gate.use(ALICE, None, Serving(), "base")).request is None
         assert await gate.use(BOB, None, Serving(), "base") is None
-        await gate.prefetch(["scene"])
+        await gate.expected.prefetch(["scene"])
 
     run(body)
 
@@ -219,42 +219,42 @@ def test_prefetch_takes_the_free_slots_loads_the_best_first_and_uses_it_last(eng
     """The best is needed first; vLLM evicts what was used least recently."""
     gate = gate_of(engine, registry)
     for index in range(5):
-        gate.expect(f"scene-{index}", ALICE, f"a{index}")
-    gate.expect("again", ALICE, "a0")
+        gate.expected.expect(f"scene-{index}", ALICE, f"a{index}")
+    gate.expected.expect("again", ALICE, "a0")
     engine.in_use = {number(registry, "a1")}
     scenes = ["none", "scene-0", "again", "scene-1", "scene-2", "scene-3"]
-    run(lambda: gate.prefetch(scenes))
+    run(lambda: gate.expected.prefetch(scenes))
     a0, a2 = number(registry, "a0"), number(registry, "a2")
     assert engine.loaded == [a0, a2, a0], "one of three slots is in use"
     assert gate.totals.prefetches == 2 and registry.files.num_held == 0
-    run(lambda: gate.prefetch(scenes))
+    run(lambda: gate.expected.prefetch(scenes))
     assert engine.loaded[3:] == [a0, a2, a0], "they are used again, and stay"
     assert gate.totals.prefetches == 2, "what is there is not brought"
 
 
 def test_what_the_next_request_will_have_is_known_and_whether_it_is_loaded(engine: FakeEngine, registry: Any) -> None:
     gate = gate_of(engine, registry)
-    gate.expect("scene", ALICE, "a1")
+    gate.expected.expect("scene", ALICE, "a1")
 
     async def body() -> None:
-        assert await gate.next_adapter("scene", ALICE) == {"name": "a1@1", "loaded": False}
-        await gate.prefetch(["scene"])
-        assert await gate.next_adapter("scene", ALICE) == {"name": "a1@1", "loaded": True}
-        assert await gate.next_adapter("new", ALICE) is None
+        assert await gate.expected.next_adapter("scene", ALICE) == {"name": "a1@1", "loaded": False}
+        await gate.expected.prefetch(["scene"])
+        assert await gate.expected.next_adapter("scene", ALICE) == {"name": "a1@1", "loaded": True}
+        assert await gate.expected.next_adapter("new", ALICE) is None
         registry.set_profile(ALICE, "a2")
-        assert await gate.next_adapter("new", ALICE) == {"name": "a2@1", "loaded": False}
+        assert await gate.expected.next_adapter("new", ALICE) == {"name": "a2@1", "loaded": False}
         registry.delete(ALICE, "a1")
-        assert await gate.next_adapter("scene", ALICE) is None
+        assert await gate.expected.next_adapter("scene", ALICE) is None
 
     run(body)
     without = gate_of(FakeEngine(lora=False), registry)
-    assert run(lambda: without.next_adapter("new", ALICE)) is None
+    assert run(lambda: without.expected.next_adapter("new", ALICE)) is None
 
 
 def test_an_adapter_that_is_refused_when_it_is_used_once_more_stops_nothing(engine: FakeEngine, registry: Any) -> None:
     gate = gate_of(engine, registry)
     for index in range(3):
-        gate.expect(f"scene-{index}", ALICE, f"a{index}")
+        gate.expected.expect(f"scene-{index}", ALICE, f"a{index}")
     load = engine.add_lora
 
     async def full(request: Any) -> bool:
@@ -263,26 +263,26 @@ def test_an_adapter_that_is_refused_when_it_is_used_once_more_stops_nothing(engi
         return await load(request)
 
     engine.add_lora = full  # type: ignore[method-assign]
-    run(lambda: gate.prefetch(["scene-0", "scene-1", "scene-2"]))
+    run(lambda: gate.expected.prefetch(["scene-0", "scene-1", "scene-2"]))
     assert engine.loaded[3:] == [number(registry, "a0")], "the most valuable one is still used last"
 
 
 def test_prefetch_never_touches_the_engine_without_an_adapter(engine: FakeEngine, registry: Any) -> None:
     gate = gate_of(engine, registry)
-    gate.expect("scene", ALICE, "a0")
-    gate.expect("scene", ALICE, None)
+    gate.expected.expect("scene", ALICE, "a0")
+    gate.expected.expect("scene", ALICE, None)
     engine.in_use = None  # type: ignore[assignment]
-    run(lambda: gate.prefetch(["scene", "other"]))
+    run(lambda: gate.expected.prefetch(["scene", "other"]))
     assert engine.loaded == []
 
 
 def test_a_scene_whose_adapter_is_gone_or_broken_stops_nothing(engine: FakeEngine, registry: Any) -> None:
     gate = gate_of(engine, registry)
     for index in range(3):
-        gate.expect(f"scene-{index}", ALICE, f"a{index}")
+        gate.expected.expect(f"scene-{index}", ALICE, f"a{index}")
     registry.delete(ALICE, "a0")
     engine.broken.add(number(registry, "a1"))
-    run(lambda: gate.prefetch(["scene-0", "scene-1", "scene-2"]))
+    run(lambda: gate.expected.prefetch(["scene-0", "scene-1", "scene-2"]))
     assert engine.loaded == [number(registry, "a2")]
 
 
@@ -290,10 +290,10 @@ def test_a_prefetched_adapter_counts_when_it_is_used(engine: FakeEngine, registr
     gate = gate_of(engine, registry)
 
     async def body() -> None:
-        assert await gate.hint("scene", ALICE, "a0")
+        assert await gate.expected.hint("scene", ALICE, "a0")
         with pytest.raises(NotFound):
-            await gate.hint("scene", BOB, "a0")
-        await gate.prefetch(["scene"])
+            await gate.expected.hint("scene", BOB, "a0")
+        await gate.expected.prefetch(["scene"])
         for _ in range(2):
             (await gate.use(ALICE, "a0", Serving(), "base")).close()
 
@@ -306,11 +306,11 @@ def test_a_prefetched_adapter_counts_when_it_is_used(engine: FakeEngine, registr
 def test_the_number_of_remembered_scenes_is_bounded(
     engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapter_gate, "MAX_SCENES", 2)
+    monkeypatch.setattr(expected_adapters, "MAX_SCENES", 2)
     gate = gate_of(engine, registry)
     for index in range(4):
-        gate.expect(f"scene-{index}", ALICE, "a0")
-    assert list(gate._scenes) == ["scene-2", "scene-3"]
+        gate.expected.expect(f"scene-{index}", ALICE, "a0")
+    assert list(gate.expected._scenes) == ["scene-2", "scene-3"]
 
 
 def knows(registry: Any, tmp_path: Path, name: str, *memories: str) -> None:
@@ -370,29 +370,77 @@ def test_a_build_holds_its_adapters_files_and_has_it_loaded(engine: FakeEngine, 
     run(body)
 
 
-@pytest.mark.parametrize("end", ["deleted", "broken"])
-def test_a_build_with_an_adapter_that_ended_never_reaches_the_engine(
-    engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    forgotten = []
+async def build(gate: AdapterGate, lora: Any) -> None:
+    async with gate.building(lora):
+        pass
+
+
+@pytest.fixture
+def told(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What the engine was told of which adapter."""
+    told: list[tuple[str, str]] = []
 
     async def call(client: FakeEngine, op: str, payload: Any = None) -> list[dict[str, Any]]:
-        forgotten.append((op, payload["lora_name"]))
+        told.append((op, payload["lora_name"]))
         return [{}]
 
     monkeypatch.setattr(engine_channel, "call", call)
+    return told
+
+
+@pytest.mark.parametrize("end", ["deleted", "broken", "damaged"])
+def test_a_build_with_an_adapter_that_does_not_load_never_reaches_the_engine(
+    engine: FakeEngine, registry: Any, told: list[tuple[str, str]], end: str
+) -> None:
+    """Only what is gone is forgotten: the name is forgotten for ever, with all that was computed under it."""
     gate = gate_of(engine, registry)
     lora = gate.coming(ALICE, "a0", Serving(), "base", ()).lora
     if end == "deleted":
         registry.delete(ALICE, "a0")
-    else:
+    elif end == "broken":
         engine.broken.add(number(registry, "a0"))
-
-    async def body() -> None:
-        with pytest.raises(AdapterUnavailable):
-            async with gate.building(lora):
-                raise AssertionError("it was built")
-
-    run(body)
+    else:
+        (registry.files.folder(registry.find(ALICE, "a0")[1].digest) / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterUnavailable):
+        run(lambda: build(gate, lora))
     assert engine.loaded == [] and registry.files.num_held == 0
-    assert forgotten == [("forget_adapter", lora.lora_name)], "or it would be claimed again and again"
+    op = "forget_adapter" if end == "deleted" else "give_up_builds"
+    assert told == [(op, lora.lora_name)], "or it would be claimed again and again"
+
+
+def test_a_build_goes_on_when_its_adapter_loads_again(
+    engine: FakeEngine, registry: Any, told: list[tuple[str, str]]
+) -> None:
+    gate = gate_of(engine, registry)
+    lora = gate.coming(ALICE, "a0", Serving(), "base", ()).lora
+    engine.broken.add(lora.lora_int_id)
+    with pytest.raises(AdapterUnavailable, match="cannot be loaded by vLLM"):
+        run(lambda: build(gate, lora))
+    engine.broken.clear()
+    run(lambda: build(gate, lora))
+    assert engine.loaded == [lora.lora_int_id] and counted("loads", reason="build") == 1
+    assert told == [("give_up_builds", lora.lora_name)]
+
+
+@pytest.mark.parametrize("end", ["stands", "unloaded", "loaded anew", "files gone", "no endpoint"])
+def test_a_build_with_vllms_own_adapter_has_it_loaded_while_it_stands(
+    engine: FakeEngine, registry: Any, told: list[tuple[str, str]], end: str
+) -> None:
+    """The operator may have unloaded it since, and removed its folder; vLLM's engine would not survive the load."""
+    from vllm.lora.request import LoRARequest
+
+    serving, lora = Serving(), LoRARequest("listed", 1, "/adapters/listed")
+    serving.models.lora_requests = {"listed": LoRARequest("listed", 2 if end == "loaded anew" else 1, lora.lora_path)}
+    config = AdaptersConfig()
+    gate = AdapterGate(engine, registry, config, MemoryMetrics(), lambda: None if end == "no endpoint" else serving)  # type: ignore[arg-type]
+    if end == "unloaded":
+        serving.models.lora_requests.clear()
+    elif end == "files gone":
+        engine.broken.add(1)
+    if end == "stands":
+        run(lambda: build(gate, lora))
+        assert engine.loaded == [1] and told == []
+        return
+    with pytest.raises(AdapterUnavailable):
+        run(lambda: build(gate, lora))
+    assert engine.loaded == [] and told == [("give_up_builds", "listed")]

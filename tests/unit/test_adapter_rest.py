@@ -61,10 +61,10 @@ def client(engine: FakeEngine, tmp_path: Path) -> Iterator[TestClient]:
     app.include_router(adapters.router)
     gate = AdapterGate(engine, registry, config.adapters, MemoryMetrics())  # type: ignore[arg-type]
 
-    def get(who: Any, memory_id: str) -> Any:
+    def distillable(who: Any, memory_id: str) -> Any:
         raise NotFound(f"no memory {memory_id!r}")
 
-    service = SimpleNamespace(get=get)
+    service = SimpleNamespace(distillable=distillable)
     app.state.memos = SimpleNamespace(config=config, adapters=gate, service=service, cut_reports=lambda who: None)
     with TestClient(app) as client:
         yield client

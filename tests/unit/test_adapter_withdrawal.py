@@ -95,9 +95,10 @@ def test_it_goes_with_the_kv_of_a_memory_that_is_gone_or_changed(world: World, c
         lambda world: world.clock.forward(2000),
         lambda world: world.service.life.set_state(ALICE, world.job.id, "archived"),
         lambda world: world.service.update(ALICE, world.job.id, sensitivity="sensitive"),
+        lambda world: world.service.update(ALICE, world.job.id, type="trajectory"),
         lambda world: world.service.life.roll_back(ALICE, world.service.life.snapshots(ALICE)[0].id),
     ],
-    ids=["expire", "archive", "keep secret", "roll back"],
+    ids=["expire", "archive", "keep secret", "make it a trajectory", "roll back"],
 )
 def test_it_goes_with_a_memory_that_no_prompt_may_hold_any_more(world: World, change: Callable[[World], Any]) -> None:
     change(world)

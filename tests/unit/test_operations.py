@@ -27,9 +27,13 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(engine_channel, "call", call)
     part = SimpleNamespace(status=dict)
     return SimpleNamespace(
-        engine=None, builder=SimpleNamespace(status=build), refiner=None, sources=part, adapters=SimpleNamespace(status=adapters),
+        engine=None,
+        builder=SimpleNamespace(status=build),
+        refiner=None,
+        sources=part,
+        adapters=SimpleNamespace(status=adapters),
         service=SimpleNamespace(stats=lambda: {"memories": 3}),
-    )  # fmt: skip
+    )
 
 
 def status_of(state: Any) -> Any:
