@@ -14,8 +14,9 @@ For each model, context length and query length, in one run and interleaved:
 
 TTFT is taken at the client. Build is the first request with a memory: computed, then saved. Greedy
 answers are compared: each from Memos with the warm one to the same query, the first one with the
-direct one. The exit code is 1 if one differs, or if a sample's tokens did not come from where its
-source says; neither is reported as a measurement.
+direct one; not those of a model without weights, which gives times only. The exit code is 1 if one
+differs, or if a sample's tokens did not come from where its source says; neither is reported as a
+measurement.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     interrupted = False
     for model in options.models:
-        if has_gpu():
-            model = models.fitted(model, report.gpu_memory_bytes() or 0)
+        if has_gpu() and (memory_bytes := report.gpu_memory_bytes()):
+            model = models.fitted(model, memory_bytes)
         run = Run(model, options)
         try:
             run.measure()
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.failures.append("interrupted")
         except (ServerError, RequestFailed, texts.CannotFit, httpx.HTTPError) as error:
             run.failures.append(str(error))  # the other models, and what was measured of this one, still count
-        rows += ttft_table.rows(model.name, run.samples)
+        rows += ttft_table.rows(model.name, run.samples, compare=not model.dummy)
         flags[model.name] = run.flags
         failures += [f"{model.name}: {failure}" for failure in run.failures]
         if interrupted:
