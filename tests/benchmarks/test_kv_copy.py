@@ -1,6 +1,8 @@
 """The copy benchmark: its rows, and that wrong bytes have no speed. Nothing here looks at a time."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,3 +120,18 @@ def test_on_cpu_there_is_nothing_to_plan(capsys, monkeypatch):
 def test_a_shape_is_whole_blocks():
     shape = Shape(4096, 32 * PLANES)
     assert shape.num_blocks == 32 and shape.block_bytes * shape.num_blocks == shape.size_bytes
+
+
+def test_vllms_copies_run_on_a_stream_of_their_own_and_are_waited_for(monkeypatch):
+    calls, current = [], []
+
+    @contextlib.contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    fake = SimpleNamespace(Stream=lambda: "own", stream=stream, synchronize=lambda: calls.append("waited"))
+    monkeypatch.setattr(kv_copy_gpu.torch, "cuda", fake)
+    kv_copy_gpu.on_its_own_stream(lambda *args, **kwargs: calls.append((args, kwargs, *current)))(1, order=True)
+    assert calls == [((1,), {"order": True}, "own"), "waited"]
