@@ -30,7 +30,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -61,6 +61,7 @@ class Options:
 
     Attributes:
         adapters: how many take part, one cell each.
+        modules: that an adapter changes.
         slots: vLLM's ``--max-loras``.
         host: vLLM's ``--max-cpu-loras``.
         samples: requests of each use that is asked one by one, at least.
@@ -70,6 +71,7 @@ class Options:
 
     model: models.Model
     adapters: tuple[int, ...] = (1, 8, 64)
+    modules: tuple[str, ...] = (*lora.ATTENTION, *lora.MLP)
     slots: int = 4
     host: int = 8
     rank: int = 16
@@ -83,7 +85,17 @@ class Options:
 PRESETS = {
     "smoke": Options(models.RECALL, (1, 8), slots=2, host=4, rank=8, samples=3, churn=16, max_tokens=4),
     "cpu": Options(models.CPU),
-    "gpu": Options(models.QWEN3_8B, (1, 8, 64, 256), host=64, samples=32, churn=1024, clients=16, max_tokens=32),
+    # 521 adapters in all: 8 GB of these modules, and 45 GB of all that there are.
+    "gpu": Options(
+        models.QWEN3_8B,
+        (1, 8, 64, 256),
+        ("q_proj", "v_proj"),
+        host=64,
+        samples=32,
+        churn=1024,
+        clients=16,
+        max_tokens=32,
+    ),
 }
 
 
@@ -104,8 +116,13 @@ class Arm:
 
 
 class Run:
-    def __init__(self, options: Options, folder: Path) -> None:
-        self.options, self.folder = options, folder
+    """
+    Args:
+        save: called whenever there are new rows, since a run may be ended at any time.
+    """
+
+    def __init__(self, options: Options, folder: Path, save: Callable[[Run], None] = lambda run: None) -> None:
+        self.options, self.folder, self._save = options, folder, save
         self.rows: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self._texts = iter(range(10**9))
@@ -117,7 +134,10 @@ class Run:
         cells = [(number, self._names(number, cell)) for cell, number in enumerate(options.adapters)]
         every = [name for _, (known, fresh) in cells for name in (*known, *fresh)]
         for seed, name in enumerate(every):
-            lora.write_adapter(self.folder / "import" / name, model, seed, rank=options.rank, base_name=str(model))
+            lora.write_adapter(
+                self.folder / "import" / name, model, seed,
+                rank=options.rank, modules=options.modules, base_name=str(model),
+            )  # fmt: skip
         with ExitStack() as stack, report.progress("adapters", 1 + 6 * len(cells)) as advance:
             arms = self._start(model, stack)
             advance("registering")
@@ -131,6 +151,7 @@ class Run:
                         for order in ("round_robin", "zipf"):
                             advance(f"{number} adapters, {arm.name}, {order}")
                             self._churn(arm, number, known, order)
+                    self._save(self)
                 self._compare(arms, known)
 
     def _names(self, number: int, cell: int) -> tuple[list[str], list[str]]:
@@ -148,8 +169,7 @@ class Run:
         extra += ["--max-lora-rank", str(options.rank), "--max-num-seqs", "32", *options.model.flags]
         share = ["--gpu-memory-utilization", "0.46"] if has_gpu() else []
         config = self.folder / "memos.yaml"
-        settings = {"data_dir": str(self.folder / "data"), "adapters": {"import_dir": str(self.folder / "import")}}
-        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        config.write_text(yaml.safe_dump(self._settings()), encoding="utf-8")
         environment = {
             "VLLM_PLUGINS": "lora_filesystem_resolver",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -167,6 +187,13 @@ class Run:
                 for _ in range(3):
                     chat(http, arm.server.model, [{"role": "user", "content": self._text()}], max_tokens=4)
         return arms
+
+    def _settings(self) -> dict[str, Any]:
+        """Room for a copy of every adapter."""
+        folder = self.folder / "import"
+        needed = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        adapters = {"import_dir": str(folder), "disk_bytes": 2 * needed}
+        return {"data_dir": str(self.folder / "data"), "adapters": adapters}
 
     @contextmanager
     def _alone(self, arm: Arm, arms: Sequence[Arm]) -> Iterator[None]:
@@ -307,20 +334,27 @@ def _distance(one: Answer, other: Answer) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers stop
+    # As Ctrl-C: the servers are stopped on the way out, and what was measured is still shown.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     preset, options, target = parse(argv)
     folder = Path(tempfile.mkdtemp(prefix="memos-adapters-"))
-    run = Run(options, folder)
+
+    def save(run: Run) -> None:
+        if target:
+            flags = {"preset": preset, "model": options.model.name, "problems": run.problems}
+            names = ("modules", "slots", "host", "rank", "clients", "max_tokens", "seed")
+            report.write_json(target, "adapters", flags | {name: getattr(options, name) for name in names}, run.rows)
+
+    run = Run(options, folder, save)
     try:
         run.measure()
+    except KeyboardInterrupt:
+        run.problems.append("interrupted")
     except (ServerError, RequestFailed, httpx.HTTPError) as error:
         run.problems.append(str(error))  # what was measured before still counts
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if target:
-        flags = {"preset": preset, "model": options.model.name, "problems": run.problems}
-        flags |= {name: getattr(options, name) for name in ("slots", "host", "rank", "clients", "max_tokens", "seed")}
-        report.write_json(target, "adapters", flags, run.rows)
+    save(run)
     adapters_table.show(run.rows, run.problems)
     return 1 if run.problems else 0
 
@@ -346,6 +380,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Options, str | None]:
             options = replace(options, model=models.find(arguments.model))
         except ValueError as error:
             parser.error(str(error))
+    if options.model.dummy:
+        parser.error(f"{options.model.name} has no weights here, so its answers do not tell adapters apart")
     if options.host < options.slots:
         parser.error("--host must be at least --slots: vLLM keeps what is in a slot in host memory too")
     return preset, options, arguments.json

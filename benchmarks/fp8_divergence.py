@@ -20,6 +20,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks import models, report
 from benchmarks.arguments import output_file
@@ -52,7 +54,7 @@ class Options:
 PRESETS = {
     "smoke": Options((models.RECALL.name,), (200,), 3),
     "cpu": Options((models.RECALL.name, models.CPU.name), (256, 1024), 24),
-    "gpu": Options((models.RECALL.name, "Qwen/Qwen3-0.6B", models.QWEN3_8B.name), (1024, 4096), 48),
+    "gpu": Options((models.RECALL.name, models.CPU.name, models.QWEN3_8B.name), (1024, 3072), 48),
 }
 
 
@@ -73,21 +75,42 @@ class Answer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # As Ctrl-C: the engine ends, and what was measured is still shown.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = _parse(argv)
     options: Options = arguments.options
     console = report.console()
     rows: list[Row] = []
-    spawn = multiprocessing.get_context("spawn")
+    failures: list[str] = []
     with report.progress("fp8_divergence", len(options.models)) as advance:
         for name in options.models:
-            with ProcessPoolExecutor(1, spawn) as pool:  # vLLM gives its memory back with its process
-                rows += pool.submit(measure, name, options).result()
+            try:
+                rows += in_a_process_of_its_own(name, options)
+            except KeyboardInterrupt:
+                failures.append("interrupted")
+            except Exception as error:  # whatever vLLM or its process ended with; the other models still count
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+            if arguments.json:
+                flags = {"preset": arguments.preset, "prompts": options.prompts, "contexts": list(options.contexts)}
+                report.write_json(arguments.json, "fp8_divergence", flags | {"failures": failures}, rows)
+            if "interrupted" in failures:
+                break
             advance(name)
     show(console, rows)
-    if arguments.json:
-        flags = {"preset": arguments.preset, "prompts": options.prompts, "contexts": list(options.contexts)}
-        report.write_json(arguments.json, "fp8_divergence", flags, rows)
-    return 0
+    for failure in failures:
+        console.print("[red]FAILED[/red]", Text(failure), highlight=False)
+    return 1 if failures else 0
+
+
+def in_a_process_of_its_own(name: str, options: Options) -> list[Row]:
+    """``measure``; vLLM gives its memory back with its process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, name, options).result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def measure(name: str, options: Options) -> list[Row]:
@@ -170,6 +193,11 @@ def _prompts(model: models.Model, tokenizer: Any, context: int, count: int) -> l
     return [Prompt(list(ids), example.answer) for ids, example in zip(chats, examples, strict=True)]
 
 
+def room(context: int) -> int:
+    """``max_model_len``: a chat of the recall model takes more tokens than its context."""
+    return 2 * context + MAX_TOKENS + 256
+
+
 class _Engine:
     """vLLM in this process, with the connector and the fp8 store."""
 
@@ -184,13 +212,11 @@ class _Engine:
 
         kv = {"store_dtype": "fp8", "disk_bytes": 0, "min_load_tokens": 1}
         config = MemosConfig.model_validate({"data_dir": str(data_dir), "kv": kv})
-        flags: dict[str, Any] = {"load_format": "dummy"} if model.dummy else {}
-        if not has_gpu():
-            flags |= {"kv_cache_memory_bytes": 256 * 2**20}
+        flags: dict[str, Any] = {} if has_gpu() else {"kv_cache_memory_bytes": 256 * 2**20}
         self._llm = LLM(
             model.directory(),
             enforce_eager=True,
-            max_model_len=2 * context + MAX_TOKENS + 256,
+            max_model_len=room(context),
             block_size=16 if has_gpu() else 32,
             kv_transfer_config=connector_config(None, config),
             disable_log_stats=True,
@@ -274,9 +300,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = PRESETS[arguments.preset]
     for name in arguments.model or ():
         try:
-            models.find(name)
+            model = models.find(name)
         except ValueError as error:
             parser.error(str(error))
+        if model.dummy:
+            parser.error(f"{name} has no weights here, so its answers say nothing about its KV")
     named = tuple(arguments.model) if arguments.model else options.models
     arguments.options = Options(named, options.contexts, options.prompts)
     return arguments

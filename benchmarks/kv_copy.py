@@ -15,15 +15,18 @@
 Arms take turns, a share is the median over pairs of runs. With a GPU also each of the planner's methods alone
 (`staged`, `direct`, `dma`), vLLM's own copies (`vllm_dma`, `vllm_triton`), and what copies cost a decode
 loop that runs beside them. Bytes are checked before and after; wrong bytes have no speed and end in code 1.
+What was measured is written after every cell, since a run may be ended at any time.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +58,22 @@ class Options:
     """Per cell; with the fragment's size it gives their count."""
     repeats: int
     gpu: bool = False
+    file_bytes: int = 64 * 2**20
+    """Cells up to this size read files too: a larger one would take a minute to say the same."""
 
 
 _SIZES = tuple(2**power for power in range(12, 22))
 PRESETS = {
     "smoke": Options((4 * 2**10, 64 * 2**10), (4 * 2**20,), 3),
     "cpu": Options(_SIZES, (64 * 2**20,), 15),
-    "gpu": Options(_SIZES, (4 * 2**20, 64 * 2**20, 512 * 2**20), 15, gpu=True),
+    # About five minutes.
+    "gpu": Options(_SIZES, (4 * 2**20, 64 * 2**20, 256 * 2**20), 7, gpu=True),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # As Ctrl-C: the files are removed on the way out, and what was measured is still shown.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = _parse(argv)
     console = report.console()
     if arguments.plan:
@@ -75,27 +83,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     failures: list[str] = []
     plan = _machine_plan(arguments) if options.gpu else CopyPlan()
-    with report.progress("kv_copy", len(options.fragment_bytes) * len(options.total_bytes)) as advance:
-        for total in options.total_bytes:
-            for size in options.fragment_bytes:
-                shape = Shape(size, max(total // size // PLANES, 1) * PLANES)
-                try:
-                    rows += measure(shape, options, plan, arguments.directory)
-                except WrongBytes as error:
-                    failures.append(str(error))
-                advance(f"{size} x {shape.fragments}")
+
+    def save() -> None:
+        if arguments.json:
+            flags = {"preset": arguments.preset, "repeats": options.repeats, "failures": failures}
+            report.write_json(arguments.json, "kv_copy", flags, rows)
+
+    try:
+        for what, cell in cells(options, plan, arguments.directory):
+            try:
+                rows += cell()
+            except WrongBytes as error:
+                failures.append(f"wrong bytes: {error}; this cell has no speed")
+            except RuntimeError as error:  # no memory on the GPU, an operation that failed: the others still count
+                failures.append(f"{what}: {error}")
+            save()
+    except KeyboardInterrupt:
+        failures.append("interrupted")
+        save()
+    if options.gpu:
+        kv_copy_table.show_plan(console, plan)
+    kv_copy_table.show(console, rows, failures)
+    if arguments.plot and any("fragment_bytes" in one for one in rows):
+        kv_copy_table.plot(arguments.plot, rows)
+    return 1 if failures else 0
+
+
+def cells(options: Options, plan: CopyPlan, where: str | None) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """What is to be measured, and how; one after another."""
+    shapes = [
+        Shape(size, max(total // size // PLANES, 1) * PLANES)
+        for total in options.total_bytes
+        for size in options.fragment_bytes
+    ]
+    with report.progress("kv_copy", len(shapes)) as advance:
+        for shape in shapes:
+            what = f"{shape.fragment_bytes} x {shape.fragments}"
+            yield what, partial(measure, shape, options, plan, where)
+            advance(what)
     if options.gpu:
         from benchmarks import kv_copy_gpu
 
-        rows.append(kv_copy_gpu.interference(plan))
-        kv_copy_table.show_plan(console, plan)
-    kv_copy_table.show(console, rows, failures)
-    if arguments.json:
-        flags = {"preset": arguments.preset, "repeats": options.repeats, "failures": failures}
-        report.write_json(arguments.json, "kv_copy", flags, rows)
-    if arguments.plot and rows:
-        kv_copy_table.plot(arguments.plot, rows)
-    return 1 if failures else 0
+        yield "interference", lambda: [kv_copy_gpu.interference(plan)]
 
 
 def _machine_plan(arguments: argparse.Namespace) -> CopyPlan:
@@ -111,7 +140,9 @@ def measure(shape: Shape, options: Options, plan: CopyPlan, where: str | None) -
     with tempfile.TemporaryDirectory(dir=where, prefix="kv-copy-") as files:
         rig = Rig(shape, device, Path(files), plan)
         try:
-            rows = [*_copies(rig, shape, options, plan), *_files(rig, shape, options)]
+            rows = list(_copies(rig, shape, options, plan))
+            if shape.size_bytes <= options.file_bytes:
+                rows += _files(rig, shape, options)
             rig.verify(rig.load, "load, after the runs")
             return rows
         finally:

@@ -66,8 +66,9 @@ class Rig:
         self.shape, self.device = shape, device
         generator = torch.Generator().manual_seed(shape.fragment_bytes)
         total = 2 * shape.num_blocks
+        fill = torch.Generator(device).manual_seed(shape.fragment_bytes)
         self.planes = [
-            torch.randint(0, 256, (total, shape.fragment_bytes), dtype=torch.uint8, generator=generator).to(device)
+            torch.randint(0, 256, (total, shape.fragment_bytes), dtype=torch.uint8, generator=fill, device=device)
             for _ in range(PLANES)
         ]
         self._expected = [plane.clone() for plane in self.planes]

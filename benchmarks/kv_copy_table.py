@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from memos_vllm.store.copy_planner import CopyPlan, Direction
 from memos_vllm.store.pipeline import Method
@@ -54,7 +55,7 @@ def show(console: Console, rows: Sequence[Row], failures: Sequence[str]) -> None
     for line in verdict(rows):
         console.print(line, highlight=False)
     for failure in failures:
-        console.print(f"[red]wrong bytes[/red]  {failure}; this cell has no speed", highlight=False)
+        console.print("[red]FAILED[/red]", Text(failure), highlight=False)
 
 
 def _order(column: tuple[str, str, str]) -> tuple[int, str, int]:

@@ -1,9 +1,10 @@
 """Model directories without a hub: a configuration, weights and a tokenizer, made on first use.
 
-Weights are random and seeded (``cpu``), or absent for vLLM's ``load_format=dummy`` (the shapes of
-``gpu``). Either way the tokenizer is a small byte-level BPE with a ChatML template, filled up to the
-model's vocabulary, so that every token id decodes to ASCII text and the first token of an answer is
-also its first visible chunk.
+Weights are random and seeded. Of models that are too large for that they are absent: with vLLM's
+``load_format=dummy`` attention is lost in rounding, so that such a model gives times, and its answers
+say nothing about the KV that they came from. Either way the tokenizer is a small byte-level BPE with
+a ChatML template, filled up to the model's vocabulary, so that every token id decodes to ASCII text
+and the first token of an answer is also its first visible chunk.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from typing import Any
 from benchmarks.texts import sentences
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SHARD_BYTES = 2 * 2**30
 LAYOUT = 1
 """Part of the cache key: raise it when what is written below changes."""
 
@@ -69,7 +73,7 @@ class Model:
     Attributes:
         name: as it stands in rows.
         geometry: shape; ``None`` for a directory or hub name that exists already.
-        dummy: no weights are written; the server runs with ``--load-format dummy``.
+        dummy: no weights are written; the server runs with ``--load-format dummy``, and no answer is compared.
         flags: what ``vllm serve`` needs for it, beyond the defaults of ``serving``.
         weight_bytes: of the loaded weights, to decide whether two servers fit one card.
     """
@@ -97,8 +101,6 @@ CPU = Model("random-61m", Geometry(768, 8, 12, 4, 64, 2304, 4096))
 QWEN3_8B = Model(
     "Qwen3-8B",
     Geometry(4096, 36, 32, 8, 128, 12288, 151936),
-    dummy=True,
-    flags=("--load-format", "dummy"),
     weight_bytes=17 * 10**9,
 )
 QWEN3_32B = Model(
@@ -130,10 +132,10 @@ def find(name: str) -> Model:
 
 def fitted(model: Model, memory_bytes: int) -> Model:
     """The model as it fits a card: with fp8 weights where bf16 would take more than four fifths of it."""
-    if not model.dummy or model.weight_bytes <= 0.8 * memory_bytes:
+    if model.weight_bytes <= 0.8 * memory_bytes:
         return model
     flags = (*model.flags, "--quantization", "fp8")
-    return Model(model.name + "-fp8", model.geometry, True, flags, model.weight_bytes // 2)
+    return Model(model.name + "-fp8", model.geometry, model.dummy, flags, model.weight_bytes // 2)
 
 
 def cache_dir() -> Path:
@@ -153,7 +155,9 @@ def random_model(name: str, folder: Path, geometry: Geometry, *, weights: bool =
         ascii_ids = write_tokenizer(temporary, geometry.vocab_size, seed)
         write_config(temporary, geometry)
         if weights:
-            write_weights(temporary, geometry, ascii_ids, seed)
+            # In a process of its own: what it takes of a GPU is free again before a server starts.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                pool.submit(write_weights, temporary, geometry, ascii_ids, seed).result()
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:
@@ -228,7 +232,7 @@ def write_config(folder: Path, geometry: Geometry) -> None:
 
 
 def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed: int) -> None:
-    """Writes model.safetensors, bf16.
+    """Writes safetensors, bf16; on a GPU, where there is one, which makes 8 billion parameters in seconds.
 
     Matrices keep the variance of their input, and queries are scaled so that attention picks single
     tokens rather than an average of all: the answer then depends on the whole context, so a wrong KV
@@ -237,14 +241,18 @@ def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed:
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator, device=device)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:  # [rows, columns], unit gain
-        return (torch.randn(rows, columns, generator=generator) / math.sqrt(columns)).bfloat16()
+        return (normal(rows, columns) / math.sqrt(columns)).bfloat16().cpu()
 
     hidden, head = geometry.hidden_size, geometry.head_dim
     queries, keys = geometry.num_attention_heads * head, geometry.num_key_value_heads * head
-    embedding = torch.randn(geometry.vocab_size, hidden, generator=generator).bfloat16()
+    embedding = normal(geometry.vocab_size, hidden).bfloat16().cpu()
     output = matrix(geometry.vocab_size, hidden)
     output[~torch.tensor(ascii_ids)] = 0
     tensors = {
@@ -252,7 +260,13 @@ def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed:
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
         "lm_head.weight": output,
     }
+    names: dict[str, str] = {}
     for layer in range(geometry.num_hidden_layers):
+        if sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_BYTES:
+            shard = f"model-{len(set(names.values())):05}.safetensors"
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+            names |= dict.fromkeys(tensors, shard)
+            tensors = {}
         prefix = f"model.layers.{layer}."
         tensors |= {
             prefix + "input_layernorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
@@ -268,3 +282,7 @@ def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed:
             prefix + "mlp.down_proj.weight": matrix(hidden, geometry.intermediate_size),
         }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if names:
+        names |= dict.fromkeys(tensors, "model.safetensors")
+        index = {"metadata": {}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -16,7 +16,7 @@ that all others come between two turns of one; the KV pool holds three of them. 
     predictive_hints   Memos; the client says when a user starts to type
 
 TTFT is taken at the stock openai client, streaming. Rows are about the turns from the second on. The
-exit code is 1 if an arm failed or an answer differs between arms. ``--interference`` measures instead
+exit code is 1 if an arm failed or, in float32, an answer differs between arms. ``--interference`` measures instead
 what prefetching costs the decode streams of other users.
 """
 
@@ -65,7 +65,7 @@ def compare(arguments: Arguments, data_dir: Path) -> int:
         run.failures.append("interrupted")
     except texts.CannotFit as error:
         run.failures.append(str(error))
-    rows = multiuser_table.rows(options.model.name, options.pause_s, run.results)
+    rows = multiuser_table.rows(options.model.name, options.pause_s, run.results, compare=options.comparable)
     if arguments.json:
         flags = {"preset": arguments.preset, **options.as_flags(), "servers": run.flags, "failures": run.failures}
         report.write_json(arguments.json, "multiuser", flags, rows)

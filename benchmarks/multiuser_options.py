@@ -36,8 +36,7 @@ class Options:
         pool_users: how many users' conversations the KV pool holds.
         pause_s: from the end of one answer to the next request, of whichever user.
         lead_s: how long before his turn a user starts to type.
-        dtype: of weights and KV. In float32 a greedy answer does not depend on the shapes in which its
-            prompt was computed, so that the answers of all arms can be compared.
+        dtype: of weights and KV.
         pairs: of windows without and with prefetches, for ``--interference``.
         stream_tokens: length of a decode stream in such a window.
         hint_every_s: between two hints in a window with prefetches.
@@ -72,6 +71,15 @@ class Options:
             pool_users=self.pool_users,
             block_size=self.block_size,
         )
+
+    @property
+    def comparable(self) -> bool:
+        """Whether every arm must give the same answers.
+
+        In float32 a greedy answer does not depend on the shapes in which its prompt was computed. In 16 bits it
+        does where two tokens are about as likely, which they are to random weights and not to the recall model.
+        """
+        return not self.model.dummy and (self.dtype == "float32" or self.model is models.RECALL)
 
     def as_flags(self) -> dict[str, Any]:
         """For the file that is written."""

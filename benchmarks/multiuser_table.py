@@ -33,10 +33,11 @@ TARGET_P50, TARGET_P95, TARGET_READY = 1.10, 1.25, 0.95
 Row = dict[str, Any]
 
 
-def rows(model: str, pause_s: float, results: Sequence[Result]) -> list[Row]:
+def rows(model: str, pause_s: float, results: Sequence[Result], *, compare: bool = True) -> list[Row]:
     """One flat row per arm; the keys are described in the design, ours come after them.
 
-    Answers are compared with those of the limit, or of the first arm where that did not run.
+    Answers are compared with those of the limit, or of the first arm where that did not run. Without ``compare``
+    they may differ: how many are equal is reported, and ``equal`` is None.
     """
     by_arm = {result.arm: result for result in results if result.samples}
     if LIMIT not in by_arm and (control := [sample for result in results for sample in result.control]):
@@ -44,10 +45,10 @@ def rows(model: str, pause_s: float, results: Sequence[Result]) -> list[Row]:
         by_arm[LIMIT] = Result(LIMIT, control, totals=Counters(preemptions=preemptions))
     against = by_arm.get(LIMIT) or next(iter(by_arm.values()), None)
     order = [arm for arm in COLORS if arm in by_arm]
-    return [_row(model, pause_s, by_arm[arm], against) for arm in order]
+    return [_row(model, pause_s, by_arm[arm], against, compare) for arm in order]
 
 
-def _row(model: str, pause_s: float, result: Result, against: Result | None) -> Row:
+def _row(model: str, pause_s: float, result: Result, against: Result | None, compare: bool) -> Row:
     first = [sample for sample in result.samples if sample.turn == 0]
     later = [sample for sample in result.samples if sample.turn > 0]
     control = [sample for sample in result.control if sample.turn > 0]
@@ -68,7 +69,7 @@ def _row(model: str, pause_s: float, result: Result, against: Result | None) -> 
         "ready_share": resident if counted is None else counted,
         "prefetch_forwards": result.forwards,
         "preemptions": result.totals.preemptions,
-        "equal": all(same) if same else None,
+        "equal": all(same) if same and compare else None,
         "n": len(later),
         "model": model,
         "first_ttft_p50_s": _percentile(first, 0.5),
@@ -170,7 +171,9 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         for met, text in _judge(row, limit, others):
             out.append(f"{_met(met)}  {row['arm']}: {text}")
     equal = [row["equal"] for row in rows]
-    if len(rows) > 1:
+    if rows and all(each is None for each in equal):
+        out.append("note    answers are compared in float32 only: in 16 bits they depend on the shapes of the passes")
+    elif len(rows) > 1:
         share = min(row["equal_share"] or 0 for row in rows)
         out.append(f"{_met(all(equal))}  outputs are equal in all arms ({share:.0%} in the worst)")
     warm_up = by_arm.get("warmup_request")

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ CPU_FLAGS = {
 GPU_BLOCK_SIZE = 16
 GPU_FLAGS = {"--block-size": str(GPU_BLOCK_SIZE), "--max-model-len": "8192"}
 COMMON_FLAGS = {"--enable-prompt-tokens-details": None}
+
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia0")
 
 _STOP_TIMEOUT_S = 20.0
 _LOG_TAIL_LINES = 30
@@ -292,12 +295,24 @@ def free_port() -> int:
 
 def has_gpu() -> bool:
     """Whether vLLM will run on a GPU. Asks the driver, not torch, which would take seconds and GPU memory."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/proc/driver/nvidia/version"):
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not has_driver():
         return False
     try:
         return not importlib.metadata.version("vllm").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+@cache
+def has_driver() -> bool:
+    """A container may show the device and hide the driver's file, or give it another name."""
+    if any(os.path.exists(path) for path in DRIVER_FILES):
+        return True
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and bool(listed.stdout.strip())
 
 
 def cpu_list() -> str:

@@ -14,8 +14,9 @@ For each model, context length and query length, in one run and interleaved:
 
 TTFT is taken at the client. Build is the first request with a memory: computed, then saved. Greedy
 answers are compared: each from Memos with the warm one to the same query, the first one with the
-direct one. The exit code is 1 if one differs, or if a sample's tokens did not come from where its
-source says; neither is reported as a measurement.
+direct one; not those of a model without weights, which gives times only. The exit code is 1 if one
+differs, or if a sample's tokens did not come from where its source says; neither is reported as a
+measurement.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ QUERIES = (167, 303, 953)
 TIERS = ("gpu", "host", "disk")
 MAX_MODEL_LEN = 8192
 _ROOM_FOR_TEMPLATE = 64
+DISK_SHARE = 0.9
+"""Of what is free: the KV of all trials of a model stays on disk until its servers were restarted."""
 START_TIMEOUT_S = 1800.0 if has_gpu() else 300.0
 
 
@@ -57,7 +60,7 @@ class Options:
 
     Attributes:
         repeats: users per cell, each with a document of his own; samples of ``direct``, ``evicted``,
-            ``restart`` and Build.
+            ``restart`` and Build. Fewer where the disk has no room for the KV of all.
         hits: queries per user and tier; ``repeats * hits`` samples of ``gpu``, ``host`` and ``disk``.
         max_tokens: length of an answer.
         restart: whether the servers are restarted for the ``restart`` rows.
@@ -74,6 +77,16 @@ class Options:
     block_size: int = GPU_BLOCK_SIZE if has_gpu() else CPU_BLOCK_SIZE
     seed: int = 0
     data_dir: str | None = None
+
+    @property
+    def queries_per_user(self) -> int:
+        return 2 + len(TIERS) * self.hits
+
+    def kv_tokens(self, repeats: int) -> int:
+        """Whose KV goes to disk: each user's document and, behind it, each query with its answer; and a rehearsal."""
+        users = [(context, query) for context in self.contexts for query in self.queries] * repeats
+        users.append((max(self.contexts), max(self.queries)))
+        return sum(context + self.queries_per_user * (query + self.max_tokens) for context, query in users)
 
 
 PRESETS = {
@@ -96,8 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     interrupted = False
     for model in options.models:
-        if has_gpu():
-            model = models.fitted(model, report.gpu_memory_bytes() or 0)
+        if has_gpu() and (memory_bytes := report.gpu_memory_bytes()):
+            model = models.fitted(model, memory_bytes)
+            if model is not models.fitted(model, memory_bytes):
+                console.print(f"note    {model.name} does not fit this card and is left out", highlight=False)
+                continue
+        model.directory()  # made before the disk is asked how much room is left
         run = Run(model, options)
         try:
             run.measure()
@@ -106,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.failures.append("interrupted")
         except (ServerError, RequestFailed, texts.CannotFit, httpx.HTTPError) as error:
             run.failures.append(str(error))  # the other models, and what was measured of this one, still count
-        rows += ttft_table.rows(model.name, run.samples)
+        rows += ttft_table.rows(model.name, run.samples, compare=not model.dummy)
         flags[model.name] = run.flags
         failures += [f"{model.name}: {failure}" for failure in run.failures]
         if interrupted:
@@ -118,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ttft_table.plot(arguments.plot, rows)
     failures += ttft_table.problems(rows)
     ttft_table.show(console, rows, failures)
-    return 1 if failures else 0
+    return 1 if failures or not rows else 0
 
 
 class Run:
@@ -130,6 +147,7 @@ class Run:
 
     Attributes:
         samples: of both arms, also those with a problem.
+        repeats: as many as the disk has room for.
         failures: one sentence per trial that could not be finished.
         flags: what the servers ran with.
     """
@@ -138,11 +156,12 @@ class Run:
         memory_bytes = report.gpu_memory_bytes() if has_gpu() else None
         self.model = model
         self.options = options
+        self.repeats = repeats_that_fit(model, options)
         self.side_by_side = not memory_bytes or 2 * model.weight_bytes < 0.7 * memory_bytes
         self.cells = [(context, query) for context in options.contexts for query in options.queries]
         self.samples: list[Sample] = []
         self.failures: list[str] = []
-        self.flags: dict[str, Any] = {"side_by_side": self.side_by_side}
+        self.flags: dict[str, Any] = {"side_by_side": self.side_by_side, "repeats": self.repeats}
 
     def measure(self) -> None:
         """Fills ``samples``. What was measured before an error stays.
@@ -152,8 +171,11 @@ class Run:
             RequestFailed, CannotFit: the first requests failed, so there is no point in going on.
         """
         options = self.options
+        if not self.repeats:
+            self.failures.append("the disk has no room for one user's KV per cell: --data-dir, or fewer --contexts")
+            return
         groups = [options.arms] if self.side_by_side else [(arm,) for arm in options.arms]
-        steps = len(groups) * (1 + len(self.cells) * options.repeats * (2 if options.restart else 1))
+        steps = len(groups) * (1 + len(self.cells) * self.repeats * (2 if options.restart else 1))
         data_dir = Path(tempfile.mkdtemp(prefix="memos-ttft-", dir=options.data_dir))
         try:
             with report.progress(self.model.name, steps) as advance:
@@ -187,9 +209,9 @@ class Run:
             for arm in arms:
                 arm.samples.clear()
             trials = []
-            for repeat in range(self.options.repeats):
+            for repeat in range(self.repeats):
                 for context, query in self.cells:
-                    advance(f"{context} + {query} tokens, {repeat + 1} of {self.options.repeats}")
+                    advance(f"{context} + {query} tokens, {repeat + 1} of {self.repeats}")
                     trials.append(make_trial(context, query, repeat))
                     # Who goes first alternates, so that a steady drift favours nobody.
                     order = arms if repeat % 2 == 0 else arms[::-1]
@@ -272,7 +294,7 @@ class TrialMaker:
         )
 
     def _make_queries(self, length: int) -> list[str]:
-        number = 2 + len(TIERS) * self._options.hits
+        number = self._options.queries_per_user
         return [texts.query(f"{self._prefix}-{length}-{index}", length, self._count_query) for index in range(number)]
 
     def _count_document(self, document: str) -> int:
@@ -298,6 +320,22 @@ def make_arm(name: str, model: models.Model, options: Options, data_dir: Path, g
     return MemosArm(server, options.block_size, options.max_tokens, data_dir)
 
 
+def repeats_that_fit(model: models.Model, options: Options) -> int:
+    """Users per cell whose KV the disk has room for, at most as many as asked for."""
+    if model.geometry is None:
+        return options.repeats  # a directory or a hub's: its KV is not known before it runs
+    room = disk_room(options.data_dir or tempfile.gettempdir())
+    fits = (
+        n for n in range(options.repeats, 0, -1) if options.kv_tokens(n) * model.geometry.kv_bytes_per_token <= room
+    )
+    return next(fits, 0)
+
+
+def disk_room(folder: str | Path) -> int:
+    """Bytes that KV may take there."""
+    return int(DISK_SHARE * shutil.disk_usage(folder).free)
+
+
 def memos_config(options: Options, data_dir: Path) -> dict[str, Any]:
     """Room for the longest document in the system message and for every trial's KV."""
     return {
@@ -305,7 +343,7 @@ def memos_config(options: Options, data_dir: Path) -> dict[str, Any]:
         "memory": {"long_lived_tokens": 2 * max(options.contexts)},
         # The tiers are measured as they are found; prediction would bring KV to the GPU before the request.
         "prediction": {"enabled": False},
-        "kv": {"host_bytes": "16GiB" if has_gpu() else "1GiB", "disk_bytes": "256GiB" if has_gpu() else "16GiB"},
+        "kv": {"host_bytes": "16GiB" if has_gpu() else "1GiB", "disk_bytes": disk_room(data_dir)},
     }
 
 

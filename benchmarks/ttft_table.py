@@ -46,8 +46,12 @@ TARGET_SPEEDUP = 0.90
 Row = dict[str, Any]
 
 
-def rows(model: str, samples: Sequence[Sample]) -> list[Row]:
-    """One flat row per cell, arm and source; the keys are described in the design, ours come after them."""
+def rows(model: str, samples: Sequence[Sample], *, compare: bool = True) -> list[Row]:
+    """One flat row per cell, arm and source; the keys are described in the design, ours come after them.
+
+    Args:
+        compare: False for a model whose answers say nothing; ``equal`` is None then.
+    """
     by_cell: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     for sample in samples:
         by_cell[sample.trial.cell].append(sample)
@@ -72,6 +76,7 @@ def rows(model: str, samples: Sequence[Sample]) -> list[Row]:
                 "build_s": build_s,
             }
             row |= _row(arm, source, group)
+            row["equal"] = row["equal"] if compare else None
             sound = not row["problem"] and row["equal"] is not False
             row["speedup"] = 1 - row["ttft_p50_s"] / direct_s if direct_s and sound else None
             row["save_s"] = save_s

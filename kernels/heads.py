@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .planes import halves, memory_of
+from .planes import halves, memory_of, memory_order
 
 Order = Literal["NHD", "HND"]
 
@@ -67,11 +67,18 @@ def heads_of(kv_caches: Sequence[Tensor], num_blocks: int, shapes: HeadShape | S
         for plane, part in halves(cache, num_blocks, position):
             if (key := memory_of(plane)) in planes:
                 continue
-            row = torch.empty((1, *plane.shape[1:]), dtype=plane.dtype, device="meta")
+            row = _row_of(plane)
             parts = zip(_split(plane, part, shape, position), _split(row, part, shape, position), strict=True)
             views += [HeadView(view, is_key, len(planes), row[0]) for (view, is_key), (row, _) in parts]
             planes[key] = None
     return views
+
+
+def _row_of(plane: Tensor) -> Tensor:
+    """One block as a row holds it, ``[1, *plane.shape[1:]]``: without memory, and with the row's strides."""
+    order = memory_order(plane)
+    row = torch.empty((1, *(plane.shape[dim] for dim in order)), dtype=plane.dtype, device="meta")
+    return row.permute(0, *(1 + order.index(dim) for dim in range(1, plane.dim())))
 
 
 def _split(tensor: Tensor, part: int | None, shape: HeadShape, position: int) -> Iterator[tuple[Tensor, bool]]:

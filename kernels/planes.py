@@ -27,12 +27,31 @@ def planes_of(kv_caches: Sequence[Tensor], num_blocks: int) -> list[Tensor]:
         num_blocks: of vLLM's KV cache manager.
 
     Returns:
-        ``[num_blocks, ...]`` or ``[num_blocks, k, ...]`` per plane, sharing memory with the caches.
-        A view that occurs twice (layers that share their KV) is returned once.
+        ``[num_blocks, ...]`` or ``[num_blocks, k, ...]`` per plane, sharing memory with the caches, and with the
+        dimensions of a block as ``memory_order`` has them. A view that occurs twice (layers that share their KV)
+        is returned once.
 
     Raises:
         ValueError: no dimension of a cache counts blocks, or two of them could.
     """
+    return [plane.permute(0, *memory_order(plane)) for plane in _registered(kv_caches, num_blocks)]
+
+
+def memory_order(plane: Tensor) -> tuple[int, ...]:
+    """The dimensions behind the first as a block lies in memory, where it is one piece; else as they are.
+
+    FlashAttention registers ``[num_blocks, heads, tokens, size]`` and lets tokens lie outside heads: in this order
+    such a block is one copy, in that of its shape thousands.
+    """
+    as_registered = tuple(range(1, plane.dim()))
+    outermost_first = tuple(sorted(as_registered, key=plane.stride, reverse=True))
+    if plane[0].is_contiguous() or not plane.permute(0, *outermost_first)[0].is_contiguous():
+        return as_registered
+    return outermost_first
+
+
+def _registered(kv_caches: Sequence[Tensor], num_blocks: int) -> list[Tensor]:
+    """The planes with their dimensions as registered."""
     planes: dict[tuple, Tensor] = {}
     for position, cache in enumerate(kv_caches):
         for half in halves(cache, num_blocks, position):
@@ -76,9 +95,19 @@ def block_bytes(planes: Sequence[Tensor]) -> int:
     return sum(map(plane_bytes, planes))
 
 
-def describe_planes(planes: Sequence[Tensor]) -> tuple[str, ...]:
-    """Shape and dtype of one block per plane, such as ``bfloat16[8,16,128]``; for ``KVIdentity.layout``."""
-    return tuple(f"{str(p.dtype).removeprefix('torch.')}[{','.join(map(str, p.shape[1:]))}]" for p in planes)
+def describe_planes(kv_caches: Sequence[Tensor], num_blocks: int) -> tuple[str, ...]:
+    """What a row of these caches is made of: one block per plane; for ``KVIdentity.layout``.
+
+    Its dtype and its shape as registered, such as ``bfloat16[8,16,128]``, and the order in which its dimensions
+    follow in a row where that is another: ``bfloat16[8,16,128] as 1,0,2``.
+    """
+    return tuple(map(_describe, _registered(kv_caches, num_blocks)))
+
+
+def _describe(plane: Tensor) -> str:
+    text = f"{str(plane.dtype).removeprefix('torch.')}[{','.join(map(str, plane.shape[1:]))}]"
+    order = memory_order(plane)
+    return text if order == tuple(sorted(order)) else f"{text} as {','.join(str(dim - 1) for dim in order)}"
 
 
 def byte_view(plane: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def rotate(heads: Tensor, shift: RotaryShift) -> Tensor:
     """Heads ``[..., head_size]`` after the shift, in their dtype."""
     result = heads.clone()
     first, second = shift.pairs(heads)
-    cos, sin = shift.cos.to(heads.dtype), shift.sin.to(heads.dtype)
+    cos, sin = shift.cos.to(heads), shift.sin.to(heads)  # dtype and device
     turned = shift.pairs(result)
     turned[0].copy_(first * cos - second * sin)
     turned[1].copy_(second * cos + first * sin)

@@ -1,11 +1,11 @@
 """How one block lies in a row of a chunk.
 
-    exact   plane after plane, each contiguous in its logical order
+    exact   plane after plane, each as it lies in memory where it is one piece, else in the order of its shape
     fp8     the same with one e4m3 byte per element, then one byte of scale per head, then padding
 
-The row is therefore the same for every stride order (NHD, HND, layers interleaved), so a chunk that was
-saved under one can be loaded under another; and each row stands for itself, so rows can be kept,
-dropped and loaded singly.
+The strides between blocks and layers leave no trace in a row, the order within a block does: it is part of
+``describe_planes``, and so of the identity under which KV is kept. Each row stands for itself, so rows can
+be kept, dropped and loaded singly.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@
     |   +-- NotFound           404, no such memory or adapter for this user
     |   +-- Conflict           409, the memory's state does not allow it
     |   +-- DocumentError      a document that cannot be taken; 400, 411, 413 or 415
+    |   +-- MissingPackage     501, text of a language whose package is not installed
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
     |   `-- AdapterUnavailable 503, an adapter that is known but cannot be loaded now
     +-- StoreError             plaintext store: a write that was not acknowledged
@@ -73,6 +74,15 @@ class DocumentError(RequestError):
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+class MissingPackage(RequestError):
+    """Text of a language whose package, a declared dependency, is not installed."""
+
+    status = 501
+
+    def __init__(self, what: str, packages: str) -> None:
+        super().__init__(f"{what} needs {packages} where the server runs: pip install {packages}")
 
 
 class AdapterError(RequestError):

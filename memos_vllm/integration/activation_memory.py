@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memos_vllm.compat.kv_cache_specs import is_full_attention
+from memos_vllm.compat.sleep_mode import keeps_what_connectors_allocate
 from memos_vllm.config import MemosConfig
 from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration.accounting import Accounting
@@ -222,6 +223,8 @@ def _why_off(
         return "the model has layers without full attention, whose blocks do not hold a whole prefix"
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         return "decode context parallelism spreads a block over ranks"
+    if vllm_config.model_config.enable_sleep_mode and not keeps_what_connectors_allocate():
+        return "in sleep mode this vLLM would lose what copies KV; start without --enable-sleep-mode, or take vLLM 0.32"
     return None
 
 

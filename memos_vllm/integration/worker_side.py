@@ -59,7 +59,7 @@ class WorkerSide:
         names = sorted(kv_caches, key=_layer_order)
         caches = [kv_caches[name] for name in names]
         self.planes = planes = planes_of(caches, self._num_blocks)
-        layout = describe_planes(planes)
+        layout = describe_planes(caches, self._num_blocks)
         copier = BlockCopier(planes)
         if self._config.kv.store_dtype == "fp8":
             copier = BlockCopier(planes, head_views(caches, self._num_blocks, self._specs(names)), fp8=True)

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Iterator
 
 import regex
-import rjieba
-import sudachipy
+
+from memos_vllm.errors import MissingPackage
 
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー々"
 _KANA = regex.compile(r"[\p{Hiragana}\p{Katakana}]")
@@ -46,7 +46,7 @@ def words(run: str, japanese: bool) -> Iterator[str]:
     if not (japanese or _HAN.search(run)):
         yield from pairs(run) if len(run) > 1 else run
         return
-    found = list(_japanese(run) if japanese else rjieba.cut_for_search(run))
+    found = list(_japanese(run) if japanese else _chinese(run))
     kept = [word for word in found if word not in _STOP_WORDS]
     yield from kept or found
     known = set(found)
@@ -63,8 +63,23 @@ def pairs(run: str) -> Iterator[str]:
     return (run[i : i + 2] for i in range(len(run) - 1))
 
 
+# Both are imported when there is something for them: each brings a dictionary that many servers never need.
+
+
+def _chinese(run: str) -> Iterator[str]:
+    try:
+        import rjieba
+    except ModuleNotFoundError as error:
+        raise MissingPackage("Chinese text", "rjieba") from error
+    yield from rjieba.cut_for_search(run)
+
+
 def _japanese(run: str) -> Iterator[str]:
     if not hasattr(_local, "tokenizer"):
+        try:
+            import sudachipy
+        except ModuleNotFoundError as error:
+            raise MissingPackage("Japanese text", "sudachipy sudachidict-small") from error
         _local.tokenizer = sudachipy.Dictionary(dict="small").tokenizer(sudachipy.SplitMode.A)
     for start in range(0, len(run), _MAX_SUDACHI_CHARS):
         for morpheme in _local.tokenizer.tokenize(run[start : start + _MAX_SUDACHI_CHARS]):

@@ -28,9 +28,18 @@ FRAGMENTS = (512, 64, 8)
 CELL_BYTES = 32 * 2**20
 """No cell copies more; it would take too long and say nothing new."""
 BUDGET_S = 1.0
-"""Cells that do not fit are left out; the nearest measured one stands for them."""
+"""Cells that do not fit are left out; the nearest measured one stands for them until the next start measures again."""
 MARGIN = 1.03
 """How much faster than staged another method must be to be taken: staged disturbs the least."""
+
+
+CELLS = [
+    (fragment_bytes, fragments)
+    for fragments in FRAGMENTS
+    for fragment_bytes in FRAGMENT_BYTES
+    if fragments * fragment_bytes <= CELL_BYTES
+]
+"""The most telling first."""
 
 
 class Direction(StrEnum):
@@ -58,6 +67,11 @@ class CopyPlan:
         for one in measured:
             cell = self._cells[one.direction].setdefault((one.fragment_bytes, one.fragments), {})
             cell[one.method] = one.gb_per_s
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell was measured."""
+        return all(set(cells) >= set(CELLS) for cells in self._cells.values())
 
     def choose(
         self, direction: Direction, fragment_bytes: int, fragments: int, allowed: frozenset[Method] = frozenset(Method)
@@ -104,31 +118,34 @@ Measure = Callable[[Direction, Method, int, int], float]
 
 
 def measure_plan(measure: Measure, budget_s: float = BUDGET_S, now: Callable[[], float] = time.monotonic) -> CopyPlan:
-    """Measures cell by cell, the most telling first, until the time is used up. A cell is whole or absent."""
+    """Measures cell by cell until the time is used up. A cell is whole or absent.
+
+    What the first use of a direction or method costs, compiling above all, is not of that time.
+    """
+    for direction in Direction:
+        for method in Method:
+            measure(direction, method, *CELLS[-1])
     begin = now()
     measured: list[Measured] = []
-    for fragments in FRAGMENTS:
-        for fragment_bytes in FRAGMENT_BYTES:
-            if fragments * fragment_bytes > CELL_BYTES:
-                continue
-            if now() - begin > budget_s:
-                return CopyPlan(measured)
-            measured += [
-                Measured(
-                    direction,
-                    method,
-                    fragment_bytes,
-                    fragments,
-                    round(measure(direction, method, fragment_bytes, fragments), 3),
-                )
-                for direction in Direction
-                for method in Method
-            ]
+    for fragment_bytes, fragments in CELLS:
+        if now() - begin > budget_s:
+            break
+        measured += [
+            Measured(
+                direction,
+                method,
+                fragment_bytes,
+                fragments,
+                round(measure(direction, method, fragment_bytes, fragments), 3),
+            )
+            for direction in Direction
+            for method in Method
+        ]
     return CopyPlan(measured)
 
 
 def cached_plan(directory: Path, machine: str, measure: Callable[[], CopyPlan]) -> CopyPlan:
-    """The plan that was measured here before, or a new one, written down.
+    """The plan that was measured here before, or a new one, written down if it is complete.
 
     Args:
         machine: what the speeds depend on, in words; another text, another plan.
@@ -142,7 +159,7 @@ def cached_plan(directory: Path, machine: str, measure: Callable[[], CopyPlan]) 
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the copy plan %s cannot be used (%s); it is measured again", path, error)
     plan = measure()
-    if not plan.measured:
+    if not plan.complete:
         return plan
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

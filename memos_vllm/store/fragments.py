@@ -11,7 +11,7 @@ from torch import Tensor
 def fragment_views(planes: Sequence[Tensor]) -> list[Tensor] | None:
     """Each plane as uint8 ``[num_blocks, bytes]``, one fragment per block and plane, in the order of a chunk's row.
 
-    None if a block is not contiguous in one of them.
+    None if a block is not contiguous in one of them; ``planes_of`` has its dimensions in the order of memory.
     """
     if not all(plane[0].is_contiguous() for plane in planes):
         return None

@@ -50,7 +50,7 @@ class KVIdentity:
     world: str
     """Parallel shape, such as ``tp2pp1``."""
     layout: tuple[str, ...]
-    """One block of each plane, as ``kv_copy.describe_planes`` gives it."""
+    """One block of each plane and the order of its bytes, as ``kv_copy.describe_planes`` gives it."""
 
     def as_metadata(self) -> dict[str, str]:
         """The fields as strings, for the header of a file."""

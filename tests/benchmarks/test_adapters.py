@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import adapters_table, models, report
-from benchmarks.adapters import Arm, Options, Run, parse
+from benchmarks.adapters import PRESETS, Arm, Options, Run, main, parse
 from benchmarks.client import Answer
 
 NAMES = ["a", "b", "c"]
@@ -108,3 +109,39 @@ def test_runs_are_shown_and_plotted_together(tmp_path: Path, capsys: pytest.Capt
     files[0].write_text(files[0].read_text().replace('"cores"', '"other"'))
     with pytest.raises(SystemExit):
         adapters_table.main([*map(str, files)])
+
+
+def test_there_is_room_for_a_copy_of_every_adapter_with_the_modules_of_the_preset(tmp_path: Path) -> None:
+    options = replace(PRESETS["gpu"], model=models.RECALL, adapters=(2,), samples=1)
+    run = Run(options, tmp_path)
+    run._start = lambda *_: []  # type: ignore[method-assign]
+    with pytest.raises(IndexError):  # no server to register at
+        run.measure()
+    config = json.loads(next(tmp_path.glob("import/*/adapter_config.json")).read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    weights = sum(file.stat().st_size for file in tmp_path.glob("import/*/adapter_model.safetensors"))
+    assert run._settings()["adapters"]["disk_bytes"] >= weights > 0
+
+
+def test_what_was_measured_before_the_time_was_up_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, kept = tmp_path / "r.json", []
+
+    def measure(run: Run) -> None:
+        run._row(FakeArm(), 3, "resident", [answer("a")])
+        run._save(run)
+        kept.append(json.loads(file.read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "measure", measure)
+    assert main(["--preset", "smoke", "--json", str(file)]) == 1
+    assert len(kept[0]["rows"]) == 1 and kept[0]["flags"]["problems"] == []
+    run = json.loads(file.read_text())
+    assert run["rows"] == kept[0]["rows"] and run["flags"]["problems"] == ["interrupted"]
+
+
+def test_a_model_without_weights_tells_no_adapters_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--preset", "cpu", "--model", models.QWEN3_32B.name])
+    assert "has no weights here" in capsys.readouterr().err

@@ -7,13 +7,15 @@ import torch
 
 from benchmarks import kernel_check
 from memos_vllm.kernels.kv_copy import BlockCopier
+from tests.kernels.kernel_factories import DTYPES
+
+EVERY = kernel_check.cases
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """One in 40 cases: the tests of the kernels run them all."""
-    every = kernel_check.cases
-    monkeypatch.setattr(kernel_check, "cases", lambda device: itertools.islice(every(device), 0, None, 40))
+    monkeypatch.setattr(kernel_check, "cases", lambda device: itertools.islice(EVERY(device), 0, None, 40))
 
 
 def test_it_passes_on_cpu(capsys):
@@ -31,6 +33,20 @@ def test_a_wrong_copy_is_found(broken, monkeypatch, capsys):
     monkeypatch.setattr(BlockCopier, broken, wrong)
     assert kernel_check.main(["--device", "cpu"]) == 1
     assert "FAILED copy" in capsys.readouterr().out
+
+
+def test_a_case_that_raises_has_failed_and_the_others_run(monkeypatch, capsys):
+    def refuses(device, name, *_):
+        if name == "odd":
+            raise RuntimeError("out of shared memory")
+        return 0.0
+
+    monkeypatch.setattr(kernel_check, "_copy", refuses)
+    monkeypatch.setattr(kernel_check, "cases", lambda device: (case for case in EVERY(device) if "copy, " in case.name))
+    assert kernel_check.main(["--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED copy, odd, torch.uint8, device: RuntimeError: out of shared memory" in out
+    assert f"{len(list(kernel_check.cases('cpu')))} cases, {len(DTYPES)} failed" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,8 +1,11 @@
 """The copy benchmark: its rows, and that wrong bytes have no speed. Nothing here looks at a time."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import kv_copy, kv_copy_gpu, kv_copy_table
 from benchmarks.kv_copy_rig import PLANES, Shape, paired
@@ -49,6 +52,40 @@ def test_wrong_bytes_have_no_speed_and_end_in_code_1(tmp_path, monkeypatch, caps
     code, run_ = run(tmp_path)
     assert code == 1 and run_["rows"] == [] and len(run_["flags"]["failures"]) == 2
     assert "wrong bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("an operation failed"), [4096, 65536]),
+        (torch.OutOfMemoryError("CUDA out of memory"), [4096, 65536]),
+        (KeyboardInterrupt(), [4096]),
+    ],
+)
+def test_a_cell_that_fails_loses_no_other_and_each_is_written_when_it_is_measured(
+    error, expected, tmp_path, monkeypatch, capsys
+):
+    written = []
+
+    def measure(shape, options, plan, where):
+        if shape.fragment_bytes == 16384:
+            written.append(json.loads((tmp_path / "r.json").read_text()))
+            raise error
+        return [gpu_row("engine", "load", shape.fragment_bytes, 1.0, 1.0)]
+
+    monkeypatch.setattr(kv_copy, "measure", measure)
+    target = str(tmp_path / "r.json")
+    assert kv_copy.main(["--preset", "smoke", "--sizes", "4096", "16384", "65536", "--json", target]) == 1
+    run_ = json.loads((tmp_path / "r.json").read_text())
+    assert [row["fragment_bytes"] for row in written[0]["rows"]] == [4096] and written[0]["flags"]["failures"] == []
+    assert [row["fragment_bytes"] for row in run_["rows"]] == expected
+    assert len(run_["flags"]["failures"]) == 1 and "FAILED" in capsys.readouterr().out
+
+
+def test_files_are_not_read_in_cells_that_would_take_minutes(monkeypatch, tmp_path):
+    options = kv_copy.Options((4096,), (2**20,), 1, file_bytes=2**19)
+    rows = kv_copy.measure(Shape(4096, 256), options, CopyPlan(), str(tmp_path))
+    assert {row["direction"] for row in rows} == {"load", "save", "both"}
 
 
 def test_a_share_is_the_median_over_pairs_that_take_turns(monkeypatch):
@@ -118,3 +155,18 @@ def test_on_cpu_there_is_nothing_to_plan(capsys, monkeypatch):
 def test_a_shape_is_whole_blocks():
     shape = Shape(4096, 32 * PLANES)
     assert shape.num_blocks == 32 and shape.block_bytes * shape.num_blocks == shape.size_bytes
+
+
+def test_vllms_copies_run_on_a_stream_of_their_own_and_are_waited_for(monkeypatch):
+    calls, current = [], []
+
+    @contextlib.contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    fake = SimpleNamespace(Stream=lambda: "own", stream=stream, synchronize=lambda: calls.append("waited"))
+    monkeypatch.setattr(kv_copy_gpu.torch, "cuda", fake)
+    kv_copy_gpu.on_its_own_stream(lambda *args, **kwargs: calls.append((args, kwargs, *current)))(1, order=True)
+    assert calls == [((1,), {"order": True}, "own"), "waited"]

@@ -249,3 +249,14 @@ def test_options_of_the_command_line_replace_the_presets() -> None:
     assert (arguments.options.users, arguments.options.pause_s) == (5, 2.5)
     assert arguments.options.arms == ("warm", "direct")
     assert arguments.options.memory_tokens == PRESETS["cpu"].memory_tokens
+
+
+def test_answers_that_may_differ_are_counted_and_not_judged() -> None:
+    direct = result("direct")
+    direct.samples[-1] = replace(direct.samples[-1], answer=answer(text="coffee"))
+    rows = multiuser_table.rows("model", 1.0, [direct, result("warm")], compare=False)
+    assert [row["equal"] for row in rows] == [None, None] and rows[0]["equal_share"] < 1
+    assert multiuser_table.problems(rows) == []
+    assert any(
+        line.startswith("note    answers are compared in float32 only") for line in multiuser_table.verdict(rows)
+    )

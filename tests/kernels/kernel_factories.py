@@ -45,6 +45,9 @@ LAYOUTS = {
         lambda make, n, h, d: [make(BLOCKS, 2, h, n, d).transpose(2, 3) for _ in range(2)], "NHD"
     ),
     "kv_in_one_head": Layout(lambda make, n, h, d: [make(BLOCKS, h, n, 2 * d) for _ in range(2)], "HND"),
+    "kv_in_one_head_tokens_outside": Layout(
+        lambda make, n, h, d: [make(BLOCKS, n, h, 2 * d).transpose(1, 2) for _ in range(2)], "HND"
+    ),
     "layers_interleaved": Layout(lambda make, n, h, d: list(make(BLOCKS, 2, h, n, 2 * d).unbind(1)), "HND"),
     "heads_outside_layers": Layout(
         lambda make, n, h, d: list(make(BLOCKS, h, 2, n, 2 * d).transpose(1, 2).unbind(1)), "HND"

@@ -15,6 +15,7 @@ from memos_vllm.kernels.kv_copy import (
     scatter_blocks,
 )
 from memos_vllm.kernels.reference import gather_reference, scatter_reference
+from memos_vllm.store.fragments import fragment_views
 from tests.kernels.generated import GENERATED, INTERPRETED
 from tests.kernels.kernel_factories import (
     BLOCKS,
@@ -111,14 +112,31 @@ def test_warming_up_touches_nothing(device):
     assert torch.equal(bits(cache), bits(before))
 
 
-def test_a_chunk_moves_between_stride_orders(device):
-    """Saved from HND, loaded into NHD: equal in logical order."""
-    source = planes_of([filled(BLOCKS, 2, 16, 24).to(device).transpose(1, 2)], BLOCKS)
-    target = planes_of([filled(BLOCKS, 16, 2, 24).to(device)], BLOCKS)
-    chunk = poisoned(BLOCKS, block_bytes(source)).to(device)
-    gather_blocks(source, range(BLOCKS), chunk)
-    scatter_blocks(chunk, target, range(BLOCKS))
-    assert torch.equal(bits(source[0]), bits(target[0]))
+def test_a_block_of_one_piece_is_one_fragment_whatever_the_order_of_its_dimensions(device):
+    """FlashAttention's: heads before tokens in the shape, behind them in memory; 4 kernel blocks per block too."""
+    for kernel_blocks in (1, 4):
+        memory = filled(BLOCKS * kernel_blocks, 16, 2, 24).to(device)
+        planes = planes_of([memory.transpose(1, 2)], BLOCKS)
+        chunk = poisoned(BLOCKS, block_bytes(planes)).to(device)
+        gather_blocks(planes, range(BLOCKS), chunk)
+        assert torch.equal(chunk.flatten(), bits(memory).flatten())
+        [fragments] = fragment_views(planes)
+        assert torch.equal(fragments, chunk)
+
+
+def test_a_block_between_whose_heads_other_layers_lie_keeps_the_order_of_its_shape(device):
+    memory = filled(BLOCKS, 2, 2, 16, 24).to(device)
+    [plane, _] = planes_of(list(memory.transpose(1, 2).unbind(1)), BLOCKS)  # no order makes it one piece
+    assert plane.shape == (BLOCKS, 2, 16, 24) and fragment_views([plane]) is None
+
+
+def test_another_order_of_bytes_is_another_layout():
+    """Also where heads are as many as tokens, so that the shapes are equal."""
+    hnd, nhd = filled(BLOCKS, 16, 16, 24), filled(BLOCKS, 16, 16, 24).transpose(1, 2)
+    assert hnd.shape == nhd.shape
+    assert describe_planes([hnd], BLOCKS) == ("bfloat16[16,16,24]",)
+    assert describe_planes([nhd], BLOCKS) == ("bfloat16[16,16,24] as 1,0,2",)
+    assert describe_planes([nhd.contiguous()], BLOCKS) == ("bfloat16[16,16,24]",)
 
 
 def test_planes_share_memory_and_shared_layers_count_once(device):
@@ -126,7 +144,7 @@ def test_planes_share_memory_and_shared_layers_count_once(device):
     planes = planes_of([cache, cache, cache.view(cache.shape)], BLOCKS)
     assert [tuple(plane.shape) for plane in planes] == [(BLOCKS, 2, 4, 6)] * 2
     assert [plane.data_ptr() for plane in planes] == [cache[0].data_ptr(), cache[1].data_ptr()]
-    assert describe_planes(planes) == ("bfloat16[2,4,6]",) * 2
+    assert describe_planes([cache, cache], BLOCKS) == ("bfloat16[2,4,6]",) * 2
 
 
 def test_block_ids_past_two_gib(device):

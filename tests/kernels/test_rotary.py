@@ -194,3 +194,9 @@ def test_a_shift_needs_heads_that_it_fits(device):
     copier = BlockCopier(planes, heads_of([cache], BLOCKS, HeadShape(2, 64, "NHD")))
     with pytest.raises(ValueError, match="does not fit heads of 64"):
         copier.scatter(chunk, [0], shift=RotaryShift.by(1, frequencies(128)))
+
+
+def test_the_reference_takes_the_tables_to_where_the_heads_are():
+    heads = torch.empty(3, 16, dtype=torch.float64, device="meta")
+    turned = rotate(heads, RotaryShift.by(5, frequencies(16)))
+    assert (turned.device, turned.dtype, turned.shape) == (heads.device, heads.dtype, heads.shape)

@@ -22,8 +22,8 @@ def width(cache, row_gap=0, offset=0):
         (filled(2, BLOCKS, 16, 2, 64), {"row_gap": 8}, 8),
         (filled(2, BLOCKS, 16, 2, 64), {"row_gap": 3}, 1),
         (filled(2, BLOCKS, 16, 2, 64), {"offset": 4}, 4),
-        (filled(BLOCKS, 16, 2, 60).transpose(1, 2), {}, 8),
-        (filled(BLOCKS, 16, 2, 80, dtype=torch.float8_e4m3fn).transpose(1, 2), {}, 16),
+        (filled(BLOCKS, 16, 2, 60)[:, :, :1], {}, 8),
+        (filled(BLOCKS, 16, 2, 80, dtype=torch.float8_e4m3fn)[:, :, :1], {}, 16),
         (filled(BLOCKS, 3, 7), {}, 2),
         (filled(BLOCKS, 3, 7, dtype=torch.uint8), {}, 1),
     ],
@@ -36,6 +36,7 @@ def test_the_least_aligned_decides(cache, options, vec):
 def test_dimensions_outside_a_run_are_few():
     """A variant is compiled for each number of them: whole blocks have none, and steps of two suffice."""
     assert width(filled(2, BLOCKS, 16, 2, 64)).dims == 0
-    assert width(filled(BLOCKS, 2, 16, 64).transpose(1, 2)).dims == 2
+    assert width(filled(BLOCKS, 2, 16, 64).transpose(1, 2)).dims == 0
+    assert width(filled(BLOCKS, 2, 3, 16, 64)[:, :, 1]).dims == 2
     assert width(filled(BLOCKS * 2, 2, 16, 64)).dims == 0
-    assert width(filled(BLOCKS, 2, 3, 2, 64).permute(0, 3, 2, 1, 4)).dims == 4
+    assert width(filled(BLOCKS, 4, 4, 4, 4, 64)[:, :2, :3, :3, :2]).dims == 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +83,24 @@ def test_no_word_can_be_taken_for_a_time_or_a_label(text: str) -> None:
 
 def test_without_stop_words_keeps_words_as_they_are() -> None:
     assert without_stop_words("The Cats of Alice, and 乌龙茶!") == "Cats Alice 乌龙茶"
+
+
+@pytest.mark.parametrize(
+    ("package", "text", "message"),
+    [
+        ("rjieba", "我喜欢喝绿茶", "Chinese text needs rjieba"),
+        ("sudachipy", "お茶が好きです", "Japanese text needs sudachipy"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_by_the_first_text_that_needs_it(package, text, message):
+    """In a process of its own, where nothing has imported it: other languages do without."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from memos_vllm.errors import MissingPackage\n"
+        "from memos_vllm.memory import segmentation\n"
+        "assert list(segmentation.words('차를', False))\n"
+        f"try: list(segmentation.words({text!r}, segmentation.is_japanese({text!r})))\n"
+        "except MissingPackage as error: print(error.status, error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.startswith(f"501 {message}"), found.stderr

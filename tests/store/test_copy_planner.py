@@ -3,6 +3,7 @@
 import pytest
 
 from memos_vllm.store.copy_planner import (
+    CELLS,
     FRAGMENT_BYTES,
     FRAGMENTS,
     CopyPlan,
@@ -26,6 +27,9 @@ PLAN = CopyPlan(
     + cell(Direction.LOAD, 64 * KIB, 64, staged=50.0, direct=51.0, dma=30.0)
     + cell(Direction.SAVE, 4 * KIB, 512, staged=20.0, direct=10.0, dma=4.0)
 )
+
+
+WHOLE = CopyPlan([Measured(direction, Method.STAGED, *each, 1.0) for direction in Direction for each in CELLS])
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,7 @@ def test_nothing_measured_is_staged():
 def test_the_measurement_ends_with_its_time_and_leaves_whole_cells():
     clock = iter(range(10**6))
     plan = measure_plan(lambda *_: 1.0, budget_s=3.5, now=lambda: float(next(clock)))
+    assert not plan.complete
     cells = {(one.fragment_bytes, one.fragments) for one in plan.measured}
     assert len(cells) == 3 and len(plan.measured) == 3 * len(Direction) * len(Method)
 
@@ -68,30 +73,49 @@ def test_with_time_enough_every_size_is_measured_in_both_directions():
     assert {one.fragments for one in plan.measured} == set(FRAGMENTS)
 
 
+def test_what_a_first_use_costs_is_not_of_the_time():
+    """A clock that only a first use of a direction and method moves: Triton compiles."""
+    seconds, used = [0.0], set()
+
+    def measure(direction, method, fragment_bytes, fragments):
+        seconds[0] += 0.0 if (direction, method) in used else 2.0
+        used.add((direction, method))
+        return 1.0
+
+    plan = measure_plan(measure, now=lambda: seconds[0])
+    assert plan.complete and len(plan.measured) == len(CELLS) * len(Direction) * len(Method)
+
+
+def test_a_plan_that_is_not_complete_is_not_kept(tmp_path):
+    part = CopyPlan(WHOLE.measured[:-1])
+    assert cached_plan(tmp_path, "m", lambda: part) is part
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plan_is_measured_once_per_machine(tmp_path):
     measured = []
 
     def plan_for(machine):
-        return cached_plan(tmp_path, machine, lambda: (measured.append(machine), PLAN)[1])
+        return cached_plan(tmp_path, machine, lambda: (measured.append(machine), WHOLE)[1])
 
-    assert plan_for("H100, driver 1").measured == PLAN.measured
-    assert plan_for("H100, driver 1").measured == PLAN.measured
-    assert plan_for("H100, driver 2").measured == PLAN.measured
+    assert plan_for("H100, driver 1").measured == WHOLE.measured
+    assert plan_for("H100, driver 1").measured == WHOLE.measured
+    assert plan_for("H100, driver 2").measured == WHOLE.measured
     assert measured == ["H100, driver 1", "H100, driver 2"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": "other", "measured": []}', '{"machine": "m"}'])
 def test_a_plan_that_cannot_be_read_is_measured_again(tmp_path, caplog, text):
-    cached_plan(tmp_path, "m", lambda: PLAN)
+    cached_plan(tmp_path, "m", lambda: WHOLE)
     (path,) = tmp_path.iterdir()
     path.write_text(text)
-    assert cached_plan(tmp_path, "m", lambda: PLAN).measured == PLAN.measured
+    assert cached_plan(tmp_path, "m", lambda: WHOLE).measured == WHOLE.measured
     assert "measured again" in caplog.text
-    assert cached_plan(tmp_path, "m", lambda: pytest.fail("it was written again")).measured == PLAN.measured
+    assert cached_plan(tmp_path, "m", lambda: pytest.fail("it was written again")).measured == WHOLE.measured
 
 
 def test_a_plan_that_cannot_be_written_is_used(tmp_path, caplog):
-    assert cached_plan(tmp_path / "missing", "m", lambda: PLAN).measured == PLAN.measured
+    assert cached_plan(tmp_path / "missing", "m", lambda: WHOLE).measured == WHOLE.measured
     assert "not written" in caplog.text
 
 

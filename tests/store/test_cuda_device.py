@@ -5,6 +5,8 @@ pieces, and does without where the system refuses. The order of the calls is tes
 """
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +135,44 @@ def test_where_no_more_can_be_locked_the_rest_is_pageable_and_never_goes_through
     link.save([0, 1], groups[:2], None, lambda error: None)
     assert link.close(60.0)
     assert Method.DIRECT in asked[0] and Method.DIRECT not in asked[1]
+
+
+def test_a_segment_that_is_being_made_holds_up_nobody_who_needs_another(monkeypatch):
+    monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 100)
+    memory = HostMemory(3, 100, False, CPU)
+    ready = memory.groups([0])[0].matrix
+    allocate, begun, go_on = memory._allocate, threading.Event(), threading.Event()
+    made = []
+
+    def slow(num_rows):
+        made.append(num_rows)
+        begun.set()
+        assert go_on.wait(60.0)
+        return allocate(num_rows)
+
+    monkeypatch.setattr(memory, "_allocate", slow)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(memory.groups, [1])
+        assert begun.wait(60.0)
+        second = pool.submit(memory.groups, [1])
+        other = pool.submit(memory.groups, [0])
+        try:
+            assert other.result(60.0)[0].matrix is ready
+        finally:
+            go_on.set()
+        assert first.result()[0].matrix is second.result()[0].matrix and made == [1]
+    memory.close()
+
+
+def test_a_segment_that_could_not_be_made_is_tried_again(monkeypatch):
+    memory = HostMemory(1, 100, False, CPU)
+    allocate = memory._allocate
+    monkeypatch.setattr(memory, "_allocate", lambda num_rows: (_ for _ in ()).throw(MemoryError("no memory")))
+    with pytest.raises(MemoryError):
+        memory.groups([0])
+    monkeypatch.setattr(memory, "_allocate", allocate)
+    assert len(memory.groups([0])) == 1
+    memory.close()
 
 
 def test_fragments_are_offered_only_where_a_block_is_contiguous(cudart):

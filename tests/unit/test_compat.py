@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from memos_vllm.compat import cpu_lora, hashing, json_body
+from memos_vllm.compat import cpu_lora, hashing, json_body, sleep_mode
+from memos_vllm.integration import activation_memory
 from tests.conftest import ROOT
 
-NOT_NEEDED_FROM = {"error_response": "0.32", "hashing": "0.32", "json_body": "0.32"}
+NOT_NEEDED_FROM = {"error_response": "0.32", "hashing": "0.32", "json_body": "0.32", "sleep_mode": "0.32"}
 
 
 @pytest.mark.parametrize("shim", NOT_NEEDED_FROM)
@@ -33,6 +36,38 @@ def test_every_shim_says_why_and_when_it_goes() -> None:
 
 def test_json_check_is_the_one_of_the_installed_vllm() -> None:
     assert json_body.validate_json_request.__module__.startswith("vllm.")
+
+
+class OlderRunner:
+    def initialize_kv_cache(self, kv_cache_config: object, is_profiling: bool = False) -> None: ...
+
+
+class NewerRunner:
+    def initialize_kv_cache(self, kv_cache_config: object, kv_cache_allocation_context: object = None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("runner", "asleep", "off"), [(OlderRunner, True, True), (OlderRunner, False, False), (NewerRunner, True, False)]
+)
+def test_activation_memory_is_off_where_a_sleep_would_discard_its_tables(
+    runner: type, asleep: bool, off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.worker import gpu_model_runner
+
+    monkeypatch.setattr(gpu_model_runner, "GPUModelRunner", runner)
+    monkeypatch.setattr(activation_memory, "is_full_attention", lambda spec: True)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        model_config=SimpleNamespace(enable_sleep_mode=asleep),
+    )
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)])
+    why = activation_memory._why_off(config, groups, [SimpleNamespace()])
+    assert ("--enable-sleep-mode" in why) if off else why is None
+
+
+def test_from_vllm_0_32_on_activation_memory_and_sleep_mode_go_together() -> None:
+    assert sleep_mode.keeps_what_connectors_allocate() or Version(vllm.__version__) < Version("0.32")
 
 
 def test_hashes_are_seeded_where_vllm_would_not_seed_them(monkeypatch: pytest.MonkeyPatch) -> None:
