@@ -1,7 +1,7 @@
-"""The registry: which adapters there are, who may use them, and under which number vLLM knows them.
+"""The registry: adapters are registered, used and deleted here, their files and their index together.
 
-    root/index/     LMDB: names and versions, numbers ever given, profiles, what was distilled from whom
-    root/base.json  the served model, for ``python -m memos_vllm.distill``
+    root/index/     see ``adapters.index``
+    root/base.json  see ``adapters.served_model``
     root/...        see ``adapters.files``
 
 A registration is visible once its LMDB transaction is synced, after its files are; what a crash leaves of
@@ -11,11 +11,10 @@ go only when nobody does.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,17 +23,15 @@ from typing import Any
 
 import lmdb
 
-from memos_vllm.adapters import peft_folder, records
+from memos_vllm.adapters import peft_folder, records, served_model
 from memos_vllm.adapters.files import AdapterFiles
+from memos_vllm.adapters.index import Index
 from memos_vllm.adapters.peft_config import BaseModel
-from memos_vllm.adapters.provenance import Provenance
 from memos_vllm.adapters.records import Adapter, Scope, Version
 from memos_vllm.config import AdaptersConfig
-from memos_vllm.errors import AdapterError, AdapterUnavailable, DataDirError, Forbidden, NotFound, StoreError
+from memos_vllm.errors import AdapterError, AdapterUnavailable, DataDirError, Forbidden, NotFound
 from memos_vllm.types import Principal
 
-_MAP_BYTES = 2**30
-_TABLES = ("adapters", "ids", "profiles")
 RELEASE_TIMEOUT_S = 30.0
 """How long a deletion waits for requests that still use the adapter."""
 
@@ -87,17 +84,15 @@ class AdapterRegistry:
         self._fingerprint = fingerprint
         try:
             self.files = AdapterFiles(root)
-            self._env = lmdb.open(str(root / "index"), map_size=_MAP_BYTES, max_dbs=len(_TABLES) + 1, mode=0o600)
-            self._dbs = {name: self._env.open_db(name.encode()) for name in _TABLES}
-            self._provenance = Provenance(self._env)
+            self._index = Index(root / "index")
         except (lmdb.Error, OSError) as error:
             raise DataDirError(f"cannot use the adapters in {root}: {error}; check data_dir") from error
         with self.files.locked():
-            with self._env.begin() as txn:
-                self.files.sweep({version.digest for version in self._versions(txn)})
-            self._write(lambda txn: self._provenance.restore(txn, self._adapters(txn)))
+            with self._index.read() as txn:
+                self.files.sweep({version.digest for version in self._index.names.versions(txn)})
+            self._index.write(lambda txn: self._index.provenance.restore(txn, self._index.names.all(txn)))
             if base is not None:
-                _write_base(root / "base.json", base, fingerprint)
+                served_model.write(root, base, fingerprint)
 
     @classmethod
     def beside_server(cls, root: Path, config: AdaptersConfig) -> AdapterRegistry:
@@ -106,21 +101,8 @@ class AdapterRegistry:
         Raises:
             DataDirError: none did.
         """
-        try:
-            values = json.loads((root / "base.json").read_text())
-        except (OSError, ValueError) as error:
-            raise DataDirError(
-                f"{root} does not say which model is served; start the server once with --enable-lora"
-            ) from error
-        modules, targets = values["modules"], values["target_modules"]
-        base = BaseModel(
-            names=frozenset(values["names"]),
-            modules=None if modules is None else {name: (out, into) for name, (out, into) in modules.items()},
-            max_rank=values["max_rank"],
-            target_modules=None if targets is None else frozenset(targets),
-            path=values["path"],
-        )
-        return cls(root, config, base, values["fingerprint"])
+        base, fingerprint = served_model.read(root)
+        return cls(root, config, base, fingerprint)
 
     @property
     def base_path(self) -> str:
@@ -129,7 +111,7 @@ class AdapterRegistry:
         return self._base.path
 
     def close(self) -> None:
-        self._env.close()
+        self._index.close()
 
     # -- adding ---------------------------------------------------------------------------------
 
@@ -154,8 +136,8 @@ class AdapterRegistry:
             raise Forbidden(
                 "only tenants that the operator lists under adapters.may_share_with_all share with everybody"
             )
-        with self._env.begin() as txn:
-            self._check_owner(self._read(txn, scope, who, name), who)
+        with self._index.read() as txn:
+            self._index.names.to_extend(txn, scope, who, name)
         checked = peft_folder.check(folder, self._base, self._config.max_bytes)
         with self.files.locked():
             if self.files.size_bytes() + checked.size_bytes > self._config.disk_bytes:
@@ -174,12 +156,11 @@ class AdapterRegistry:
         self, who: Principal, name: str, scope: Scope, digest: bytes, checked: Any, origin: Mapping[str, Any]
     ) -> Adapter:
         def work(txn: lmdb.Transaction) -> Adapter:
-            adapter = self._read(txn, scope, who, name)
-            self._check_owner(adapter, who)
+            adapter = self._index.names.to_extend(txn, scope, who, name)
             version = Version(
                 version=adapter.versions[-1].version + 1 if adapter else 1,
                 digest=digest.hex(),
-                lora_int_id=self._id_of(txn, digest),
+                lora_int_id=self._index.numbers.give(txn, digest),
                 incarnation=secrets.token_hex(4),
                 size_bytes=checked.size_bytes,
                 rank=checked.rank,
@@ -191,53 +172,27 @@ class AdapterRegistry:
             if adapter and adapter.version().digest == version.digest:
                 return adapter  # sent twice
             adapter = adapter.with_version(version) if adapter else Adapter(name, scope, who, 1, (version,))
-            self._put(txn, adapter)
-            self._provenance.add(txn, adapter, version)
+            self._index.names.put(txn, adapter)
+            self._index.provenance.add(txn, adapter, version)
             return adapter
 
-        return self._write(work)
-
-    def _id_of(self, txn: lmdb.Transaction, digest: bytes) -> int:
-        """The content's number for vLLM. A number is never given to a second content, so that a process
-        that still has the first one loaded cannot serve it as the second."""
-        number = records.first_id(digest)
-        while (holder := txn.get(number.to_bytes(4, "big"), db=self._dbs["ids"])) not in (None, digest):
-            number = records.next_id(number)
-        if holder is None:
-            txn.put(number.to_bytes(4, "big"), digest, db=self._dbs["ids"])
-        return number
+        return self._index.write(work)
 
     # -- looking --------------------------------------------------------------------------------
 
     def list(self, who: Principal) -> list[Adapter]:
         """What the user may use: his own, then the tenant's, then everybody's."""
-        found = []
-        with self._env.begin() as txn:
-            for scope in Scope:
-                space = records.space_key(scope, who)
-                cursor = txn.cursor(self._dbs["adapters"])
-                if cursor.set_range(space):
-                    for key, raw in cursor:
-                        if not key.startswith(space):
-                            break
-                        found.append(records.decode(raw))
-        return found
+        with self._index.read() as txn:
+            return self._index.names.usable_by(txn, who)
 
     def find(self, who: Principal, reference: str) -> tuple[Adapter, Version]:
-        """What a reference means for a user; his own names go before shared ones.
+        """What a reference means for a user, see ``Names.find``.
 
         Raises:
-            NotFound: the user may use no such adapter; whether somebody else has one does not show.
+            NotFound: the user may use no such adapter.
         """
-        with self._env.begin() as txn:
-            return self._find(txn, who, reference)
-
-    def _find(self, txn: lmdb.Transaction, who: Principal, reference: str) -> tuple[Adapter, Version]:
-        name, number = records.parse_reference(reference)
-        for scope in Scope:
-            if (adapter := self._read(txn, scope, who, name)) is not None:
-                return adapter, adapter.version(number)
-        raise NotFound(f"no adapter {name!r}")
+        with self._index.read() as txn:
+            return self._index.names.find(txn, who, reference)
 
     @contextmanager
     def use(self, who: Principal, reference: str) -> Iterator[InUse]:
@@ -264,13 +219,13 @@ class AdapterRegistry:
             NotFound: there is no such version any more.
             AdapterUnavailable: its files are not what was registered.
         """
-        with self._env.begin() as txn:
-            version = next((each for each in self._versions(txn) if each.lora_name == lora_name), None)
+        with self._index.read() as txn:
+            version = next((each for each in self._index.names.versions(txn) if each.lora_name == lora_name), None)
         if version is None:
             raise NotFound("the adapter was deleted meanwhile")
         with self.files.holding(version.digest):
-            with self._env.begin() as txn:  # again: a deletion may have been faster than the lock
-                if all(each.lora_name != lora_name for each in self._versions(txn)):
+            with self._index.read() as txn:  # again: a deletion may have been faster than the lock
+                if all(each.lora_name != lora_name for each in self._index.names.versions(txn)):
                     raise NotFound("the adapter was deleted meanwhile")
             self.files.verify(version.digest)
             yield
@@ -290,7 +245,7 @@ class AdapterRegistry:
 
     def stamp(self) -> int:
         """Changes whenever any process has written the index."""
-        return int(self._env.info()["last_txnid"])
+        return self._index.stamp()
 
     # -- changing -------------------------------------------------------------------------------
 
@@ -302,12 +257,12 @@ class AdapterRegistry:
         """
 
         def work(txn: lmdb.Transaction) -> Adapter:
-            adapter = self._own(txn, who, name)
+            adapter = self._index.names.owned(txn, who, name)
             adapter = replace(adapter, current=adapter.version(number).version)
-            self._put(txn, adapter)
+            self._index.names.put(txn, adapter)
             return adapter
 
-        return self._write(work)
+        return self._index.write(work)
 
     def delete(self, who: Principal, reference: str) -> Removed:
         """Removes a name with all versions, or one version. Nothing of it is found any more on return;
@@ -319,45 +274,65 @@ class AdapterRegistry:
         name, number = records.parse_reference(reference)
 
         def work(txn: lmdb.Transaction) -> Removed:
-            adapter = self._own(txn, who, name)
+            adapter = self._index.names.owned(txn, who, name)
             numbers = {adapter.version(number).version} if number else {each.version for each in adapter.versions}
             return self._remove(txn, [(adapter, numbers)])
 
-        return self._write(work)
+        return self._index.write(work)
 
     def sources(self, who: Principal) -> list[Mapping[str, Any]]:
         """What the adapters that were distilled from a user's memories were made from: id, version, fingerprint."""
-        with self._env.begin() as txn:
-            return [source for each in self._provenance.of(txn, who) for source in each.memories]
+        with self._index.read() as txn:
+            return [source for each in self._index.provenance.of(txn, who) for source in each.memories]
 
     def distilled_users(self) -> set[Principal]:
         """Those of whose memories an adapter was distilled."""
-        with self._env.begin() as txn:
-            return self._provenance.users(txn)
+        with self._index.read() as txn:
+            return self._index.provenance.users(txn)
 
     def distilled_from(self, who: Principal, memory_id: str) -> list[str]:
         """The versions, by reference, that know a memory of the user."""
-        with self._env.begin() as txn:
-            found = self._provenance.of(txn, who)
+        with self._index.read() as txn:
+            found = self._index.provenance.of(txn, who)
             return [each.reference for each in found if any(source["id"] == memory_id for source in each.memories)]
 
     def distillation_s(self) -> float | None:
         """How long the newest distillation took; None: there is none."""
-        with self._env.begin() as txn:
-            return self._provenance.newest_took_s(txn)
+        with self._index.read() as txn:
+            return self._index.provenance.newest_took_s(txn)
 
     def withdraw(self, who: Principal, memory_ids: Collection[str]) -> Removed:
         """Removes the versions that were distilled from these memories of a user."""
 
         def work(txn: lmdb.Transaction) -> Removed:
             doomed: defaultdict[bytes, set[int]] = defaultdict(set)
-            for each in self._provenance.of(txn, who):
+            for each in self._index.provenance.of(txn, who):
                 if any(source["id"] in memory_ids for source in each.memories):
                     doomed[each.adapter_key].add(each.version)
-            table = self._dbs["adapters"]
-            return self._remove(txn, [(records.decode(txn.get(key, db=table)), doomed[key]) for key in doomed])
+            adapters = ((self._index.names.at(txn, key), numbers) for key, numbers in doomed.items())
+            return self._remove(txn, [(adapter, numbers) for adapter, numbers in adapters if adapter is not None])
 
-        return self._write(work)
+        return self._index.write(work)
+
+    def _remove(self, txn: lmdb.Transaction, doomed: list[tuple[Adapter, set[int]]]) -> Removed:
+        if not doomed:
+            return Removed((), (), (), 0)
+        references: list[str] = []
+        versions: list[Version] = []
+        for adapter, numbers in doomed:
+            left = adapter.without(numbers)
+            if left is not None:
+                self._index.names.put(txn, left)
+            else:
+                self._index.names.remove(txn, adapter)
+            gone = [each for each in adapter.versions if each.version in numbers]
+            self._index.provenance.remove(txn, adapter, gone)
+            references += [f"{adapter.name}@{number}" for number in sorted(numbers)]
+            versions += gone
+        kept = {each.digest for each in self._index.names.versions(txn)}
+        unique = {version.digest: version for version in versions if version.digest not in kept}
+        profiles = self._index.profiles.drop_dangling(txn, self._index.names)
+        return Removed(tuple(references), tuple(versions), tuple(unique.values()), profiles)
 
     def wait_until_free(self, version: Version, timeout_s: float = RELEASE_TIMEOUT_S) -> bool:
         """Blocks until no request of any process uses a content that no name has. False: one still does."""
@@ -372,8 +347,8 @@ class AdapterRegistry:
         """Removes a content that no name has and no request uses. False: that has changed; the next start
         removes what then still belongs to nobody."""
         with self.files.locked():
-            with self._env.begin() as txn:
-                known = any(each.digest == version.digest for each in self._versions(txn))
+            with self._index.read() as txn:
+                known = any(each.digest == version.digest for each in self._index.names.versions(txn))
             if known or not self.files.is_free(version.digest):
                 return False
             self.files.remove(version.digest)
@@ -383,9 +358,8 @@ class AdapterRegistry:
 
     def profile(self, who: Principal) -> str | None:
         """The user's default adapter, by reference."""
-        with self._env.begin() as txn:
-            raw = txn.get(records.space_key(Scope.USER, who), db=self._dbs["profiles"])
-        return None if raw is None else json.loads(raw)["adapter"]
+        with self._index.read() as txn:
+            return self._index.profiles.get(txn, who)
 
     def set_profile(self, who: Principal, reference: str | None) -> None:
         """
@@ -394,104 +368,15 @@ class AdapterRegistry:
         """
         if reference is not None:
             self.find(who, reference)
-        key = records.space_key(Scope.USER, who)
-
-        def work(txn: lmdb.Transaction) -> None:
-            if reference is None:
-                txn.delete(key, db=self._dbs["profiles"])
-            else:
-                value = {"tenant": who.tenant, "user": who.user, "adapter": reference}
-                txn.put(key, json.dumps(value).encode(), db=self._dbs["profiles"])
-
-        self._write(work)
+        self._index.write(lambda txn: self._index.profiles.set(txn, who, reference))
 
     def stats(self) -> dict[str, int]:
-        with self._env.begin() as txn:
-            contents = {each.digest: each.size_bytes for each in self._versions(txn)}
-            names = txn.stat(self._dbs["adapters"])["entries"]
+        with self._index.read() as txn:
+            contents = {each.digest: each.size_bytes for each in self._index.names.versions(txn)}
+            names = self._index.names.count(txn)
         return {
             "names": names,
             "contents": len(contents),
             "disk_bytes": sum(contents.values()),
             "max_disk_bytes": self._config.disk_bytes,
         }
-
-    # -- LMDB -----------------------------------------------------------------------------------
-
-    def _write(self, work: Callable[[lmdb.Transaction], Any]) -> Any:
-        try:
-            with self._env.begin(write=True) as txn:
-                return work(txn)
-        except lmdb.Error as error:
-            raise StoreError(f"the index of adapters {self.root} was not written: {error}") from error
-
-    def _read(self, txn: lmdb.Transaction, scope: Scope, who: Principal, name: str) -> Adapter | None:
-        raw = txn.get(records.adapter_key(scope, who, name), db=self._dbs["adapters"])
-        return None if raw is None else records.decode(raw)
-
-    def _put(self, txn: lmdb.Transaction, adapter: Adapter) -> None:
-        txn.put(records.key_of(adapter), records.encode(adapter), db=self._dbs["adapters"])
-
-    def _own(self, txn: lmdb.Transaction, who: Principal, name: str) -> Adapter:
-        for scope in Scope:
-            adapter = self._read(txn, scope, who, name)
-            if adapter is not None and adapter.owner == who:
-                return adapter
-        raise NotFound(f"you own no adapter {name!r}")
-
-    def _adapters(self, txn: lmdb.Transaction) -> list[Adapter]:
-        return [records.decode(raw) for _, raw in txn.cursor(self._dbs["adapters"])]
-
-    def _versions(self, txn: lmdb.Transaction) -> Iterator[Version]:
-        return (version for adapter in self._adapters(txn) for version in adapter.versions)
-
-    def _remove(self, txn: lmdb.Transaction, doomed: list[tuple[Adapter, set[int]]]) -> Removed:
-        if not doomed:
-            return Removed((), (), (), 0)
-        references: list[str] = []
-        versions: list[Version] = []
-        for adapter, numbers in doomed:
-            left = adapter.without(numbers)
-            if left is not None:
-                self._put(txn, left)
-            else:
-                txn.delete(records.key_of(adapter), db=self._dbs["adapters"])
-            gone = [each for each in adapter.versions if each.version in numbers]
-            self._provenance.remove(txn, adapter, gone)
-            references += [f"{adapter.name}@{number}" for number in sorted(numbers)]
-            versions += gone
-        kept = {each.digest for each in self._versions(txn)}
-        unique = {version.digest: version for version in versions if version.digest not in kept}
-        return Removed(tuple(references), tuple(versions), tuple(unique.values()), self._drop_profiles(txn))
-
-    def _drop_profiles(self, txn: lmdb.Transaction) -> int:
-        """Defaults that mean nothing any more."""
-        table = self._dbs["profiles"]
-        dangling = []
-        for key, raw in txn.cursor(table):
-            profile = json.loads(raw)
-            try:
-                self._find(txn, Principal(profile["tenant"], profile["user"]), profile["adapter"])
-            except NotFound:
-                dangling.append(key)
-        for key in dangling:
-            txn.delete(key, db=table)
-        return len(dangling)
-
-    def _check_owner(self, adapter: Adapter | None, who: Principal) -> None:
-        if adapter is not None and adapter.owner != who:
-            raise Forbidden(f"the shared name {adapter.name!r} belongs to somebody else; choose another one")
-
-
-def _write_base(path: Path, base: BaseModel, fingerprint: str) -> None:
-    values = {
-        "fingerprint": fingerprint,
-        "names": sorted(base.names),
-        "modules": base.modules,
-        "max_rank": base.max_rank,
-        "target_modules": None if base.target_modules is None else sorted(base.target_modules),
-        "path": base.path,
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(path)

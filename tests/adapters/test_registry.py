@@ -289,8 +289,8 @@ def test_looking_for_a_users_distilled_adapters_reads_no_adapter(
 def test_an_index_from_before_gets_to_know_what_was_distilled(registry: AdapterRegistry, tmp_path: Path) -> None:
     add(registry, tmp_path, origin=distilled("m1"))
     known = registry.sources(ALICE)
-    with registry._env.begin(write=True) as txn:
-        table = registry._env.open_db(provenance.TABLE, txn=txn)
+    with registry._index._env.begin(write=True) as txn:
+        table = registry._index._env.open_db(provenance.TABLE, txn=txn)
         txn.drop(table, delete=False)
         txn.put(b"left by another release", b"{}", db=table)
     assert registry.sources(ALICE) == []
@@ -328,7 +328,7 @@ def test_a_registration_that_fails_leaves_nothing(
     def fail(*args: object) -> None:
         raise RuntimeError("crash")
 
-    monkeypatch.setattr(registry, "_put", fail)
+    monkeypatch.setattr(registry._index.names, "put", fail)
     with pytest.raises(RuntimeError):
         add(registry, tmp_path)
     assert folders(registry) == set() and registry.list(ALICE) == []
