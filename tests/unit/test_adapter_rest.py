@@ -211,8 +211,9 @@ def test_probing_asks_the_store_off_the_event_loop(
     state.salt = salt
     state.adapters.use = use
     client.app.state.openai_serving_chat = SimpleNamespace(create_chat_completion=answer)  # type: ignore[attr-defined]
-    distilled = {"memories": [], "questions": [{"question": "What is my job?", "memory": "m"}]}
     who = resolve({"authorization": "Bearer alice"}, IdentityConfig()).principal
+    questions = [{"question": "What is my job?", "memory": "m"}]
+    distilled = {"tenant": who.tenant, "user": who.user, "memories": [], "questions": questions}
     state.adapters.registry.register(who, "knows", adapter_folder(tmp_path / "k"), origin={"distilled": distilled})
     probed = client.post("/v1/adapters/knows/probe", json={}, headers=ALICE).json()
     assert [each["answer"] for each in probed["answers"]] == ["salt"]
