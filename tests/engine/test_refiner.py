@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic_core import from_json
 
 from memos_vllm.config import MemoryConfig, RefinerConfig
 from memos_vllm.integration import salts
@@ -248,7 +249,10 @@ def test_vllm_enforces_the_schema_on_a_model_that_knows_no_json(engine: Engine, 
     (answer,) = answers
     ((num_prompt, num_tokens, ended),) = real.counts.calls
     assert ended and num_prompt > 100 and num_tokens > 2
-    Refinement.model_validate_json(answer)
+    if num_tokens < 1024:
+        Refinement.model_validate_json(answer)
+    else:  # cut off: what there is begins such an answer
+        assert from_json(answer, allow_partial="trailing-strings").keys() <= {"statements"}
     assert {"My job is baker.", MOVED} <= set(real.texts())
     engine.settle()
     assert engine.side.memory.accounting.status()["counters"] == before["counters"], "it is no user's request"
