@@ -162,7 +162,7 @@ class SceneMachine(RuleBasedStateMachine):
         vllm_config = SimpleNamespace(
             cache_config=SimpleNamespace(block_size=BLOCK_SIZE, enable_prefix_caching=True),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=64, long_prefill_token_threshold=0),
-            model_config=SimpleNamespace(max_model_len=1024),
+            model_config=SimpleNamespace(max_model_len=1024, enable_sleep_mode=False),
             parallel_config=SimpleNamespace(
                 data_parallel_rank=0, data_parallel_index=0, decode_context_parallel_size=1, world_size=WORLD_SIZE
             ),
