@@ -1,8 +1,8 @@
 """The body of vLLM's answers to bad requests moved between vLLM versions.
 
-Why: 0.32 keeps ``ErrorResponse`` in ``entrypoints.serve``, 0.26 in ``entrypoints.openai``. Where a route of ours
+Why: 0.29 moved ``ErrorResponse`` from ``entrypoints.openai`` to ``entrypoints.serve``. Where a route of ours
 asks vLLM's serving object itself, it has to tell an error from an answer.
-Goes when: the window starts at 0.32. ``tests/unit/test_compat.py`` fails then.
+Goes when: the window starts at 0.29. ``tests/unit/test_compat.py`` fails then.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.background import BackgroundTask, BackgroundTasks
 from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from memos_vllm.compat.json_body import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
 from memos_vllm.integration.adapter_gate import Choice
