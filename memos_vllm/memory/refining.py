@@ -211,9 +211,9 @@ def _take(user: UserWriter, batch: Batch, statement: Statement, model: str, now:
         return Outcome.UNGROUNDED
     if any(not _is_same(user.get(note.id), note, now) for note in notes):
         return Outcome.GONE
-    if known(user, statement.text):
+    if known(user, statement.text, now):
         return Outcome.KNOWN
-    if _is_outdated(user, statement, notes):
+    if _is_outdated(user, statement, notes, now):
         return Outcome.OUTDATED
     origin = _origin(statement, notes, model)
     since = _start(statement) or max(note.said_at for note in notes)
@@ -251,10 +251,10 @@ def _is_same(found: MemoryRecord | None, note: MemoryRecord, now: datetime) -> b
     return found is not None and found.version == note.version and found.is_recallable(now)
 
 
-def _is_outdated(user: UserWriter, statement: Statement, notes: Sequence[MemoryRecord]) -> bool:
+def _is_outdated(user: UserWriter, statement: Statement, notes: Sequence[MemoryRecord], now: datetime) -> bool:
     claim = claims.claim_of(statement.text)
     since = max(note.created_at for note in notes)
-    rivals = sayings(user, claims.subject_key(claim)) if claim else []
+    rivals = sayings(user, claims.subject_key(claim), now) if claim else []
     return any(rival.created_at > since and rival.id not in {note.id for note in notes} for rival in rivals)
 
 
