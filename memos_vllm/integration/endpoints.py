@@ -24,6 +24,7 @@ from memos_vllm.integration.idle import IdleTime, LiveRequests
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
+from memos_vllm.integration.prompt_format import prompt_format_of
 from memos_vllm.integration.refiner import Refiner
 from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
@@ -89,7 +90,8 @@ class MemosEndpoints:
             engine_client, config.prediction, config.data_dir / "predictor.json", on_expected=adapters.prefetch
         )
         salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
-        starts = SessionStarts(engine_client, service, salt_of, adapters)
+        prompt_format = prompt_format_of(engine_client.renderer.get_tokenizer(), args)
+        starts = SessionStarts(engine_client, service, salt_of, adapters, prompt_format)
         idle = IdleTime()
         state.memos = memos = MemosState(
             config=config,
@@ -101,6 +103,7 @@ class MemosEndpoints:
             metrics=metrics,
             adapters=adapters,
             count_tokens=count_tokens,
+            prompt_format=prompt_format,
             sources=sources,
             idle=idle,
         )
