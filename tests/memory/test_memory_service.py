@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.errors import NotFound, RequestError
-from memos_vllm.memory import records
+from memos_vllm.memory import records, sessions
 from memos_vllm.memory.service import MemoryService, estimate_tokens
 from memos_vllm.types import Principal
 from tests.memory.memory_factories import ALICE, BOB, Clock, says, texts
@@ -408,3 +408,16 @@ def test_a_claim_supersedes_what_ends_but_no_note_of_a_session(service: MemorySe
     (said,) = service.remember(ALICE, says("My city is Oslo."))
     assert (said.supersedes, said.pinned) == (ends.id, False)
     assert service.get(ALICE, note.id).is_current
+
+
+def test_a_deletion_of_many_reads_each_session_once(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = service.add(ALICE, "I like tea.")
+    service.documents.put(ALICE, "a.txt", "\n\n".join(f"Piece {n} " + "word " * 60 for n in range(10)).encode())
+    for session in ("s1", "s2", "s3"):
+        service.recall(ALICE, says("hi"), session=session)
+    read: list[bytes] = []
+    decode = sessions.decode
+    monkeypatch.setattr(sessions, "decode", lambda raw: read.append(raw) or decode(raw))
+    assert len(service.documents.delete(ALICE, "a.txt").records) == 10
+    assert len(read) == 3
+    assert service.delete(ALICE, first.id).sessions == 3
