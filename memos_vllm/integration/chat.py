@@ -32,7 +32,7 @@ from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
 from memos_vllm.integration.session_start import SessionStart, start_of
 from memos_vllm.integration.state import MemosState, state_of
-from memos_vllm.memory.assembly import assemble
+from memos_vllm.memory.assembly import DEFAULT_FORMAT, PromptFormat, assemble
 from memos_vllm.memory.messages import last_user_text
 from memos_vllm.memory.recall import with_sources
 from memos_vllm.memory.results import Recall
@@ -111,7 +111,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     with ExitStack() as cleanup:
         if adapter is not None:
             cleanup.callback(adapter.close)
-        told = add_memory(turn, request, recall, salt, adapter)
+        told = add_memory(turn, request, recall, salt, adapter, state.prompt_format)
         scene_id = announce_turn(turn, start, adapter, request, state)
         response = None
         try:
@@ -220,7 +220,14 @@ async def recall_for(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     return recall, salt
 
 
-def add_memory(turn: Turn, request: ChatCompletionRequest, recall: Recall, salt: str, adapter: Choice | None) -> Recall:
+def add_memory(
+    turn: Turn,
+    request: ChatCompletionRequest,
+    recall: Recall,
+    salt: str,
+    adapter: Choice | None,
+    form: PromptFormat = DEFAULT_FORMAT,
+) -> Recall:
     """Puts memory into the request's messages and the user's salt into its cache key.
 
     Returns:
@@ -233,6 +240,7 @@ def add_memory(turn: Turn, request: ChatCompletionRequest, recall: Recall, salt:
         [record.text for record in recall.long_lived],
         [hit.record.text for hit in recall.late],
         [passage.quoted for passage in recall.sources],
+        form,
     )  # type: ignore[assignment]
     request.cache_salt = salts.combine(salt, request.cache_salt)
     return recall

@@ -25,6 +25,7 @@ from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
+from memos_vllm.integration.prompt_format import prompt_format_of
 from memos_vllm.integration.refiner import Refiner
 from memos_vllm.integration.session_start import SessionStarts
 from memos_vllm.integration.state import MemosState
@@ -94,7 +95,8 @@ class MemosEndpoints:
         )
         planner = ScenePlanner(engine_client, config.prediction, learned, on_expected=adapters.expected.prefetch)
         salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
-        starts = SessionStarts(engine_client, service, salt_of, adapters)
+        prompt_format = prompt_format_of(engine_client.renderer.get_tokenizer(), args)
+        starts = SessionStarts(engine_client, service, salt_of, adapters, prompt_format)
         idle = IdleTime()
         state.memos = memos = MemosState(
             config=config,
@@ -106,6 +108,7 @@ class MemosEndpoints:
             metrics=metrics,
             adapters=adapters,
             count_tokens=count_tokens,
+            prompt_format=prompt_format,
             sources=sources,
             idle=idle,
         )

@@ -23,7 +23,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate, Coming
 from memos_vllm.integration.scene_builds import lora_arguments
-from memos_vllm.memory.assembly import Message, assemble
+from memos_vllm.memory.assembly import DEFAULT_FORMAT, Message, PromptFormat, assemble
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
 
@@ -108,11 +108,13 @@ class SessionStarts:
         service: MemoryService,
         salt_of: Callable[[Principal, int], str],
         adapters: AdapterGate,
+        form: PromptFormat = DEFAULT_FORMAT,
     ) -> None:
         self._engine = engine
         self._service = service
         self._salt_of = salt_of
         self._adapters = adapters
+        self._form = form
         self._starts: OrderedDict[str, SessionStart] = OrderedDict()
 
     def seen(self, start: SessionStart) -> None:
@@ -156,7 +158,7 @@ class SessionStarts:
             start.declared, start.num_blocks, start.coming = version, 0, coming
             self._adapters.expected.expect(start.scene_id, start.who, coming.reference)
             left = [each for each in prepared.long_lived if (each.id, each.version) not in coming.instead_of]
-            token_ids = await _render(start, assemble(start.lead, [record.text for record in left]))
+            token_ids = await _render(start, [record.text for record in left], self._form)
             if not token_ids or self._starts.get(start.scene_id) is not start:
                 continue
             if (prepared.seq, prepared.kv_epoch) != version[:2]:
@@ -180,11 +182,11 @@ class SessionStarts:
         return [each for each in zip(starts, versions, strict=True) if each[0].declared != each[1]]
 
 
-async def _render(start: SessionStart, head: list[Message]) -> list[int]:
+async def _render(start: SessionStart, memory: Sequence[str], form: PromptFormat) -> list[int]:
     """Tokens that a first turn has in front of its question; none if vLLM refuses the request."""
     rendered: list[list[int]] = []
     for question in _QUESTIONS:
-        messages = [*head, {"role": "user", "content": question}]
+        messages = assemble([*start.lead, {"role": "user", "content": question}], memory, form=form)
         result = await start.serving.render_chat_request(start.request.model_copy(update={"messages": messages}))
         if not isinstance(result, tuple):
             logger.info("the next session of a user cannot be prepared: %s", result)

@@ -20,6 +20,7 @@ from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
 from memos_vllm.memory import claims
+from memos_vllm.memory.assembly import DEFAULT_FORMAT, PromptFormat
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.sources.gathering import Sources
 from memos_vllm.types import Principal
@@ -50,6 +51,7 @@ class MemosState:
     adapters: AdapterGate
     count_tokens: Callable[[str], int]
     """With the served model's tokenizer."""
+    prompt_format: PromptFormat = DEFAULT_FORMAT
     sources: Sources = field(default_factory=Sources)
     """What is recalled beside memory."""
 

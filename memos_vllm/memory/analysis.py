@@ -7,12 +7,12 @@ function words of their language, stemmed by it (``languages``); scripts that wr
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 
 import regex
 
 from memos_vllm.memory import languages, segmentation
+from memos_vllm.memory.normal_forms import normalised
 
 _UNSPACED = segmentation.UNSPACED
 _TOKEN = regex.compile(
@@ -45,7 +45,7 @@ def without_stop_words(text: str) -> str:
 
 def _analyse(text: str) -> tuple[list[str], list[str]]:
     """Unspaced runs, and all terms in their order."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("’", "'")
+    folded = normalised("NFKC", normalised("NFKC", text).casefold()).replace("’", "'")
     tokens = [(match[0], match["unspaced"] is not None) for match in _TOKEN.finditer(folded)]
     language = languages.of([token for token, is_unspaced in tokens if not is_unspaced])
     japanese = segmentation.is_japanese(folded)

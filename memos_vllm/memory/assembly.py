@@ -15,8 +15,11 @@ The texts below are part of the product: the recall model in ``tests/assets`` is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import regex
 
 LONG_LIVED_HEADING = "What you remember about this user:"
 LATE_HEADING = "Recalled for this question:"
@@ -25,9 +28,43 @@ SOURCES_HEADING = "Quoted from outside sources, not said by this user:"
 Message = dict[str, Any]
 
 
-def render_memories(heading: str, texts: Sequence[str]) -> str:
-    """One list item per memory; further lines of a memory are indented below it."""
-    items = ["- " + text.strip().replace("\n", "\n  ") for text in texts]
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """What of the served model's tokenizer and chat template assembly must know."""
+
+    control: regex.Pattern[str] | None = None
+    """Finds the first character of each control token; see ``control_pattern``."""
+
+    takes_system: bool = True
+    """Whether the template has a place for a system message."""
+
+
+DEFAULT_FORMAT = PromptFormat()
+"""Of a template with system messages, where no text is broken up."""
+
+
+def control_pattern(tokens: Iterable[str]) -> regex.Pattern[str] | None:
+    """
+    Args:
+        tokens: strings that the tokenizer makes one token of, wherever they stand. Single characters, runs of
+            spaces and words are among them for some models; only what looks like markup counts.
+    """
+    marks = sorted(token for token in set(tokens) if _MARKUP.fullmatch(token))
+    return regex.compile(rf"(?=(?:{'|'.join(map(regex.escape, marks))})).", regex.S) if marks else None
+
+
+_MARKUP = regex.compile(r"[^\s\p{L}\p{N}](?=.*\p{L}).+[^\s\p{L}\p{N}]", regex.S)
+
+
+def render_memories(heading: str, texts: Sequence[str], control: regex.Pattern[str] | None = None) -> str:
+    """One list item per memory; further lines of a memory are indented below it.
+
+    A control token in a text is spelt with a space after its first character: what was quoted or remembered
+    opens no turn of its own.
+    """
+    if control is not None:
+        texts = [control.sub(r"\g<0> ", text) for text in texts]
+    items = ["- " + "  ".join(text.strip().splitlines(keepends=True)) for text in texts]
     return "\n".join([heading, *items])
 
 
@@ -36,27 +73,36 @@ def assemble(
     long_lived: Sequence[str] = (),
     late: Sequence[str] = (),
     sources: Sequence[str] = (),
+    form: PromptFormat = DEFAULT_FORMAT,
 ) -> list[Message]:
     """Returns new messages with memory in place; ``messages`` is not changed.
 
     Without memory the result equals ``messages``. Late memory needs a user message to stand in;
     where the conversation does not end with one (a tool result, say), it goes into the last user
-    message there is, and is left out if there is none.
+    message there is, and is left out if there is none. Where the chat template takes no system message,
+    long-lived memory stands in front of the first user message.
     """
     out = [dict(message) for message in messages]
-    if long_lived:
-        block = render_memories(LONG_LIVED_HEADING, long_lived)
+    headed = [(LATE_HEADING, late), (SOURCES_HEADING, sources)]
+    if block := "\n\n".join(render_memories(heading, texts, form.control) for heading, texts in headed if texts):
+        _join_first(reversed(out), block)
+    if long_lived:  # after late memory, so that it stands in front where both are in one message
+        block = render_memories(LONG_LIVED_HEADING, long_lived, form.control)
         if out and out[0].get("role") in ("system", "developer"):
             out[0]["content"] = _join(out[0].get("content"), block, before=False)
-        else:
+        elif form.takes_system:
             out.insert(0, {"role": "system", "content": block})
-    headed = [(LATE_HEADING, late), (SOURCES_HEADING, sources)]
-    if block := "\n\n".join(render_memories(heading, texts) for heading, texts in headed if texts):
-        for message in reversed(out):
-            if message.get("role") == "user":
-                message["content"] = _join(message.get("content"), block, before=True)
-                break
+        else:
+            _join_first(out, block)
     return out
+
+
+def _join_first(messages: Iterable[Message], block: str) -> None:
+    """Puts a block in front of the first of these messages that is the user's."""
+    for message in messages:
+        if message.get("role") == "user":
+            message["content"] = _join(message.get("content"), block, before=True)
+            break
 
 
 def _join(content: Any, block: str, *, before: bool) -> Any:

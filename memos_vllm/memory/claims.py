@@ -10,10 +10,11 @@ with it.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from dataclasses import dataclass
 
 import regex
+
+from memos_vllm.memory.normal_forms import normalised
 
 _SINGLE_VALUED = (
     "name|nickname|surname|birthday|birthplace|age|height|weight|address|e-?mail|(phone |mobile |shoe |lucky )?number|"
@@ -62,7 +63,7 @@ class Claim:
 
 def fold(text: str) -> str:
     """The text without what does not change its meaning: compatibility forms, case, spaces."""
-    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+    return " ".join(normalised("NFKC", normalised("NFKC", text).casefold()).split())
 
 
 def claim_of(text: str) -> Claim | None:

@@ -156,7 +156,7 @@ class RecordChecks(Checks):
                 yield self._unreadable("sessions", key, raw)
                 continue
             for memory_id in gone:
-                session = session.without(memory_id)
+                session = session.without({memory_id})
             if gone:
                 yield Problem(
                     "sessions",

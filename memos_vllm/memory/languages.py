@@ -19,6 +19,8 @@ from typing import Any
 import regex
 import snowballstemmer
 
+from memos_vllm.memory.normal_forms import normalised
+
 ENGLISH = "english"
 _MAX_WORD_CHARS = 40  # beyond: no word, but a hash or base64
 
@@ -135,5 +137,5 @@ _LATIN = regex.compile(r"\p{Latin}")
 def _without_accents(word: str) -> str:
     if not _LATIN.search(word):
         return word
-    bare = "".join(char for char in unicodedata.normalize("NFD", word) if not unicodedata.combining(char))
-    return unicodedata.normalize("NFC", bare)
+    bare = "".join(char for char in normalised("NFD", word) if not unicodedata.combining(char))
+    return normalised("NFC", bare)

@@ -52,12 +52,13 @@ class Budget:
 
 def long_lived(user: UserReader, index: UserIndex, budget: Budget, now: datetime) -> list[MemoryRecord]:
     """See the module's docstring for the rule."""
-    chosen = _run(user, index.pinned(), budget, now)
-    return chosen + _run(user, index.standing(), budget, now)
+    pinned = chosen(user, index.pinned(), budget, now)
+    return pinned + chosen(user, index.standing(), budget, now)
 
 
-def _run(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime) -> list[MemoryRecord]:
-    chosen = []
+def chosen(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime) -> list[MemoryRecord]:
+    """One run; of a session's frozen ids too, whose texts may have grown since."""
+    found = []
     for memory_id in ids:
         record = user.get(memory_id)
         if record is None or not record.is_recallable(now):  # None: deleted since the transaction began
@@ -67,8 +68,8 @@ def _run(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetim
             continue
         if not budget.take(cost):
             break
-        chosen.append(record)
-    return chosen
+        found.append(record)
+    return found
 
 
 def fitting(hits: Iterable[Hit], budget: Budget) -> list[Hit]:

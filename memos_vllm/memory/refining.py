@@ -26,7 +26,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memos_vllm.config import RefinerConfig
-from memos_vllm.memory import analysis, claims, links
+from memos_vllm.memory import analysis, claims, links, times
 from memos_vllm.memory.extraction import Extract
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.remembering import keep, known, sayings
@@ -62,10 +62,10 @@ class Statement(BaseModel):
     text: str = Field(min_length=1, max_length=300)
     type: Literal["fact", "preference", "profile"]
     keys: list[Annotated[str, Field(min_length=1, max_length=40)]] = Field(max_length=4)
-    """Other words by which it should be found."""
+    """Phrases by which it should be found; kept are those that share a word with it or a note."""
 
     valid_from: date | None
-    """Since when it is true, if the notes say so."""
+    """Since when it is true; counts only if a note was said on that day or names it."""
 
 
 class Refinement(BaseModel):
@@ -211,12 +211,12 @@ def _take(user: UserWriter, batch: Batch, statement: Statement, model: str, now:
         return Outcome.UNGROUNDED
     if any(not _is_same(user.get(note.id), note, now) for note in notes):
         return Outcome.GONE
-    if known(user, statement.text):
+    if known(user, statement.text, now):
         return Outcome.KNOWN
-    if _is_outdated(user, statement, notes):
+    if _is_outdated(user, statement, notes, now):
         return Outcome.OUTDATED
     origin = _origin(statement, notes, model)
-    since = _start(statement) or max(note.said_at for note in notes)
+    since = _start(statement, notes) or max(note.said_at for note in notes)
     kept = keep(user, Extract(statement.text, statement.type, "restated"), origin, now, said=False, valid_from=since)
     if kept.origin.get("source") != SOURCE:
         return Outcome.MERGED
@@ -233,9 +233,21 @@ def _is_grounded(statement: Statement, notes: Sequence[MemoryRecord]) -> bool:
     claim = claims.claim_of(statement.text)
     if claim is not None and _words(claim.value).isdisjoint(set().union(*told)):
         return False
-    dates = [note.said_at.date() for note in notes] + ([statement.valid_from] if statement.valid_from else [])
-    numbers = _numbers(" ".join([*(note.text for note in notes), *map(str, dates)]))
-    return _numbers(statement.text) <= numbers
+    return _numbers(statement.text) <= _numbers(" ".join([*(note.text for note in notes), *_times(notes)]))
+
+
+def _times(notes: Sequence[MemoryRecord]) -> set[str]:
+    """Days, months and years on which the notes were said, and those that they name; as terms (``times``)."""
+    found: set[str] = set()
+    for note in notes:
+        found |= times.moment_terms(note.said_at).union(times.mentioned_terms(note.text, note.said_at))
+    return found
+
+
+def _told_keys(statement: Statement, notes: Sequence[MemoryRecord]) -> list[str]:
+    """The keys that share a word with the statement or a note; other words would find what nobody said."""
+    told = _words(" ".join([statement.text, *(note.text for note in notes)]))
+    return [key for key in statement.keys if not _words(key).isdisjoint(told)]
 
 
 def _words(text: str) -> set[str]:
@@ -251,16 +263,19 @@ def _is_same(found: MemoryRecord | None, note: MemoryRecord, now: datetime) -> b
     return found is not None and found.version == note.version and found.is_recallable(now)
 
 
-def _is_outdated(user: UserWriter, statement: Statement, notes: Sequence[MemoryRecord]) -> bool:
+def _is_outdated(user: UserWriter, statement: Statement, notes: Sequence[MemoryRecord], now: datetime) -> bool:
     claim = claims.claim_of(statement.text)
     since = max(note.created_at for note in notes)
-    rivals = sayings(user, claims.subject_key(claim)) if claim else []
+    rivals = sayings(user, claims.subject_key(claim), now) if claim else []
     return any(rival.created_at > since and rival.id not in {note.id for note in notes} for rival in rivals)
 
 
-def _start(statement: Statement) -> datetime | None:
+def _start(statement: Statement, notes: Sequence[MemoryRecord]) -> datetime | None:
+    """The model's date where a note was said on that day, or names it."""
     day = statement.valid_from
-    return None if day is None else datetime(day.year, day.month, day.day, tzinfo=UTC)
+    if day is None or f"{times.TIME_MARK}{day:%Y-%m-%d}" not in _times(notes):
+        return None
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def _origin(statement: Statement, notes: Sequence[MemoryRecord], model: str) -> Mapping[str, Any]:
@@ -273,5 +288,5 @@ def _origin(statement: Statement, notes: Sequence[MemoryRecord], model: str) -> 
         "session": sessions.pop() if len(sessions) == 1 else None,
         "notes": [note.id for note in notes],
         "messages": [{name: note.origin[name] for name in cause if name in note.origin} for note in notes],
-        "keys": statement.keys,
+        "keys": _told_keys(statement, notes),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from memos_vllm.core.lifecycle import State
 from memos_vllm.memory import claims, succession
 from memos_vllm.memory.extraction import Extract
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.records import UNPROMPTED_TYPES, MemoryRecord
 from memos_vllm.memory.transactions import UserReader, UserWriter
 
 _CAUSE = ("session", "request", "message", "digest")
@@ -38,11 +38,11 @@ def keep(
     Returns:
         The new record, or the known one.
     """
-    if same := known(user, extracted.text):
+    if same := known(user, extracted.text, now):
         return _said_again(user, same, origin, now) if said else same
     claim = claims.claim_of(extracted.text)
-    rivals = sayings(user, claims.subject_key(claim)) if claim else []
-    near = [] if claim else sayings(user, claims.near_key(extracted.text))
+    rivals = sayings(user, claims.subject_key(claim), now) if claim else []
+    near = [] if claim else lasting(sayings(user, claims.near_key(extracted.text), now))
     changed = [rival for rival in rivals if rival.state is not State.FROZEN]
     new = user.insert(
         now,
@@ -63,17 +63,31 @@ def keep(
     return new
 
 
-def known(user: UserReader, text: str) -> MemoryRecord | None:
-    """The current memory that says this: in the same words, or as the same claim."""
+def known(user: UserReader, text: str, now: datetime) -> MemoryRecord | None:
+    """The current memory that says this, to stay: in the same words, or as the same claim."""
     claim = claims.claim_of(text)
-    rivals = sayings(user, claims.subject_key(claim)) if claim else []
-    same = sayings(user, claims.text_key(text)) or [each for each in rivals if claims.claim_of(each.text) == claim]
+    rivals = sayings(user, claims.subject_key(claim), now) if claim else []
+    same = lasting(sayings(user, claims.text_key(text), now))
+    same = same or lasting([each for each in rivals if claims.claim_of(each.text) == claim])
     return same[-1] if same else None
 
 
-def sayings(user: UserReader, key: bytes) -> list[MemoryRecord]:
-    """Memories that say what the key stands for; what a document says, the user has not said."""
-    return [record for record in user.holders(key) if record.document is None]
+def sayings(user: UserReader, key: bytes, now: datetime) -> list[MemoryRecord]:
+    """Memories that say what the key stands for.
+
+    What a document, a note of one session or a tool says, the user has not said; what has expired is not said
+    any more.
+    """
+    return [
+        record
+        for record in user.holders(key)
+        if record.document is None and record.type not in UNPROMPTED_TYPES and not record.has_expired(now)
+    ]
+
+
+def lasting(records: Sequence[MemoryRecord]) -> list[MemoryRecord]:
+    """Those that do not end by themselves: what is said again must not end with what was said before."""
+    return [record for record in records if record.expires_at is None or record.state is State.FROZEN]
 
 
 def _said_again(user: UserWriter, known: MemoryRecord, origin: Mapping[str, Any], now: datetime) -> MemoryRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from memos_vllm.memory import links, sessions, snapshots, succession, tables
@@ -49,6 +49,7 @@ def remove_several(user: UserWriter, memory_ids: Iterable[str]) -> Removed:
         waiting += succession.restated(user, record)
         _remove_one(user, record, removed)
     if removed.ids:
+        removed.sessions = _leave_sessions(user, set(removed.ids))
         removed.derived = [each for each in removed.derived if user.get(each)]
         user.new_kv_epoch()
     return removed
@@ -68,14 +69,20 @@ def _remove_one(user: UserWriter, record: MemoryRecord, removed: Removed) -> Non
             removed.derived.append(link.source)
         links.remove(user, link)
         removed.links += 1
-    for key, raw in list(user.rows("sessions")):
-        session = sessions.decode(raw)
-        if record.id in session.ids:
-            user.put_row("sessions", key, sessions.encode(session.without(record.id)))
-            removed.sessions += 1
     removed.snapshot_entries += snapshots.forget(user, record.id)
     removed.versions += user.drop(record)
     removed.ids.append(record.id)
+
+
+def _leave_sessions(user: UserWriter, removed: Collection[MemoryId]) -> int:
+    """One pass for all of them: a user may have thousands of sessions, and a document as many pieces."""
+    count = 0
+    for key, raw in list(user.rows("sessions")):
+        session = sessions.decode(raw)
+        if num_held := sum(memory_id in removed for memory_id in session.ids):
+            user.put_row("sessions", key, sessions.encode(session.without(removed)))
+            count += num_held
+    return count
 
 
 def _close_the_gap(user: UserWriter, record: MemoryRecord) -> None:

@@ -134,7 +134,8 @@ class UserIndex:
         return [self._ids[slot] for slot in before], [self._ids[slot] for slot in after]
 
     def pinned(self) -> list[MemoryId]:
-        return [memory_id for memory_id, entry in self._in_order() if entry.pinned]
+        """For every conversation; a note of one session stands in that session's alone."""
+        return [id for id, entry in self._in_order() if entry.pinned and entry.type != "working"]
 
     def standing(self) -> Iterator[MemoryId]:
         """Statements about the user that are not pinned."""

@@ -21,7 +21,7 @@ from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.prepared import PreparedChoices
-from memos_vllm.memory.recall import Budget, fitting, long_lived
+from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.refining import Refining
 from memos_vllm.memory.remembering import keep
@@ -291,8 +291,7 @@ class MemoryService:
             if ids is None:
                 standing = self._long_lived(user, index)
             else:
-                found = (user.get(memory_id) for memory_id in ids)
-                standing = [record for record in found if record and record.is_recallable(now)]
+                standing = chosen(user, ids, Budget(self._config.long_lived_tokens, self._count_tokens), now)
             wanted = Filter(for_prompt=True, without={record.id for record in standing})
             hits = self._retrieval.hits(user, index, asked, top_k, wanted)
             noted = [user.get(memory_id) for memory_id in (index.working(session, now) if session else ())]
@@ -390,7 +389,7 @@ class MemoryService:
             if frozen and not frozen.is_over(now, ttl_s) and not frozen.needs_touch(now, ttl_s):
                 return frozen.ids
             with self._indexes.current(user) as index:
-                chosen = [record.id for record in self._long_lived(user, index)]
+                now_chosen = [record.id for record in self._long_lived(user, index)]
                 working = index.working(session, now)
 
         def freeze(user: UserWriter) -> Sequence[MemoryId]:
@@ -399,7 +398,7 @@ class MemoryService:
                     user.put(replace(record, expires_at=sessions.end_of(now, ttl_s)), record)
             known = user.session(session)  # another process may have been faster
             user.drop_sessions(now, ttl_s)
-            ids = known.ids if known and not known.is_over(now, ttl_s) else chosen
+            ids = known.ids if known and not known.is_over(now, ttl_s) else now_chosen
             user.put_session(session, sessions.freeze(ids, now))
             return ids
 
@@ -414,9 +413,9 @@ class MemoryService:
         if (ids := self._prepared.get(user.who, user.seq)) is not None:
             found = (user.get(memory_id) for memory_id in ids)
             return [record for record in found if record is not None and record.is_recallable(now)]
-        chosen = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens), now)
-        self._prepared.put(user.who, user.seq, [record.id for record in chosen])
-        return chosen
+        standing = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens), now)
+        self._prepared.put(user.who, user.seq, [record.id for record in standing])
+        return standing
 
     def _insert(self, user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
         values = _with_end(values, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -28,8 +28,8 @@ class Session:
     def needs_touch(self, now: datetime, ttl_s: float) -> bool:
         return abs((now - self.touched_at).total_seconds()) > ttl_s * _TOUCH_SHARE
 
-    def without(self, memory_id: MemoryId) -> Session:
-        return replace(self, ids=tuple(other for other in self.ids if other != memory_id))
+    def without(self, removed: Collection[MemoryId]) -> Session:
+        return replace(self, ids=tuple(memory_id for memory_id in self.ids if memory_id not in removed))
 
 
 def end_of(touched_at: datetime, ttl_s: float) -> datetime:

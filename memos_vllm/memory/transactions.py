@@ -183,9 +183,11 @@ class UserWriter(UserReader):
             state = lifecycle.after(old.state, move)
         except lifecycle.IllegalMove as error:
             raise Conflict(str(error)) from error
-        new = replace(old, state=state, updated_at=now, **values)
-        if new != old:
-            self.put(new, old)
+        new = replace(old, state=state, **values)
+        if new == old:  # a use counts in ``usage``; the record, what follows it and its place in the log stay
+            return old
+        new = replace(new, updated_at=now)
+        self.put(new, old)
         return new
 
     def happened(self, record: MemoryRecord, kind: str, now: datetime, *, is_use: bool = False, **detail: Any) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.errors import NotFound, RequestError
-from memos_vllm.memory import records
+from memos_vllm.memory import records, sessions
 from memos_vllm.memory.service import MemoryService, estimate_tokens
 from memos_vllm.types import Principal
 from tests.memory.memory_factories import ALICE, BOB, Clock, says, texts
@@ -374,3 +374,50 @@ def test_threads_share_a_service(service: MemoryService) -> None:
         thread.join()
     assert failures == []
     assert service.stats()["memories"] == 6 * 6
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [{"type": "working", "session": "s1"}, {"ttl_s": 3600}, {"ttl_s": 1}, {"type": "trajectory"}],
+    ids=["working", "ends", "expired", "trajectory"],
+)
+@pytest.mark.parametrize(
+    ("noted", "said"),
+    [
+        ("My favourite drink is oolong tea.", "My favourite drink is oolong tea."),
+        ("I'm allergic to peanuts.", "I am allergic to peanuts!"),
+    ],
+    ids=["same", "near"],
+)
+def test_what_is_said_outlives_what_ends(
+    service: MemoryService, clock: Clock, ending: dict[str, Any], noted: str, said: str
+) -> None:
+    service.add(ALICE, noted, **ending)
+    clock.forward(60)
+    (kept,) = service.remember(ALICE, says(said), session="s2")
+    assert (kept.expires_at, kept.uses) == (None, 1)
+    assert kept.type in ("fact", "preference")
+    clock.forward(86_400)
+    service.life.tend()
+    assert texts(service.recall(ALICE, says("hello")).long_lived) == [said]
+
+
+def test_a_claim_supersedes_what_ends_but_no_note_of_a_session(service: MemoryService) -> None:
+    ends = service.add(ALICE, "My city is Rome.", ttl_s=3600)
+    note = service.add(ALICE, "My city is Bern.", type="working", session="s1", pinned=True)
+    (said,) = service.remember(ALICE, says("My city is Oslo."))
+    assert (said.supersedes, said.pinned) == (ends.id, False)
+    assert service.get(ALICE, note.id).is_current
+
+
+def test_a_deletion_of_many_reads_each_session_once(service: MemoryService, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = service.add(ALICE, "I like tea.")
+    service.documents.put(ALICE, "a.txt", "\n\n".join(f"Piece {n} " + "word " * 60 for n in range(10)).encode())
+    for session in ("s1", "s2", "s3"):
+        service.recall(ALICE, says("hi"), session=session)
+    read: list[bytes] = []
+    decode = sessions.decode
+    monkeypatch.setattr(sessions, "decode", lambda raw: read.append(raw) or decode(raw))
+    assert len(service.documents.delete(ALICE, "a.txt").records) == 10
+    assert len(read) == 3
+    assert service.delete(ALICE, first.id).sessions == 3

@@ -214,3 +214,32 @@ def test_no_user_message_no_late_memory(make: Make, messages: list[dict[str, obj
     service = make(long_lived_tokens=0)
     service.add(ALICE, "green tea")
     assert service.recall(ALICE, messages).late == ()
+
+
+def test_a_pinned_note_of_a_session_stands_in_that_session_alone(service: MemoryService) -> None:
+    service.add(ALICE, "The user is in a hurry.", type="working", session="s1", pinned=True)
+    for session in ("s2", None):
+        recalled = service.recall(ALICE, says("hello"), session=session)
+        assert texts(recalled.long_lived) == texts(recalled.late) == []
+    assert texts(service.recall(ALICE, says("hello"), session="s1").late) == ["The user is in a hurry."]
+
+
+def test_a_session_keeps_to_the_budget_when_a_text_grows(make: Callable[..., MemoryService]) -> None:
+    service = make(long_lived_tokens=20)
+    first, second, third = (service.add(ALICE, text) for text in ("My cat is black.", "I like tea.", "I like jam."))
+    assert len(service.recall(ALICE, says("hi"), session="s").long_lived) == 3
+    service.update(ALICE, second.id, text="I like tea " + "very " * 14 + "much.")
+    assert texts(service.recall(ALICE, says("hi"), session="s").long_lived) == ["My cat is black."]
+    service.update(ALICE, second.id, text="I like tea " + "very " * 100 + "much.")  # never stands there
+    recalled = service.recall(ALICE, says("hi"), session="s").long_lived
+    assert [record.id for record in recalled] == [first.id, third.id]
+
+
+def test_a_recall_changes_no_memory_that_is_in_use_already(service: MemoryService, clock: Clock) -> None:
+    added = service.add(ALICE, "My cat is black.")
+    service.life.used(ALICE, {"long_lived": [added.id]}, session="s", scene="x")
+    version, record = service.memory_version(ALICE), service.get(ALICE, added.id)
+    clock.forward(60)
+    service.life.used(ALICE, {"long_lived": [added.id]}, session="s", scene="x")
+    assert (service.memory_version(ALICE), service.get(ALICE, added.id)) == (version, record)
+    assert service.life.events(ALICE, added.id)[-1].times == 2

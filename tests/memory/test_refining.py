@@ -50,7 +50,9 @@ def listed(service: MemoryService, who: Principal = ALICE) -> list[str]:
 
 def test_an_accepted_statement_stands_beside_its_note_and_tells_where_it_is_from(service: MemoryService) -> None:
     told(service, MOVED)
-    home = statement("My home city is Lisbon.", type="profile", keys=["residence"], valid_from="2025-12-26")
+    home = statement(
+        "My home city is Lisbon.", type="profile", keys=["Lisbon residence", "divorce"], valid_from="2025-12-26"
+    )
     assert refine(service, answer(home)) == {"accepted": 1}
     note, made = service.list(ALICE).records
     assert (note.text, made.text, made.type, made.session) == (MOVED, "My home city is Lisbon.", "profile", "s")
@@ -60,6 +62,7 @@ def test_an_accepted_statement_stands_beside_its_note_and_tells_where_it_is_from
                                         ("session", "request", "role", "message", "digest")}]  # fmt: skip
     assert [link.target for link in service.life.links(ALICE, made.id, type="derived_from")] == [note.id]
     assert made.id in [hit.record.id for hit in service.search(ALICE, "residence")]
+    assert not service.search(ALICE, "divorce")  # of which nobody spoke
     assert service.refining.next_batch() is None
 
 
@@ -270,3 +273,14 @@ def test_nothing_waits_while_it_is_off(tmp_path: Path) -> None:
     service = make_service(tmp_path / "memory")
     told(service, MOVED)
     assert service.refining.next_batch() is None
+
+
+def test_a_date_of_the_models_own_grounds_no_number_and_is_not_kept(service: MemoryService) -> None:
+    told(service, MOVED)
+    assert refine(service, answer(statement("I moved to Lisbon on 7 March 2019.", valid_from="2019-03-07"))) == {
+        "ungrounded": 1
+    }
+    told(service, "I moved to Lyon for the bakery.")
+    assert refine(service, answer(statement("My city is Lyon.", valid_from="2019-03-07"))) == {"accepted": 1}
+    made = service.list(ALICE).records[-1]
+    assert (made.text, made.valid_from) == ("My city is Lyon.", made.created_at)
