@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from memos_vllm.memory import links, sessions, snapshots, succession, tables
@@ -74,12 +74,12 @@ def _remove_one(user: UserWriter, record: MemoryRecord, removed: Removed) -> Non
     removed.ids.append(record.id)
 
 
-def _leave_sessions(user: UserWriter, removed: Collection[MemoryId]) -> int:
+def _leave_sessions(user: UserWriter, removed: set[MemoryId]) -> int:
     """One pass for all of them: a user may have thousands of sessions, and a document as many pieces."""
     count = 0
     for key, raw in list(user.rows("sessions")):
         session = sessions.decode(raw)
-        if num_held := sum(memory_id in removed for memory_id in session.ids):
+        if num_held := len(removed.intersection(session.ids)):
             user.put_row("sessions", key, sessions.encode(session.without(removed)))
             count += num_held
     return count

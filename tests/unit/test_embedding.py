@@ -9,6 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from memos_vllm.config import EmbedderConfig, load
 from memos_vllm.errors import ConfigError
@@ -76,6 +79,7 @@ def test_a_server_searches_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config.write_text(f"data_dir: {tmp_path / 'data'}\nmemory:\n  embedder: {{kind: model_rows}}\n")
     monkeypatch.setattr(endpoints.activation, "is_active", lambda: True)
     monkeypatch.setattr(endpoints.activation, "config_path", lambda: str(config))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
     engine = SimpleNamespace(
         model_config=model(tmp_path),
         vllm_config=SimpleNamespace(
@@ -85,7 +89,7 @@ def test_a_server_searches_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             parallel_config=SimpleNamespace(data_parallel_size=1),
             scheduler_config=SimpleNamespace(policy="fcfs"),
         ),
-        renderer=SimpleNamespace(get_tokenizer=lambda: None),
+        renderer=SimpleNamespace(get_tokenizer=lambda: tokenizer),
     )
     state = SimpleNamespace()
     asyncio.run(endpoints.MemosEndpoints().init_state(engine, state, None))  # type: ignore[arg-type]
