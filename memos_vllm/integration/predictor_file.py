@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,8 @@ from memos_vllm.core.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
+_LINE = re.compile(r"^(\d+\.\d{6}) ([0-9a-f]{32})$", re.MULTILINE)
+"""What a crash tore, or another hand wrote, is passed over."""
 
 
 class ForgottenOwners:
@@ -61,8 +64,8 @@ class ForgottenOwners:
             text = file.read()
         whole, _, _ = text.rpartition(b"\n")
         self._read_bytes += len(whole) + 1 if whole else 0
-        lines = (line.split() for line in whole.decode("ascii", "replace").splitlines())
-        gone = {line[1] for line in lines if len(line) == 2 and float(line[0]) >= since}
+        lines = _LINE.findall(whole.decode("ascii", "replace"))
+        gone = {digest for at, digest in lines if float(at) >= since}
         for owner in [each for each in predictor.owners() if self._digest(each) in gone]:
             predictor.forget_owner(owner)
 

@@ -251,6 +251,7 @@ def test_a_deletion_in_one_api_process_reaches_the_others_and_what_they_wrote(
         for path in files:
             shutil.copy2(tmp_path / "predictor.json", path)
         beside = ScenePlanner(Engine(), PredictionConfig(), learned_in(files[0]), clock)  # type: ignore[arg-type]
+        (tmp_path / "forgotten_owners").write_text("1764000000.5 torn\n1764.1764.000000 00\nnothing\n")
         planner.forget(user(7))
         assert str(user(7)) in beside._predictor.owners()
         beside._start()  # its loop, which looks every second
