@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,17 +37,16 @@ from benchmarks.kv_copy_rig import (
     PLANES,
     FileRead,
     HostCopy,
-    Pairs,
     Rig,
+    Row,
     Shape,
     WrongBytes,
     drop_from_page_cache,
     paired,
+    row,
 )
 from benchmarks.serving import has_gpu
 from memos_vllm.store.copy_planner import CopyPlan
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -174,18 +172,6 @@ def _files(rig: Rig, shape: Shape, options: Options) -> Iterator[Row]:
         for direction, read in reads.items():
             pairs = paired(read, lambda: limit.run(files), options.repeats, before)
             yield row("engine", direction, shape, pairs) | {"cache": cache}
-
-
-def row(arm: str, direction: str, shape: Shape, pairs: Pairs) -> Row:
-    return {
-        "arm": arm,
-        "direction": direction,
-        "fragment_bytes": shape.fragment_bytes,
-        "fragments": shape.fragments,
-        "gb_per_s": shape.size_bytes / pairs.seconds / 1e9,
-        "limit_gb_per_s": shape.size_bytes / pairs.limit_seconds / 1e9,
-        "share": pairs.share,
-    }
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.kv_copy import row
-from benchmarks.kv_copy_rig import PLANES, Rig, Shape, WrongBytes, paired
+from benchmarks.kv_copy_rig import PLANES, Rig, Row, Shape, WrongBytes, paired, row
 from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
 from memos_vllm.store.pipeline import Method
-
-Row = dict[str, Any]
 
 DECODE_LAYERS = 32
 DECODE_WIDTH = 4096

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from memos_vllm.store.link import link_for
 from memos_vllm.store.ops import Load, Op, Read, Save, Write, path_for_rank
 from memos_vllm.store.transfer import TransferWorker
 from memos_vllm.types import BlockKey
+
+Row = dict[str, Any]
 
 PLANES = 16
 """K and V of eight layers."""
@@ -257,3 +260,15 @@ def _identity(shape: Shape) -> KVIdentity:
         FORMAT_VERSION, "benchmark", "", "", "", "uint8", "auto", 16, "sha256", "", "tp1pp1",
         (f"uint8[{shape.fragment_bytes}]",) * PLANES,
     )  # fmt: skip
+
+
+def row(arm: str, direction: str, shape: Shape, pairs: Pairs) -> Row:
+    return {
+        "arm": arm,
+        "direction": direction,
+        "fragment_bytes": shape.fragment_bytes,
+        "fragments": shape.fragments,
+        "gb_per_s": shape.size_bytes / pairs.seconds / 1e9,
+        "limit_gb_per_s": shape.size_bytes / pairs.limit_seconds / 1e9,
+        "share": pairs.share,
+    }
