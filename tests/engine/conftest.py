@@ -18,7 +18,7 @@ BLOCK_SIZE = 32
 NUM_BLOCKS_BYTES = 64 * 2**20
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def salts_may_have_any_name() -> Iterator[None]:
     """Here ``memos:alice`` is Alice's; tests/unit/test_salts.py and tests/e2e hold that it is not elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
