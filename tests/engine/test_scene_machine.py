@@ -387,7 +387,9 @@ class SceneMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
         """Its copies ended on every rank: vLLM publishes what arrived, and computes the rest."""
-        live = self.pick(data, "loaded")
+        self.go_on(self.pick(data, "loaded"))
+
+    def go_on(self, live: Live) -> None:
         request = live.request
         if not request.num_computed_tokens:
             self.kv.free(request)
@@ -819,11 +821,7 @@ def turn_from_the_tiers(machine: SceneMachine, path: Sequence[int], scene_id: st
         item = next(iter(machine.under_way.values()))
         machine.end_copy(item, min(item.ranks))
     if live.state == "loaded":
-        num_arrived = live.request.num_computed_tokens
-        machine.kv.cache_blocks(live.request, num_arrived)
-        assert machine.allocate(live, live.request.num_tokens - num_arrived)
-        live.state, live.request.num_computed_tokens = "running", live.request.num_tokens
-        machine.compute(live, num_arrived // BLOCK_SIZE, live.request.num_tokens)
+        machine.go_on(live)
     machine.end(live)
     machine.settle()
 
@@ -878,11 +876,7 @@ def test_a_prefetch_that_fails_leaves_alone_what_a_request_brought_meanwhile() -
         while live.state == "loading":
             item = next(each for each in machine.under_way.values() if each not in prefetches)
             machine.end_copy(item, min(item.ranks))
-        num_arrived = live.request.num_computed_tokens
-        machine.kv.cache_blocks(live.request, num_arrived)
-        assert machine.allocate(live, live.request.num_tokens - num_arrived)
-        live.state, live.request.num_computed_tokens = "running", live.request.num_tokens
-        machine.compute(live, num_arrived // BLOCK_SIZE, live.request.num_tokens)
+        machine.go_on(live)
         machine.end(live)
         kept = machine.scenes.queue.num_kept_blocks
         assert kept

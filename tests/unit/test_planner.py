@@ -358,14 +358,20 @@ def test_turns_that_start_all_the_time_do_not_put_it_off_for_ever(run: Any, cloc
     run(body)
 
 
-def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expected(run: Any, clock: Clock) -> None:
+def brought_by(planner: ScenePlanner) -> list[list[str]]:
+    """For which scenes adapters are brought, each time."""
     brought: list[list[str]] = []
 
     async def bring(scene_ids: list[str]) -> None:
         brought.append(list(scene_ids))
 
+    planner._on_expected = bring
+    return brought
+
+
+def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expected(run: Any, clock: Clock) -> None:
     async def body(planner: ScenePlanner) -> None:
-        planner._on_expected = bring
+        brought = brought_by(planner)
         clock.now += 30 * 86400.0  # nobody has been here for long
         hinted = planner.scene_id(user(7), "session 1")
         planner.observe(Typing(hinted))
@@ -376,13 +382,8 @@ def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expecte
 
 
 def test_an_adapter_is_brought_when_its_scene_becomes_likely_with_time_alone(run: Any, clock: Clock) -> None:
-    brought: list[list[str]] = []
-
-    async def bring(scene_ids: list[str]) -> None:
-        brought.append(list(scene_ids))
-
     async def body(planner: ScenePlanner) -> None:
-        planner._on_expected = bring
+        brought = brought_by(planner)
         planner._max_scenes = 1
         clock.now += 30 * 86400.0
         announced = planner.scene_id(user(7), "session 1")
