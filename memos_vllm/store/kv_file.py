@@ -214,9 +214,9 @@ def check_owner(header: Header, path: str | os.PathLike[str], identity: KVIdenti
         raise KVFileMismatch(f"{path} was written with another {', '.join(differing)}")
 
 
-def pieces(items: Sequence[_Item], item_bytes: int) -> Iterator[Sequence[_Item]]:
-    """Cuts ``items`` into parts of at most ``PIECE_BYTES``, but at least one item."""
-    step = items_per_piece(item_bytes)
+def pieces(items: Sequence[_Item], item_bytes: int, most: int | None = None) -> Iterator[Sequence[_Item]]:
+    """Cuts ``items`` into parts of at most ``PIECE_BYTES``, and at most ``most`` items, but at least one."""
+    step = min(items_per_piece(item_bytes), most or len(items) or 1)
     for begin in range(0, len(items), step):
         yield items[begin : begin + step]
 

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 PREFETCH_SHARE = 0.05
 """Of a core's time, while requests run on the same cores: a prefetch is to make their steps no longer than by that."""
 
+PREFETCH_PIECE_BYTES = 2**20
+"""On the same cores too: a step that meets a piece waits until it has ended, a fraction of a millisecond."""
+
 
 class TransferWorker:
     """Copies of one rank. Its methods are for one thread (vLLM's worker); they never wait for a copy.
@@ -142,7 +145,7 @@ class TransferWorker:
     # One generator per kind. Each `yield` lets others go first.
 
     def _load(self, op: Load, job: Job, after: Event | None) -> Generator[None, None, None]:
-        for pairs in pieces(list(zip(op.slots, op.block_ids, strict=True)), self.row_bytes):
+        for pairs in pieces(list(zip(op.slots, op.block_ids, strict=True)), self.row_bytes, self._most_rows(op)):
             if job.failed:
                 return
             slots, block_ids = zip(*pairs, strict=True)
@@ -172,13 +175,19 @@ class TransferWorker:
         """Several threads share the pieces of a Read: one core cannot check as fast as a good disk reads."""
         slots = op.slots if op.slots is not None else (None,) * len(op.block_ids)
         rows = list(zip(op.positions, op.keys, op.block_ids, slots, strict=True))
-        parts = list(pieces(rows, self.row_bytes))
+        parts = list(pieces(rows, self.row_bytes, self._most_rows(op)))
         num_tasks = max(1, min(self._io_threads, len(parts)))
         job = Job(op, self.row_bytes, num_tasks, self._report)
         source = iter(parts)
         priority = Priority.PREFETCH if op.prefetch else Priority.READ
         for _ in range(num_tasks):
             self._files.put(priority, Steps(job, self._read(op, job, source, after)))
+
+    def _most_rows(self, op: Load | Read) -> int | None:
+        """In a piece, beyond what its bytes allow anyway."""
+        if op.prefetch and self._link.in_place:
+            return max(1, PREFETCH_PIECE_BYTES // self.row_bytes)
+        return None
 
     def _read(self, op: Read, job: Job, source: Iterator, after: Event | None) -> Generator[None, None, None]:
         with ChunkReader(path_for_rank(op.path, self.rank), self.identity, self.rank) as reader:

@@ -16,7 +16,7 @@ from memos_vllm.kernels.reference import (
     scatter_heads_reference,
     scatter_reference,
 )
-from memos_vllm.store import host_memory, kv_file
+from memos_vllm.store import host_memory, kv_file, transfer
 from memos_vllm.store.kv_file import read_blocks
 from memos_vllm.store.link import CpuLink
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
@@ -423,3 +423,27 @@ def test_an_fp8_store_takes_half_the_bytes_in_every_tier_and_comes_back_encoded_
     original, arrived = (caches[0][list(ids)].float() for ids in (blocks, range(12, 16)))
     error = (arrived - original).abs()
     assert error.max() > 0 and (error <= original.abs() * 2**-4 + 2**-9).all()
+
+
+@pytest.mark.parametrize("kind", [Load, Read])
+@pytest.mark.parametrize("shares_cores", [True, False])
+def test_a_prefetch_goes_in_small_pieces_where_it_takes_cores_from_the_forward_pass(
+    kind, shares_cores, make_rig, monkeypatch, staged_reads
+):
+    rig = make_rig(io_threads=1)
+    original = rig.fill(range(6))
+    rig.save(range(6), range(6))
+    rig.write(range(6), range(6))
+    monkeypatch.setattr(transfer, "PREFETCH_PIECE_BYTES", 2 * rig.worker.row_bytes)
+    rig.worker._link.in_place = shares_cores
+    sizes = []
+    load = rig.worker._link.load
+    monkeypatch.setattr(
+        rig.worker._link, "load", lambda groups, ids, *rest: sizes.append(len(ids)) or load(groups, ids, *rest)
+    )
+    for prefetch in (True, False):
+        op = rig.read_op(range(6), range(10, 16)) if kind is Read else Load(7, tuple(range(6)), tuple(range(10, 16)))
+        rig.worker.submit([dataclasses.replace(op, prefetch=prefetch)])
+        assert rig.finish(1)[op.op_id].ok
+        assert torch.equal(rig.content(range(10, 16)), original)
+    assert sizes == ([2, 2, 2] if shares_cores else [3, 3]) + [3, 3]
