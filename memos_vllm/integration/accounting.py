@@ -25,9 +25,6 @@ from memos_vllm.store.ops import Load, Op, Read
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-SWEEP_BLOCKS = 32
-"""Prefetched blocks that a step looks at, to see whether they have left the GPU; some 10 microseconds."""
-
 
 class Accounting:
     """Owned by the engine's loop.
@@ -40,6 +37,7 @@ class Accounting:
     def __init__(self, tiers: TierManager, scenes: SceneTable | None, now: Callable[[], float] = time.time) -> None:
         self._tiers = tiers
         self._scenes = scenes
+        self._prediction_failed = False
         self._now = now
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
@@ -57,17 +55,25 @@ class Accounting:
         """Some total may have moved. A step in which none did then costs nothing."""
         self._changed = True
 
-    def admitted(self, request: Request, num_asked: int, num_resident: int, loads: Sequence[Op]) -> None:
-        """A request was given its blocks. Counts the first time only; what a preempted one finds is its own.
+    def prediction_failed(self) -> None:
+        """Scenes keep nothing any more; what was counted of them stays."""
+        self._prediction_failed = self._changed = True
+
+    def is_new(self, request: Request) -> bool:
+        """Whether ``admitted`` has not counted it yet; what a preempted one finds is its own."""
+        return not (request.request_id in self._waiting or request.num_output_tokens or request.num_preemptions)
+
+    def admitted(
+        self, request: Request, num_asked: int, num_resident: int, num_prefetched: int, loads: Sequence[Op]
+    ) -> None:
+        """A new request was given its blocks.
 
         Args:
             num_asked: full blocks of its prompt.
             num_resident: leading ones that were on the GPU.
+            num_prefetched: of those, what a prefetch had brought, for nobody else before.
             loads: copies that bring further ones.
         """
-        if request.request_id in self._waiting or request.num_output_tokens or request.num_preemptions:
-            return
-        num_prefetched = self._scenes.use(request, num_resident) if self._scenes is not None else 0
         given = {
             "gpu": num_resident,
             "host": sum(len(load.block_ids) for load in loads if isinstance(load, Load)),
@@ -109,8 +115,6 @@ class Accounting:
         """What is new since the last call; at the end of every step."""
         for request, _ in list(self._waiting.values()):
             self._take_first_token(request)
-        if self._scenes is not None and self._scenes.count_wasted(SWEEP_BLOCKS):
-            self._changed = True
         if not self._changed:
             return None
         self._changed = False
@@ -167,8 +171,11 @@ class Accounting:
     def _gauges(self) -> dict[str, float]:
         slots, disk, block_bytes = self._tiers.slots, self._tiers.disk, self._tiers.block_bytes
         used, limit = "memos:tier_used_bytes", "memos:tier_limit_bytes"
-        kept = (self._scenes.queue.num_kept_blocks, self._scenes.budget_blocks) if self._scenes is not None else (0, 0)
+        kept = (0, 0)
+        if self._scenes is not None and not self._prediction_failed:
+            kept = self._scenes.queue.num_kept_blocks, self._scenes.budget_blocks
         return {
+            "memos:prediction_failed": int(self._prediction_failed),
             series_key(used, "gpu"): kept[0] * block_bytes,
             series_key(limit, "gpu"): kept[1] * block_bytes,
             series_key(used, "host"): slots.num_used * block_bytes,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memos_vllm.compat.kv_cache_specs import is_full_attention
@@ -14,6 +15,7 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration.accounting import Accounting
 from memos_vllm.integration.block_names import BlockNames
+from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.held_blocks import HeldBlocks
 from memos_vllm.integration.messages import MemosHandshake
 from memos_vllm.integration.model_identity import identity_of
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+SWEEP_BLOCKS = 32
+"""Prefetched blocks that a step looks at, to see whether they have left the GPU; some 10 microseconds."""
 
 
 @dataclass(slots=True)
@@ -66,15 +71,22 @@ class ActivationMemory:
         Prediction only makes requests cheap. An error in it must not end the engine, so it ends prediction until
         the server restarts: what it kept is plain again, and what it was loading is never published.
         """
-        if self.scenes is None:
-            return otherwise
+        return otherwise if self.scenes is None else self._attempt(partial(work, self.scenes), otherwise)
+
+    def building(self, work: Callable[[SceneBuilds], _T], otherwise: _T) -> _T:
+        """The same for what is computed at idle; ``otherwise`` also where that is switched off."""
+        return otherwise if self.builds is None else self._attempt(partial(work, self.builds), otherwise)
+
+    def _attempt(self, work: Callable[[], _T], otherwise: _T) -> _T:
+        assert self.scenes is not None
         try:
-            return work(self.scenes)
+            return work()
         except Exception as error:
             logger.exception("an error in next-scene prediction; it is switched off until the server restarts")
             self.fault = f"{type(error).__name__}: {error}"
             self._last_loads, self._last_planned = self.scenes.retire(), self.scenes.take_planned()
             self.scenes = self.builds = None
+            self.accounting.prediction_failed()
             return otherwise
 
     def complete(self, finished_ops: set[int], failed_ops: set[int]) -> list[Op]:
@@ -102,19 +114,25 @@ class ActivationMemory:
     def arrived(self, named: Iterable[str], request: Request, num_resident_blocks: int) -> None:
         """A request with one of these scenes asks for its blocks for the first time."""
 
-        def work(scenes: SceneTable) -> None:
+        def work(scenes: SceneTable) -> str | None:
             if (scene_id := scenes.closest(named, request)) is not None:
                 scenes.arrived(scene_id, request, num_resident_blocks)
-                if self.builds is not None:
-                    self.builds.used(scene_id)
+            return scene_id
 
-        self.guarded(work, None)
+        if (scene_id := self.guarded(work, None)) is not None:
+            self.building(lambda builds: builds.used(scene_id), None)
+
+    def admitted(self, request: Request, num_asked: int, num_resident: int, loads: Sequence[Op]) -> None:
+        """A request was given its blocks; see ``Accounting.admitted``."""
+        if self.accounting.is_new(request):
+            num_prefetched = self.guarded(lambda scenes: scenes.use(request, num_resident), 0)
+            self.accounting.admitted(request, num_asked, num_resident, num_prefetched, loads)
 
     def register(self, scene_id: str, request: Request, keys: list[BlockKey]) -> None:
         """These blocks are what the scene is from now on."""
         self.guarded(lambda scenes: scenes.register(scene_id, request, keys), None)
-        if self.builds is not None and keys:
-            self.builds.show(scene_id, request, len(keys))
+        if keys:
+            self.building(lambda builds: builds.show(scene_id, request, len(keys)), None)
 
     def forget(self, tag: bytes) -> Future[dict[str, int]]:
         """Drops all KV that is filed under a tag from all tiers, the GPU too; nobody finds it any more.
@@ -122,8 +140,7 @@ class ActivationMemory:
         Returns:
             What a receipt says of it, once the files are gone for good.
         """
-        if self.builds is not None:
-            self.builds.forget(tag)
+        self.building(lambda builds: builds.forget(tag), None)
         num_scenes = self.guarded(lambda scenes: scenes.forget(tag), 0)
         dropped = self.tiers.forget(tag)
         told = {"host_blocks": dropped.host_blocks, "disk_blocks": dropped.disk_blocks}
@@ -140,9 +157,14 @@ class ActivationMemory:
         before = self.names.start_generation()
         self.tiers.drop_host()
         self.guarded(lambda scenes: scenes.clear(), None)
-        if self.builds is not None:
-            self.builds.clear()
+        self.building(lambda builds: builds.clear(), None)
         return before
+
+    def take_stats(self) -> MemosStats | None:
+        """What is new since the last call; at the end of every step."""
+        if self.guarded(lambda scenes: scenes.count_wasted(SWEEP_BLOCKS), 0):
+            self.accounting.changed()
+        return self.accounting.take()
 
     def status(self) -> dict[str, Any]:
         slots, disk = self.tiers.slots, self.tiers.disk

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memos_vllm.integration import salts
 from memos_vllm.integration.activation_memory import ActivationMemory
+from memos_vllm.integration.scene_builds import SceneBuilds
 from memos_vllm.store.ops import Op
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 Reply = dict[str, Any] | Future[dict[str, Any]]
 """vLLM waits for a future without holding up the engine."""
 
-PREDICTION_OPS = ("expect", "scene", "declare", "build", "give_up_builds")
+OFF = {"enabled": False}
 
 
 def serve(
@@ -29,7 +30,6 @@ def serve(
     Raises:
         ValueError: there is no such operation.
     """
-    scenes, builds = memory.scenes, memory.builds
     memory.accounting.changed()
     match op:
         case "status":
@@ -41,23 +41,27 @@ def serve(
             return memory.forget(salts.tag(payload["salt"])), []
         case "forget_adapter":
             return memory.forget(salts.adapter_tag(payload["lora_name"])), []
-        case "expect" if scenes is not None:
+        case "expect":
             operations = memory.expect(payload["planner"], payload["scenes"], payload.get("busy", ()))
-            return {"enabled": True, "blocks": scenes.expected_blocks()}, operations
-        case "scene" if scenes is not None:
-            return {"enabled": True, **scenes.state(payload["scene"])}, []
-        case "declare" if builds is not None:
+            return memory.guarded(lambda table: {"enabled": True, "blocks": table.expected_blocks()}, OFF), operations
+        case "scene":
+            return memory.guarded(lambda table: {"enabled": True, **table.state(payload["scene"])}, OFF), []
+        case "declare" if memory.builds is None:
+            return OFF, []
+        case "declare":
             assert engine is not None
             return _declare(memory, engine, **payload), []
-        case "build" if builds is not None:
-            claim = builds.claim(payload["planner"], payload["piece_tokens"])
-            return {"enabled": True, "unknown": builds.unknown(payload["declared"]), **claim}, []
-        case "give_up_builds" if builds is not None:
-            builds.give_up(salts.adapter_tag(payload["lora_name"]))
-            return {"enabled": True}, []
-        case _ if op in PREDICTION_OPS:
-            return {"enabled": False}, []
+        case "build":
+            return memory.building(lambda builds: _claim(builds, **payload), OFF), []
+        case "give_up_builds":
+            memory.building(lambda builds: builds.give_up(salts.adapter_tag(payload["lora_name"])), None)
+            return {"enabled": memory.builds is not None}, []
     raise ValueError(f"unknown operation {op!r}")
+
+
+def _claim(builds: SceneBuilds, planner: str, piece_tokens: int, declared: list[str]) -> Reply:
+    """See ``SceneBuilds.claim``."""
+    return {"enabled": True, "unknown": builds.unknown(declared), **builds.claim(planner, piece_tokens)}
 
 
 def _declare(

@@ -78,6 +78,7 @@ ENGINE_METRICS = (
         )
         for unit in ("blocks", "bytes")
     ),
+    Metric("memos:prediction_failed", Kind.GAUGE, "1 after an error ended prediction until the restart, else 0."),
     Metric("memos:copy_bytes_total", Kind.COUNTER, "Bytes of KV copied, over all ranks.", ("path", "purpose"), ROUTES),
     Metric(
         "memos:copy_seconds_total",

@@ -72,8 +72,8 @@ class SchedulerSide:
 
     def added(self, request: Request) -> None:
         """A request came into the engine."""
-        if self.memory is not None and self.memory.builds is not None:
-            self.memory.builds.added(request)
+        if self.memory is not None:
+            self.memory.building(lambda builds: builds.added(request), None)
 
     def match(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond ``num_computed_tokens`` that can be loaded, and whether asynchronously.
@@ -86,7 +86,7 @@ class SchedulerSide:
             self._adapter_of[request.request_id] = request.lora_request.lora_int_id
         if (memory := self.memory) is None or request.request_id in self._failed:
             return 0, False
-        if memory.builds is not None and memory.builds.must_wait(request):
+        if memory.building(lambda builds: builds.must_wait(request), False):
             return None, False
         first = num_computed_tokens // self._block_size
         last = (request.num_tokens - 1) // self._block_size
@@ -102,8 +102,8 @@ class SchedulerSide:
         self._matched[request.request_id] = (first, [])
         if num_tokens < self._config.kv.min_load_tokens:
             num_tokens = 0
-        if memory.builds is not None:
-            memory.builds.scheduled(request, first + num_tokens // self._block_size)
+        num_cached_blocks = first + num_tokens // self._block_size
+        memory.building(lambda builds: builds.scheduled(request, num_cached_blocks), None)
         if not num_tokens:
             return 0, False
         self._matched[request.request_id] = (first, keys[: match.num_blocks])
@@ -132,9 +132,9 @@ class SchedulerSide:
         assert num_blocks <= len(keys)
         if num_blocks:
             operations = memory.tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
-        is_build = memory.builds is not None and memory.builds.is_build(request)
+        is_build = memory.building(lambda builds: builds.is_build(request), False)
         if not is_build and not is_refining(request):  # nobody waits for their first token
-            memory.accounting.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
+            memory.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
         if not operations:
             return
         self._operations += operations
@@ -151,8 +151,7 @@ class SchedulerSide:
         keys = memory.names.keys(request)
         memory.names.drop(request.request_id)
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)  # the last was sampled, not computed
-        if memory.builds is not None:
-            self._operations += memory.builds.finished(request, num_computed)
+        self._operations += memory.building(lambda builds: builds.finished(request, num_computed), [])
         if salts.is_memory_salt(request.cache_salt):
             memory.owned.note(block_ids, salts.tag_of(request.cache_salt, request.lora_request))
         tag = memory.names.tag(request)
@@ -202,7 +201,7 @@ class SchedulerSide:
         self._operations += memory.complete(completion.finished_ops, completion.failed_ops)
 
     def take_stats(self) -> MemosStats | None:
-        return self.memory.accounting.take() if self.memory is not None else None
+        return self.memory.take_stats() if self.memory is not None else None
 
     @property
     def has_work(self) -> bool:

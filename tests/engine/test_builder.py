@@ -447,7 +447,11 @@ def test_an_adapter_travels_with_its_scene() -> None:
     piece = builds.claim("p", 64)["piece"]
     assert piece["token_ids"] == [1, 2, 3, 4] and LoRARequest(**piece["lora"]) == adapter
 
-    memory: Any = SimpleNamespace(scenes=table, builds=builds, accounting=SimpleNamespace(changed=lambda: None))
+    memory: Any = SimpleNamespace(
+        builds=builds,
+        building=lambda work, otherwise: work(builds),
+        accounting=SimpleNamespace(changed=lambda: None),
+    )
     for name, expected in (("other", True), ("style", False)):
         engine_operations.serve(memory, "give_up_builds", {"lora_name": name})
         assert (builds.claim("p", 64)["piece"] is not None) == expected

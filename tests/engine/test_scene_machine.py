@@ -25,9 +25,9 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.integration import activation_memory, salts, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
-from memos_vllm.integration.scene_builds import BUILD_PARAM
+from memos_vllm.integration.scene_builds import BUILD_PARAM, SceneBuilds
 from memos_vllm.integration.scene_loads import SceneLoads
-from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM
+from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM, SceneTable
 from memos_vllm.integration.scheduler_side import PREFETCH_PATIENCE_S, SchedulerSide
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
 from tests.store.store_factories import make_identity
@@ -932,6 +932,44 @@ def test_an_error_in_prediction_ends_prediction_and_nothing_else(
         assert not scenes.queue.num_kept_blocks and scenes.queue.num_plain_blocks == USABLE
         turn_from_the_tiers(machine, PATHS[2], SCENES[0])
         assert machine.pool.reset_prefix_cache()
+        machine.tiers.check_integrity()
+    finally:
+        monkeypatch.undo()
+        machine.teardown()
+
+
+@pytest.mark.parametrize("owner, broken", [
+    *((SceneBuilds, name) for name in ("added", "must_wait", "is_build", "scheduled", "finished", "show", "used")),
+    *((SceneBuilds, name) for name in ("claim", "unknown", "give_up", "forget", "clear")),
+    *((SceneTable, name) for name in ("use", "count_wasted", "state", "expected_blocks", "register", "closest")),
+])  # fmt: skip
+def test_an_error_anywhere_in_prediction_or_building_ends_no_request(
+    owner: type, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = SceneMachine()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyError("a slip")
+
+    try:
+        machine.turn(0, PATHS[2], SCENES[0])
+        side = machine.side
+        monkeypatch.setattr(owner, broken, fail)
+        machine.turn(0, PATHS[2], SCENES[0])
+        side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        side.handle("scene", {"scene": SCENES[0]})
+        side.handle("build", {"planner": "p", "piece_tokens": 64, "declared": [SCENES[0]]})
+        side.handle("give_up_builds", {"lora_name": "style"})
+        side.handle("forget", {"salt": "memos:of nobody"}).result()
+        side.reset_cache()
+        stats = side.take_stats()
+        machine.settle()
+        machine.empty_the_gpu()
+        assert stats is not None and "a slip" in side.memory.fault
+        gauges = stats.data["gauges"]
+        assert gauges["memos:prediction_failed"] == 1 and gauges["memos:tier_used_bytes|gpu"] == 0
+        monkeypatch.undo()
+        turn_from_the_tiers(machine, PATHS[2], SCENES[0])
         machine.tiers.check_integrity()
     finally:
         monkeypatch.undo()
