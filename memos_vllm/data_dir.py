@@ -4,6 +4,7 @@ data_dir/
   lock            held (flock) by the one server that uses the directory
   secret          32 random bytes; tenant salts derive from it
   predictor.json  what next-scene prediction has learned; predictor-<number>.json of further API processes
+  run/            sockets over which several API processes tell each other what happens
   forgotten_owners  whose habits were deleted, as digests
   memory/         LMDB: plaintext memory, the single source of truth
   sources/        LMDB: what stands in the configured folders; it can be removed, and is then read again
@@ -35,6 +36,10 @@ def memory_dir(data_dir: Path) -> Path:
 
 def sources_dir(data_dir: Path) -> Path:
     return data_dir / "sources"
+
+
+def run_dir(data_dir: Path) -> Path:
+    return data_dir / "run"
 
 
 def adapters_dir(data_dir: Path) -> Path:

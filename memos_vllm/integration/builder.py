@@ -59,8 +59,7 @@ class SceneBuilder:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         vllm_config = engine.vllm_config
-        # With several engines nobody knows which of them gets the user's next request.
-        self.enabled = config.enabled and planner.enabled and vllm_config.parallel_config.data_parallel_size == 1
+        self.enabled = config.enabled and planner.enabled
         self._engine = engine
         self._config = config
         self._planner = planner
@@ -149,38 +148,51 @@ class SceneBuilder:
         while self._idle.is_now:
             if await self._engine.is_sleeping():
                 return True
-            reply = await self._claim()
-            if (piece := reply.get("piece")) is None:
+            claimed, again = await self._claim()
+            if claimed is None:
                 if took_slots:  # perhaps those of adapters that are expected sooner
                     await self._adapters.expected.prefetch(self._planner.likely)
-                return bool(reply.get("busy") or reply.get("unknown"))
-            await self._build(piece)
+                return again
+            engine, piece = claimed
+            await self._build(engine, piece)
             took_slots = took_slots or piece["lora"] is not None
         return True  # it gave way
 
-    async def _claim(self) -> dict[str, Any]:
-        payload = {
-            "planner": self._planner.name,
-            "piece_tokens": self._config.piece_tokens,
-            "declared": self._starts.declared(self._planner.told),
-        }
-        (reply,) = await engine_channel.call(self._engine, "build", payload)
-        self._starts.lost(reply.get("unknown", ()))
-        return reply
+    async def _claim(self) -> tuple[tuple[int, dict[str, Any]] | None, bool]:
+        """The next piece and the data-parallel engine that it is for, or whether to ask again soon.
 
-    async def _build(self, piece: dict[str, Any]) -> None:
+        None while any engine has a request: they may share the machine, or wait for each other's steps.
+        """
+        told, payload = self._planner.told, {"planner": self._planner.name, "piece_tokens": self._config.piece_tokens}
+        engines = range(engine_channel.num_engines(self._engine))
+        replies = await asyncio.gather(
+            *(
+                engine_channel.call_one(
+                    self._engine, engine, "build", {**payload, "declared": self._starts.declared(told, engine)}
+                )
+                for engine in engines
+            )
+        )
+        unknown = [scene_id for reply in replies for scene_id in reply.get("unknown", ())]
+        self._starts.lost(unknown)
+        if any(reply.get("busy") for reply in replies):
+            return None, True
+        pieces = [(engine, piece) for engine in engines if (piece := replies[engine].get("piece")) is not None]
+        return (pieces[0] if pieces else None), bool(unknown)
+
+    async def _build(self, engine: int, piece: dict[str, Any]) -> None:
         """Runs one piece, unless a live request comes; then leaves the engine alone for its share of the time."""
         if not self._idle.is_now:
             return
         started = self._now()
         try:
-            await self._idle.run(partial(self._generate, piece), PIECE_PATIENCE_S)
+            await self._idle.run(partial(self._generate, engine, piece), PIECE_PATIENCE_S)
         except AdapterUnavailable as error:
             logger.info("a scene is not built: %s", error)
         share = self._config.busy_share
         await asyncio.sleep((self._now() - started) * (1 - share) / share)
 
-    async def _generate(self, piece: dict[str, Any]) -> None:
+    async def _generate(self, engine: int, piece: dict[str, Any]) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -198,5 +210,6 @@ class SceneBuilder:
                 f"memos-build-{piece['build']}",
                 lora_request=lora,
                 priority=self._priority,
+                data_parallel_rank=engine,
             ):
                 pass

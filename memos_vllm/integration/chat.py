@@ -102,6 +102,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
+        state.homes.route(raw_request, turn.who)
         start = next_start(turn, request, raw_request, state)
         recall, salt = await recall_for(turn, state)
         serving = raw_request.app.state.openai_serving_chat

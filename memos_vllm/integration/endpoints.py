@@ -20,6 +20,8 @@ from memos_vllm.integration.adapter_base import base_of
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.caretaker import Caretaker
+from memos_vllm.integration.event_exchange import EventExchange
+from memos_vllm.integration.home_engine import HomeEngines
 from memos_vllm.integration.idle import IdleTime, LiveRequests
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
@@ -88,20 +90,28 @@ class MemosEndpoints:
         metrics = MemoryMetrics()
         serving = partial(getattr, state, "openai_serving_chat", None)  # vLLM makes it later
         adapters = await asyncio.to_thread(open_adapters, engine_client, config, metrics, serving)
-        rank = getattr(engine_client.vllm_config.parallel_config, "_api_process_rank", 0)
+        parallel = engine_client.vllm_config.parallel_config
+        rank = getattr(parallel, "_api_process_rank", 0)
+        num_api_processes = getattr(parallel, "_api_process_count", 1)
         learned = PredictorFile(
             config.data_dir / (f"predictor-{rank}.json" if rank > 0 else "predictor.json"),
             ForgottenOwners(config.data_dir / "forgotten_owners", secret),
         )
-        planner = ScenePlanner(engine_client, config.prediction, learned, on_expected=adapters.expected.prefetch)
+        exchange = EventExchange(data_dir.run_dir(config.data_dir), rank, range(num_api_processes))
+        planner = ScenePlanner(
+            engine_client, config.prediction, learned, on_expected=adapters.expected.prefetch, on_event=exchange.tell
+        )
+        await exchange.open(planner.hear)
         salt_of = partial(salts.of_user, secret, config.kv.store_dtype)
         prompt_format = prompt_format_of(engine_client.renderer.get_tokenizer(), args)
-        starts = SessionStarts(engine_client, service, salt_of, adapters, prompt_format)
+        homes = HomeEngines(engine_client)
+        starts = SessionStarts(engine_client, service, salt_of, adapters, homes, prompt_format)
         idle = IdleTime()
         state.memos = memos = MemosState(
             config=config,
             service=service,
             engine=engine_client,
+            homes=homes,
             secret=secret,
             planner=planner,
             builder=SceneBuilder(engine_client, config.prediction.build, planner, starts, idle, adapters),

@@ -1,8 +1,8 @@
 """The planner: from a turn's end to KV in GPU blocks, before the next request exists.
 
 It feeds what happens (turns, hints) to the predictor and tells the engine which scenes it expects,
-with their value, whenever that changed. One planner lives in each API process; the engine merges
-what they say.
+with their value, whenever that changed. One planner lives in each API process. They tell each other what
+happens (``event_exchange``), so each can predict for all; the engine merges what they say.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from memos_vllm.config import PredictionConfig
 from memos_vllm.core import snapshot
 from memos_vllm.core.scenes import Event, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.integration import engine_channel
+from memos_vllm.integration.event_exchange import Heard
 from memos_vllm.integration.predictor_file import PredictorFile
 from memos_vllm.types import Principal
 
@@ -60,6 +61,7 @@ class ScenePlanner:
         file: where what was learned is kept, over restarts.
         now: wall-clock seconds; habits follow the hour of the day.
         on_expected: told ``likely`` after each event, and when time alone has changed it.
+        on_event: told every event of this process, its time, and the kind of its scene.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ScenePlanner:
         file: PredictorFile,
         now: Callable[[], float] = time.time,
         on_expected: Callable[[Sequence[str]], Awaitable[None]] | None = None,
+        on_event: Heard = lambda at, event, kind: None,
     ) -> None:
         self.enabled = config.enabled
         self._engine = engine
@@ -78,7 +81,7 @@ class ScenePlanner:
         self.name = f"{os.getpid()}"
         self.on_told: Callable[[], None] = lambda: None
         """Called when an event has changed what the engine expects."""
-        self._on_expected = on_expected
+        self._on_expected, self._on_event = on_expected, on_event
         self._predictor = file.restore(now())
         self._told: list[tuple[float, str]] = []
         self.likely: list[str] = []
@@ -173,9 +176,19 @@ class ScenePlanner:
             return
         if not isinstance(event, TurnStarted | TurnEnded):
             self._held_since = None  # a hint is not to wait
-        self._events.append((self._now(), event, kind))
+        now = self._now()
+        self._on_event(now, event, kind)
+        self._events.append((now, event, kind))
         self._learn()
         self._start()
+
+    def hear(self, at: float, event: Event, kind: SceneKind) -> None:
+        """Learns from what happened in another API process, which tells the engine what follows at once. This one
+        looks at its ranking when it does so anyway, so that one event is not told by all of them."""
+        if self.enabled:
+            self._events.append((min(at, self._now()), event, kind))
+            self._learn()
+            self._start(at_once=False)
 
     def _learn(self) -> None:
         while self._events and self._copied_at is None:
@@ -187,7 +200,6 @@ class ScenePlanner:
             if isinstance(event, TurnStarted) and not self._is_seen(event.scene_id):
                 self._predictor.add(Scene(event.scene_id, owner=event.owner, kind=kind))
             self._predictor.observe(event, now)
-            self._changed.set()
 
     def forget(self, who: Principal) -> None:
         """Forgets a user's scenes and habits, and has that written down at once, here and in other API processes."""
@@ -209,8 +221,9 @@ class ScenePlanner:
         prediction = self._predictor.predict(scene_id, now) if self.enabled else None
         return None if prediction is None else asdict(prediction)
 
-    def _start(self) -> None:
-        self._changed.set()
+    def _start(self, *, at_once: bool = True) -> None:
+        if at_once:
+            self._changed.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="memos-planner")
             atexit.register(self.save)

@@ -16,12 +16,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate, Coming
+from memos_vllm.integration.home_engine import HomeEngines
 from memos_vllm.integration.scene_builds import lora_arguments
 from memos_vllm.memory.assembly import DEFAULT_FORMAT, Message, PromptFormat, assemble
 from memos_vllm.memory.service import MemoryService
@@ -108,9 +109,10 @@ class SessionStarts:
         service: MemoryService,
         salt_of: Callable[[Principal, int], str],
         adapters: AdapterGate,
+        homes: HomeEngines,
         form: PromptFormat = DEFAULT_FORMAT,
     ) -> None:
-        self._engine = engine
+        self._engine, self._homes = engine, homes
         self._service = service
         self._salt_of = salt_of
         self._adapters = adapters
@@ -129,9 +131,10 @@ class SessionStarts:
     def forget(self, scene_id: str) -> None:
         self._starts.pop(scene_id, None)
 
-    def declared(self, scene_ids: Sequence[str]) -> list[str]:
+    def declared(self, scene_ids: Sequence[str], engine: int) -> list[str]:
         """Of these scenes, those that the engine should know as starts."""
-        return [each for each in scene_ids if (start := self._starts.get(each)) and start.num_blocks]
+        starts = [start for each in scene_ids if (start := self._starts.get(each)) is not None and start.num_blocks]
+        return [start.scene_id for start in starts if self._homes.of(start.who) == engine]
 
     def lost(self, scene_ids: Sequence[str]) -> None:
         """The engine does not know these any more."""
@@ -166,10 +169,9 @@ class SessionStarts:
                 continue
             # The salt of this very text: a deletion from now on finds it, before or after it is built.
             salt = salts.combine(self._salt_of(start.who, prepared.kv_epoch), start.client_salt)
-            payload = {"scene": start.scene_id, "token_ids": token_ids, "salt": salt}
-            (reply,) = await engine_channel.call(
-                self._engine, "declare", {**payload, "lora": lora_arguments(coming.lora)}
-            )
+            payload: dict[str, Any] = {"scene": start.scene_id, "token_ids": token_ids, "salt": salt}
+            payload["lora"] = lora_arguments(coming.lora)
+            reply = await engine_channel.call_one(self._engine, self._homes.of(start.who), "declare", payload)
             if reply.get("blocks"):
                 start.num_blocks = declared[start.scene_id] = reply["blocks"]
         return declared

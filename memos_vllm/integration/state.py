@@ -15,6 +15,7 @@ from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.distillation_jobs import DistillationJobs
+from memos_vllm.integration.home_engine import HomeEngines
 from memos_vllm.integration.idle import IdleTime
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.planner import ScenePlanner
@@ -44,6 +45,7 @@ class MemosState:
     config: MemosConfig
     service: MemoryService
     engine: EngineClient
+    homes: HomeEngines
     secret: bytes
     planner: ScenePlanner
     builder: SceneBuilder

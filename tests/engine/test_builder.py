@@ -18,6 +18,7 @@ from memos_vllm.integration import builder as builder_module
 from memos_vllm.integration import engine_operations
 from memos_vllm.integration.adapter_gate import Coming
 from memos_vllm.integration.builder import SceneBuilder
+from memos_vllm.integration.home_engine import HomeEngines, home_of
 from memos_vllm.integration.idle import LOWEST_PRIORITY, IdleTime, LiveRequests
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
@@ -35,14 +36,17 @@ class Engine:
 
     def __init__(self, policy: str = "fcfs", engines: int = 1) -> None:
         self.vllm_config = SimpleNamespace(
-            parallel_config=SimpleNamespace(data_parallel_size=engines),
             scheduler_config=SimpleNamespace(policy=policy),
         )
         self.errored = False
         self.engine_core = self
+        self.core_engines = [f"engine-{rank}" for rank in range(engines)]
         self.pieces: list[dict[str, Any]] = []
+        self.replies: dict[int, dict[str, Any]] = {}
+        """Of single engines to a claim, where there are several."""
         self.events: list[str] = []
         self.declared: list[dict[str, Any]] = []
+        self.ranks: list[int] = []
         self.priorities: list[int] = []
         self.happened = asyncio.Condition()
         self.finish = asyncio.Event()
@@ -59,8 +63,13 @@ class Engine:
             return {"busy": False, "unknown": [], "piece": self.pieces.pop(0) if self.pieces else None}
         return {"enabled": True, "blocks": {}}
 
+    async def _call_utility_async(self, method: str, op: str, payload: dict[str, Any], engine: str) -> dict[str, Any]:
+        reply = await self.call_utility_async(method, op, {**payload, "engine": self.core_engines.index(engine)})
+        return {**reply, **self.replies.get(self.core_engines.index(engine), {})} if op == "build" else reply
+
     async def generate(self, prompt: Any, params: Any, request_id: str, **options: Any) -> AsyncIterator[None]:
         self.priorities.append(options["priority"])
+        self.ranks.append(options["data_parallel_rank"])
         await self.note("piece")
         try:
             await self.finish.wait()
@@ -129,7 +138,7 @@ class Parts:
         learned = PredictorFile(folder / "predictor.json", ForgottenOwners(folder / "forgotten_owners", b"secret"))
         self.planner = ScenePlanner(engine, PredictionConfig(), learned)
         self.adapters = Adapters()
-        self.starts = SessionStarts(engine, self.service, self.salt, self.adapters)
+        self.starts = SessionStarts(engine, self.service, self.salt, self.adapters, HomeEngines(engine))
         self.idle = IdleTime()
         config = config or BuildConfig(busy_share=1.0)
         self.builder = SceneBuilder(engine, config, self.planner, self.starts, self.idle, self.adapters)
@@ -267,17 +276,44 @@ def test_a_piece_that_does_not_come_back_is_given_up(run: Any, monkeypatch: pyte
     run(play)
 
 
-@pytest.mark.parametrize(
-    ("config", "engines"), [(BuildConfig(enabled=False), 1), (BuildConfig(), 2)], ids=["off", "several_engines"]
-)
-def test_nothing_starts_where_building_is_off(run: Any, config: BuildConfig, engines: int) -> None:
+def test_nothing_starts_where_building_is_off(run: Any) -> None:
     async def play(parts: Parts) -> None:
         parts.builder.wake()
         parts.planner.on_told()
         assert parts.builder._task is None
         assert await parts.builder.status() == {"enabled": False, "pending": False}
 
-    run(play, config, engines=engines)
+    run(play, BuildConfig(enabled=False))
+
+
+def test_a_users_start_is_declared_and_built_on_his_engine(run: Any) -> None:
+    async def play(parts: Parts) -> None:
+        engine, home = parts.engine, home_of(WHO, 3)
+        parts.turn()
+        await parts.declare()
+        assert [each["engine"] for each in engine.declared] == [home]
+        start_id = parts.planner.start_id(WHO)
+        assert [parts.starts.declared([start_id], rank) for rank in range(3)] == [
+            [start_id] if rank == home else [] for rank in range(3)
+        ]
+        engine.finish.set()
+        engine.replies[home] = {"piece": PIECE}
+        claimed, _ = await parts.builder._claim()
+        assert claimed == (home, PIECE)
+        await parts.builder._build(*claimed)
+        assert engine.ranks == [home]
+
+    run(play, engines=3)
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_no_piece_is_run_while_any_engine_has_a_request(run: Any, busy: int) -> None:
+    async def play(parts: Parts) -> None:
+        parts.engine.replies = {rank: {"piece": PIECE} for rank in range(2)}
+        parts.engine.replies[busy] = {"busy": True, "piece": None}
+        assert await parts.builder._claim() == (None, True)
+
+    run(play, engines=2)
 
 
 def test_requests_count_but_reading_and_hints_do_not(run: Any) -> None:

@@ -17,6 +17,7 @@ from memos_vllm.config import MemoryConfig, MemosConfig
 from memos_vllm.integration import engine_channel, life, memories, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.caretaker import Caretaker
+from memos_vllm.integration.home_engine import HomeEngines
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -56,7 +57,9 @@ def state_with(service: MemoryService, data_dir: Path) -> MemosState:
     metrics = MemoryMetrics()
     adapters = AdapterGate(engine, open_registry(data_dir / "adapters"), config.adapters, metrics)
     nobody: Any = Nobody()
-    return MemosState(config, service, engine, SECRET, nobody, nobody, metrics, adapters, count_tokens=len)
+    return MemosState(
+        config, service, engine, HomeEngines(engine), SECRET, nobody, nobody, metrics, adapters, count_tokens=len
+    )
 
 
 @pytest.fixture
