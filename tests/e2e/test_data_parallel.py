@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import arms
@@ -116,14 +117,33 @@ def test_a_hint_at_any_process_brings_the_prefix_to_the_users_engine(engines: Me
 
 
 def test_every_process_knows_of_a_turn(engines: Memos) -> None:
-    """Each connection goes to one of the two processes, whichever."""
+    """Each connection goes to one of the two processes; while that one stands still, to the other."""
     key = new_user(engines)
-    engines.chat(key, QUESTION, {"remember": False, "session": "s"})
+    body = {"model": engines.server.model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1}
+    with engines.server.http(key) as client:
 
-    def known_to_all() -> bool:
-        return all(scene(engines, key, "s")["prediction"] for _ in range(16))
+        def known_to_the_other() -> Any:
+            turn = {"remember": False, "session": "s"}
+            with client.stream("POST", "/v1/chat/completions", json={**body, "memos": turn}) as response:
+                port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+                asked = serving_process(engines, port)
+                response.read()
+            asked.suspend()
+            try:
+                return scene(engines, key, "s")["prediction"]
+            finally:
+                asked.resume()
 
-    wait_for(known_to_all, "known to both processes")
+        wait_for(known_to_the_other, "known to the other process")
+
+
+def serving_process(engines: Memos, client_port: int) -> psutil.Process:
+    """The API process that has accepted a connection."""
+    for process in psutil.Process(engines.server.process.pid).children(recursive=True):
+        for connection in process.net_connections("tcp"):
+            if connection.raddr and connection.raddr.port == client_port:
+                return process
+    raise AssertionError(f"nobody has the connection from port {client_port}")
 
 
 def test_what_a_new_session_starts_with_is_built_on_the_users_engine(engines: Memos) -> None:
