@@ -66,12 +66,19 @@ class ResidencyPolicy:
         partial_tails: a chain's last block may be partial, so that a longer chain has another one in its
             place. How often it is used again is then learned apart. vLLM's blocks are full: False.
         watch_worth: see ``take_turned``.
+        in_use_from: what is worth as much is in use by requests, which bring it themselves: never planned.
     """
 
     def __init__(
-        self, values: Values, swap_gain: float = SWAP_GAIN, partial_tails: bool = False, watch_worth: bool = False
+        self,
+        values: Values,
+        swap_gain: float = SWAP_GAIN,
+        partial_tails: bool = False,
+        watch_worth: bool = False,
+        in_use_from: float = math.inf,
     ) -> None:
         self.values, self.swap_gain, self.partial_tails = values, swap_gain, partial_tails
+        self.in_use_from = in_use_from
         self._turned: list[list[Hashable]] | None = [] if watch_worth else None
         self.tree = BlockTree()
         self.num_resident = 0
@@ -196,9 +203,10 @@ class ResidencyPolicy:
             if segment in taken:  # queued twice
                 continue
             taken.add(segment)
-            for i in range(len(segment.blocks) - 1, -1, -1):
-                if segment.states[i] == RESIDENT and not segment.held[i] and len(out) < num_blocks:
-                    out.append(segment.blocks[i])
+            place = len(segment.blocks)
+            while len(out) < num_blocks and (place := segment.states.rfind(RESIDENT, 0, place)) >= 0:
+                if not segment.held[place]:
+                    out.append(segment.blocks[place])
         for segment in taken:
             self._queue(segment)
         return out
@@ -216,22 +224,24 @@ class ResidencyPolicy:
         budget_blocks: int,
         free_blocks: int,
         available: Callable[[Hashable], bool] = lambda block: True,
-        min_value: float = 0.0,
+        free_worths: Iterable[float] = (),
     ) -> Plan:
         """What to bring now: the most valuable absent blocks, first into free places, then in place of others.
 
         Args:
             budget_blocks: how many at most.
-            free_blocks: places that hold nothing.
+            free_blocks: places that no tracked block has.
             available: whether a lower tier has the block. A block behind one that is not available is not brought.
-            min_value: expected seconds saved per byte; what is worth no more is not brought, e.g. the link's
-                seconds per byte where it is busy.
+            free_worths: of what the free places hold, the one that is taken first being first, in the unit of
+                values; those that follow the last one named hold nothing.
         """
         plan = Plan()
         skipped: list[Segment] = []
+        worths = iter(free_worths)
+        worth = next(worths, 0.0) if free_blocks > 0 else math.inf
         while len(plan.fetch) < budget_blocks:
             segment = self._highest()
-            if segment is None or segment.value <= min_value:
+            if segment is None:
                 break
             parent = segment.parent
             block = segment.blocks[segment.states.index(ABSENT)]
@@ -239,8 +249,9 @@ class ResidencyPolicy:
                 heapq.heappop(self._high)
                 skipped.append(segment)
                 continue
-            if free_blocks > 0:
+            if worth * self.swap_gain < segment.value:
                 free_blocks -= 1
+                worth = next(worths, 0.0) if free_blocks > 0 else math.inf
             else:
                 lowest = self._lowest()
                 if lowest is None or lowest.value * self.swap_gain >= segment.value:
@@ -280,7 +291,7 @@ class ResidencyPolicy:
             evictable = sum(map(_evictable, segment.states, segment.held))
             assert segment.num_evictable == evictable
             assert not evictable or any(entry[4] is segment and _low_valid(entry) for entry in self._low)
-            wanted = segment.num_absent and segment.value > 0.0
+            wanted = segment.num_absent and 0.0 < segment.value < self.in_use_from
             assert not wanted or any(entry[3] is segment and _high_valid(entry) for entry in self._high)
             resident += len(segment.blocks) - segment.num_absent
         assert resident == self.num_resident
@@ -353,7 +364,7 @@ class ResidencyPolicy:
     def _queue(self, segment: Segment) -> None:
         if segment.num_evictable:
             heapq.heappush(self._low, (segment.value, segment.last_use, -segment.start, segment.serial, segment))
-        if segment.num_absent and segment.value > 0.0:
+        if segment.num_absent and 0.0 < segment.value < self.in_use_from:
             heapq.heappush(self._high, (-segment.value, segment.start, segment.serial, segment))
         limit = 8 * self.tree.num_segments + 1024
         if len(self._low) > limit:

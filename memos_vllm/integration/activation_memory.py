@@ -128,10 +128,9 @@ class ActivationMemory:
             num_prefetched = self.guarded(lambda scenes: scenes.use(request, num_resident), 0)
             self.accounting.admitted(request, num_asked, num_resident, num_prefetched, loads)
 
-    def register(self, scene_id: str, request: Request, keys: list[BlockKey]) -> None:
-        """These blocks are what the scene is from now on."""
-        self.guarded(lambda scenes: scenes.register(scene_id, request, keys), None)
-        if keys:
+    def register(self, scene_id: str, request: Request, keys: list[BlockKey], *, is_whole: bool = True) -> None:
+        """These blocks are what the scene is from now on; see ``SceneTable.register``."""
+        if self.guarded(lambda scenes: scenes.register(scene_id, request, keys, is_whole=is_whole), False):
             self.building(lambda builds: builds.show(scene_id, request, len(keys)), None)
 
     def forget(self, tag: bytes) -> Future[dict[str, int]]:

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from memos_vllm.core.block_tree import RESIDENT
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.told_values import ToldValues
+from memos_vllm.integration.plain_cache import PlainCache
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +37,15 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
         policy: knows blocks by vLLM's hash with group id.
     """
 
-    def __init__(self, queue: FreeKVCacheBlockQueue, policy: ResidencyPolicy) -> None:
+    def __init__(
+        self, queue: FreeKVCacheBlockQueue, policy: ResidencyPolicy, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._policy = policy
         self._kept: dict[bytes, KVCacheBlock] = {}
         self._hash_of: dict[int, bytes] = {}  # of kept blocks by id
         self._in_use: dict[int, bytes] = {}  # blocks that are worth something and referenced: id and hash
         self._num_plain = 0
+        self.plain = PlainCache(now)
         super().__init__(queue.get_all_free_blocks())
 
     @property
@@ -61,6 +66,13 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
     def num_kept_blocks(self) -> int:
         return len(self._kept)
 
+    def plain_worths(self) -> Iterator[float]:
+        """What plain blocks hold is worth, as ``PlainCache.worth``; the one that leaves next is first."""
+        block = self.fake_free_list_head.next_free_block
+        while block is not None and block is not self.fake_free_list_tail:
+            yield self.plain.worth(block)
+            block = block.next_free_block
+
     def is_kept(self, block: KVCacheBlock) -> bool:
         return block.block_id in self._hash_of
 
@@ -77,6 +89,7 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
             self._in_use[block.block_id] = block_hash
             self._policy.loading([block_hash])
         elif block.block_id not in self._hash_of:
+            self.plain.expected(block)
             super().remove(block)
             self._keep(block_hash, block)
 
@@ -122,6 +135,7 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
         assert self.num_free_blocks >= n
         popped = super().popleft_n(min(n, self._num_plain))
+        self.plain.evicted(popped)
         if len(popped) < n:
             given_up = self._policy.evict(n - len(popped))
             if given_up is None or not self._kept.keys() >= set(given_up):
@@ -138,6 +152,7 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
     def remove(self, block: KVCacheBlock) -> None:
         block_hash = self._hash_of.pop(block.block_id, None)
         if block_hash is None:
+            self.plain.hit(block)
             super().remove(block)
             return
         del self._kept[block_hash]
@@ -152,6 +167,7 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
         if block_hash is not None and block_hash not in self._kept and self._policy.value(block_hash) > 0.0:
             self._keep(block_hash, block)
         else:
+            self.plain.freed(block)
             super().append(block)
 
     def append_n(self, blocks: list[KVCacheBlock]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.core.residency import ResidencyPolicy
-from memos_vllm.core.told_values import ToldValues
+from memos_vllm.core.told_values import BUSY_VALUE, UNIT, ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration.known_scenes import KnownScenes, Prefetch, Scene, SceneState
 from memos_vllm.integration.owned_blocks import OwnedBlocks
@@ -53,10 +53,14 @@ KEEP_SHARE = 0.9
 """Share of the pool that blocks of predicted scenes may take; the rest stays plain for whoever comes unexpected."""
 
 IN_FLIGHT_SHARE = 0.25
-"""Share of the pool that prefetches may hold at a time; a live request waits for no more than that."""
+"""Share of the pool that prefetches may hold at a time."""
+
+IN_FLIGHT_S = 0.1
+"""How long what prefetches hold takes to arrive, by what copies have taken so far: a live request that needs the
+blocks waits for no more than that."""
 
 STARTED_BLOCKS = 128
-"""Blocks that are started at once. Planning one takes about 15 us of the engine's loop on a Xeon core of 2 GHz, so
+"""Blocks that are started in one step. Planning one takes about 15 us of the engine's loop on a Xeon core of 2 GHz, so
 that a step is made 2 ms longer at most; the next ones start when a copy ends."""
 
 TRACKED_BLOCKS = 1024
@@ -72,6 +76,8 @@ class SceneTable:
         tiers: where blocks are off the GPU.
         chunk_blocks: blocks per prefetch step.
         owned: told of what is published.
+        is_starved: a request waits for blocks: nothing is started, so that what is under way frees them. Set by the
+            scheduler side, with every step.
     """
 
     pool: BlockPool
@@ -79,6 +85,7 @@ class SceneTable:
     block_size: int
     chunk_blocks: int
     owned: OwnedBlocks
+    is_starved: bool = False
     totals: SceneTotals = field(default_factory=SceneTotals)
     queue: KeepingFreeQueue = field(init=False)
     known: KnownScenes = field(init=False)
@@ -95,9 +102,11 @@ class SceneTable:
     _planned: list[Op] = field(default_factory=list)
     """Copies that are not handed over yet."""
     _num_arrivals: int = 0
+    _num_started: int = 0
+    """Blocks, in this step."""
 
     def __post_init__(self) -> None:
-        self._policy = ResidencyPolicy(self._values, watch_worth=True)
+        self._policy = ResidencyPolicy(self._values, watch_worth=True, in_use_from=BUSY_VALUE * UNIT)
         self.queue = KeepingFreeQueue(self.pool.free_block_queue, self._policy)
         self.pool.free_block_queue = self.queue
         self.known = KnownScenes(self.pool.enable_kv_cache_events)
@@ -107,15 +116,21 @@ class SceneTable:
 
     # -- learning ------------------------------------------------------------------------------
 
-    def register(self, scene_id: str, request: Request, keys: Sequence[BlockKey]) -> None:
-        """A request ended; its full blocks are what the scene is from now on."""
-        if not keys:
-            return
+    def register(self, scene_id: str, request: Request, keys: Sequence[BlockKey], *, is_whole: bool = True) -> bool:
+        """A request ended; its full blocks are what the scene is from now on. Whether that is so.
+
+        Args:
+            is_whole: it had its prompt computed. Of a scene that is known, the beginning alone says nothing new.
+        """
+        known = self.known.get(scene_id)
+        if not keys or (not is_whole and known is not None and known.keys[: len(keys)] == list(keys)):
+            return False
         self.known.show(scene_id, request, keys)
         self._track(scene_id)
         while (overdue := self.known.overdue()) is not None:
             self._remove(overdue)
         self._refile()
+        return True
 
     def _remove(self, scene_id: str) -> None:
         self.known.remove(scene_id)
@@ -228,10 +243,10 @@ class SceneTable:
         self._follow()
         self._give_up_excess()
         busy = self._values.busy()
-        places = Places(
-            (scene, positions)
-            for scene_id, positions in self._places.items()
-            if scene_id not in busy and (scene := self.known.get(scene_id)) is not None
+        places = Places(  # the most valuable first, as they are looked for
+            (scene, self._places[scene_id])
+            for scene_id in self._values
+            if scene_id in self._places and scene_id not in busy and (scene := self.known.get(scene_id)) is not None
         )
 
         def is_at_hand(block_hash: Any) -> bool:
@@ -243,16 +258,16 @@ class SceneTable:
             scene, index = place
             return not self.tiers.is_on_its_way(scene.keys[index]) and self.tiers.holds(scene.keys[index])
 
-        budget = STARTED_BLOCKS
         while True:
             # Plain blocks run short only where live requests hold them; then a prefetch takes the place of
             # a block that is worth less, or waits.
             plan = self._policy.plan(
-                min(budget, int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks) - self.num_loading_blocks),
+                self._num_startable,
                 max(0, min(self._room, self.queue.num_plain_blocks)),
                 is_at_hand,
+                self.queue.plain_worths(),
             )
-            budget -= len(plan.fetch)
+            self._num_started += len(plan.fetch)
             self.queue.give_up(plan.evict)
             missing = [block_hash for block_hash in plan.fetch if not self._keep_resident(block_hash)]
             runs = list(places.runs(missing, self.chunk_blocks))
@@ -261,6 +276,27 @@ class SceneTable:
                     self._planned += self.loads.start(scene, first, end)
             if len(missing) == len(plan.fetch):
                 return self.take_planned()
+
+    def new_step(self, *, is_starved: bool) -> None:
+        """The scheduler has planned a step. See ``is_starved``."""
+        self._num_started, self.is_starved = 0, is_starved
+
+    @property
+    def _num_startable(self) -> int:
+        """Blocks that may be started now."""
+        if self.is_starved:
+            return 0
+        in_flight = min(int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks), self._blocks_within(IN_FLIGHT_S))
+        return min(STARTED_BLOCKS - self._num_started, in_flight - self.num_loading_blocks)
+
+    def _blocks_within(self, seconds: float) -> int:
+        """How many blocks prefetches bring in that time; at least two chunks, so that one can follow the other."""
+        least = 2 * self.chunk_blocks
+        totals = [self.tiers.copies[path, "prefetch"] for path in ("host_to_gpu", "disk_to_gpu")]
+        took_s = sum(each.seconds for each in totals)
+        if not took_s:
+            return max(least, STARTED_BLOCKS)
+        return max(least, int(seconds * sum(each.size_bytes for each in totals) / took_s / self.tiers.block_bytes))
 
     def take_planned(self) -> list[Op]:
         planned, self._planned = self._planned, []

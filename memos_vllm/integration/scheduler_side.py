@@ -35,6 +35,9 @@ PREFETCH_PATIENCE_S = 0.05
 A prefetch goes behind every load that a request waits for, so under steady load it may not end.
 """
 
+COPY_PATIENCE_S = 1.0
+"""How long a request that got no block waits for copies of which none ends."""
+
 
 class SchedulerSide:
     """State: the memory, the operations of the coming step, and where each request is with its copies."""
@@ -57,6 +60,10 @@ class SchedulerSide:
         self._prefetch_waits: dict[str, float] = {}
         self._is_waited_for = False
         """Whether a request of the coming step waits for a prefetch, or for the blocks that one holds."""
+        self._without_blocks: set[str] = set()
+        """Requests that were looked at for this step and got no blocks; "" for one that runs."""
+        self._progress_at = 0.0
+        """When a copy ended last, or the first was started."""
         self._failed: set[str] = set()
         self._stale: set[str] = set()
         engine_channel.serve(self.handle)
@@ -99,6 +106,7 @@ class SchedulerSide:
             self._is_waited_for = True
             return None, False
         num_tokens = match.num_blocks * self._block_size
+        self._without_blocks.add(request.request_id)
         self._matched[request.request_id] = (first, [])
         if num_tokens < self._config.kv.min_load_tokens:
             num_tokens = 0
@@ -123,6 +131,7 @@ class SchedulerSide:
         return now - self._prefetch_waits.setdefault(request.request_id, now) < PREFETCH_PATIENCE_S
 
     def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
+        self._without_blocks.discard(request.request_id)
         matched = self._matched.pop(request.request_id, None)
         if matched is None or (memory := self.memory) is None:
             return  # goes on after its load
@@ -165,7 +174,8 @@ class SchedulerSide:
         if stale or is_refining(request) or any(memory.pool.blocks[block].is_null for block in block_ids[:num_blocks]):
             return
         if (scene_id := _scene_of(request)) is not None:
-            memory.register(scene_id, request, keys[:num_blocks])
+            is_whole = request.num_computed_tokens >= request.num_prompt_tokens
+            memory.register(scene_id, request, keys[:num_blocks], is_whole=is_whole)
         operations = memory.tiers.plan_save(keys[:num_blocks], block_ids[:num_blocks], tag)
         memory.held.hold(block for operation in operations for block in operation.block_ids)
         self._operations += operations
@@ -180,8 +190,15 @@ class SchedulerSide:
     # -- steps ----------------------------------------------------------------------------------
 
     def take_metadata(self, *, idle: bool) -> MemosMetadata:
+        if self.memory is not None:
+            is_starved = bool(self._without_blocks)
+            self._is_waited_for |= is_starved and self.memory.num_loading_blocks > 0
+            self.memory.guarded(lambda scenes: scenes.new_step(is_starved=is_starved), None)
+            if self._operations and self.memory.tiers.num_in_flight == len(self._operations):
+                self._progress_at = time.monotonic()
         metadata = MemosMetadata(self._operations, self._loads, idle, paced=not (idle or self._is_waited_for))
         self._operations, self._loads, self._is_waited_for = [], {}, False
+        self._without_blocks.clear()
         return metadata
 
     def complete(self, meta: MemosWorkerMeta) -> None:
@@ -189,6 +206,7 @@ class SchedulerSide:
         assert memory is not None
         memory.accounting.changed()
         completion, follow_up = memory.tiers.complete(meta.results)
+        self._progress_at = time.monotonic()
         self._operations += follow_up
         memory.held.release(completion.released_blocks)
         for request_id, op_ids in list(self._loading.items()):
@@ -217,10 +235,11 @@ class SchedulerSide:
     def will_free_blocks(self) -> bool:
         """Asked when a running request got no block: whether it may wait for copies that hold some.
 
-        Prefetches among them are then no longer paced.
+        Prefetches among them are then no longer paced. Copies that get nowhere (a disk that does not answer) are
+        not waited for: vLLM preempts, as it would without us.
         """
-        self._is_waited_for |= self.memory is not None and self.memory.num_loading_blocks > 0
-        return self.holds_blocks
+        self._without_blocks.add("")  # whoever it is
+        return self.holds_blocks and time.monotonic() - self._progress_at < COPY_PATIENCE_S
 
     def reset_cache(self) -> None:
         """The weights changed, or the operator wants no older KV: nothing saved so far is found again."""

@@ -119,6 +119,23 @@ def test_room_is_made_only_for_what_is_worth_more() -> None:
     assert policy.num_resident == 6
 
 
+def test_what_free_places_hold_is_given_up_for_what_is_worth_more() -> None:
+    policy = policy_with(a=0.9, b=0.5)
+    policy.resident(SYSTEM)
+    plan = policy.plan(100, 6, free_worths=[0.0, 0.0, 0.3, 0.3, 0.45, 0.1])
+    assert plan.fetch == ["a0", "a1", "a2", "a3"], "b is worth less than 1.25 times 0.45, and what is behind stays"
+    plan = policy.plan(100, 3, free_worths=[0.2])
+    assert plan.fetch == ["b0", "b1", "b2"], "places that are not named hold nothing"
+    assert policy.plan(100, 0, free_worths=[0.0]).fetch == []
+
+
+def test_a_kept_block_leaves_where_what_free_places_hold_is_worth_more() -> None:
+    policy = policy_with(a=0.9, b=0.1)
+    policy.resident(chain("b"))
+    plan = policy.plan(1, 6, free_worths=[0.8] * 6)
+    assert plan.fetch == ["a0"] and plan.evict == ["b3"]
+
+
 def test_what_no_tier_has_is_not_brought_nor_what_is_behind_it() -> None:
     policy = policy_with(a=0.9, b=0.5)
     policy.resident(SYSTEM)

@@ -8,6 +8,7 @@ so a block, slot or file that was given away too early shows as wrong KV under a
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,12 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memos_vllm.config import MemosConfig
 from memos_vllm.core.residency import ResidencyPolicy
-from memos_vllm.integration import activation_memory, salts, scheduler_side
+from memos_vllm.integration import activation_memory, salts, scene_loads, scene_table, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
 from memos_vllm.integration.scene_builds import BUILD_PARAM, SceneBuilds
 from memos_vllm.integration.scene_loads import SceneLoads
 from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM, SceneTable
-from memos_vllm.integration.scheduler_side import PREFETCH_PATIENCE_S, SchedulerSide
+from memos_vllm.integration.scheduler_side import COPY_PATIENCE_S, PREFETCH_PATIENCE_S, SchedulerSide
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
 from tests.store.store_factories import make_identity
 
@@ -525,7 +526,8 @@ class SceneMachine(RuleBasedStateMachine):
         self.side.handle("expect", {"planner": "p", "scenes": []})
         self.side.handle("expect", {"planner": "q", "scenes": told})
         self.settle()
-        self.side.handle("expect", {"planner": "p", "scenes": [(1.0, scene_id)]})
+        # More than what requests left there can be worth, which they may come back for.
+        self.side.handle("expect", {"planner": "p", "scenes": [(2.0, scene_id)]})
         self.settle()
         scene = self.scenes.known.get(scene_id)
         if scene is None:
@@ -758,6 +760,160 @@ def test_prefetches_are_paced_while_requests_run_and_none_waits_for_them() -> No
         assert machine.side.will_free_blocks() and not machine.side.take_metadata(idle=False).paced
         machine.settle()
         assert not machine.side.will_free_blocks() and machine.side.take_metadata(idle=False).paced
+    finally:
+        machine.teardown()
+
+
+def ready_to_come(machine: SceneMachine, *scene_ids: str) -> None:
+    """Scenes off the GPU; the planner tells of them once more than one copy is needed."""
+    for user, scene_id in enumerate(scene_ids):
+        machine.turn(user % USERS, PATHS[2 + user // USERS], scene_id)
+    machine.empty_the_gpu()
+
+
+def test_nothing_is_started_for_others_while_a_request_has_no_blocks() -> None:
+    machine = SceneMachine()
+    try:
+        ready_to_come(machine, SCENES[0], SCENES[1])
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.collect()
+        under_way = list(machine.under_way.values())
+        machine.arrive_without_memory(USABLE)  # more than is free while a prefetch holds blocks
+        machine.try_schedule(machine.lives[-1])
+        assert machine.lives[-1].state == "waiting"
+        machine.collect()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0]), (0.9, SCENES[1])]})
+        for item in under_way:
+            for rank in range(WORLD_SIZE):
+                machine.end_copy(item, rank)
+        machine.collect()
+        assert not machine.under_way and not machine.scenes.num_loading_blocks
+        machine.try_schedule(machine.lives[-1])
+        assert machine.lives[-1].state == "running", "live requests win"
+        machine.end(machine.lives[-1])
+        machine.side.handle("expect", {"planner": "p", "scenes": [(2.0, SCENES[1])]})
+        assert machine.scenes.num_loading_blocks, "and prediction goes on"
+    finally:
+        machine.teardown()
+
+
+def test_a_request_does_not_wait_for_copies_that_get_nowhere() -> None:
+    machine = SceneMachine()
+    try:
+        ready_to_come(machine, SCENES[0])
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.now += 1000.0  # nothing was under way meanwhile
+        machine.collect()
+        assert machine.side.will_free_blocks()
+        machine.now += COPY_PATIENCE_S / 2
+        assert machine.side.will_free_blocks()
+        item = next(iter(machine.under_way.values()))
+        machine.end_copy(item, 0)
+        machine.now += COPY_PATIENCE_S * 0.9
+        assert machine.side.will_free_blocks(), "one rank has its copy"
+        machine.now += COPY_PATIENCE_S * 0.2
+        assert machine.side.holds_blocks and not machine.side.will_free_blocks()
+    finally:
+        machine.teardown()
+
+
+def test_what_prefetches_hold_arrives_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SceneMachine()
+    try:
+        monkeypatch.setattr(scene_table, "IN_FLIGHT_SHARE", 1.0)
+        machine.scenes.chunk_blocks = 1
+        ready_to_come(machine, SCENES[0], SCENES[1])
+        copies = machine.tiers.copies["host_to_gpu", "prefetch"]
+        for blocks_per_s, expected in ((10.0, 2), (40.0, 4), (1e6, 11)):
+            copies.size_bytes, copies.seconds = int(blocks_per_s * machine.tiers.block_bytes), 1.0
+            machine.scenes.new_step(is_starved=False)
+            machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, each) for each in SCENES[:2]]})
+            assert machine.scenes.num_loading_blocks == expected
+            machine.settle()
+            machine.empty_the_gpu()
+    finally:
+        machine.teardown()
+
+
+def test_one_step_starts_so_many_blocks_however_often_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scene_table, "STARTED_BLOCKS", 3)
+    machine = SceneMachine()
+    try:
+        ready_to_come(machine, SCENES[0], SCENES[1])
+        for planner in "pqr":
+            machine.side.handle("expect", {"planner": planner, "scenes": [(1.0, each) for each in SCENES[:2]]})
+            assert machine.scenes.num_loading_blocks == 3
+        machine.collect()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, each) for each in SCENES[:2]]})
+        assert machine.scenes.num_loading_blocks == 6
+    finally:
+        machine.teardown()
+
+
+def test_scenes_in_use_cost_a_plan_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = SceneMachine()
+    try:
+        ready_to_come(machine, *SCENES)
+        looked: list[Any] = []
+        find = scene_loads.Places.find
+        monkeypatch.setattr(scene_loads.Places, "find", lambda self, of: looked.append(of) or find(self, of))
+        machine.side.handle("expect", {"planner": "p", "scenes": [], "busy": SCENES[1:]})
+        assert not looked and not machine.scenes.num_loading_blocks
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])], "busy": SCENES[1:]})
+        assert looked and set(looked) <= set(machine.scenes.known.get(SCENES[0]).hashes)
+        assert machine.scenes.num_loading_blocks
+        machine.settle()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[1])], "busy": []})
+        assert machine.scenes.num_loading_blocks, "it is brought once no request has it"
+    finally:
+        machine.teardown()
+
+
+def test_an_aborted_prefill_does_not_cut_its_scene_short() -> None:
+    machine = SceneMachine()
+    try:
+        machine.turn(0, PATHS[2], SCENES[0])
+        machine.settle()
+        size = machine.scenes.known.get(SCENES[0]).num_blocks
+        for path, is_whole, expected in (
+            (PATHS[2], False, size),  # the client was gone after the first chunk
+            (PATHS[2], True, size),
+            (PATHS[3], False, 1),  # the conversation was changed, and this much of it is known
+        ):
+            machine.arrive(0, path, SCENES[0])
+            live = machine.lives[-1]
+            machine.try_schedule(live)
+            if not is_whole:
+                live.request.num_computed_tokens = BLOCK_SIZE + 1
+            machine.end(live)
+            assert machine.scenes.known.get(SCENES[0]).num_blocks == expected
+    finally:
+        machine.teardown()
+
+
+@pytest.mark.parametrize(
+    ("value", "waited_s", "comes"), [(1e-6, 0, False), (0.01, 0, False), (0.01, 3600, True), (0.9, 60, True)]
+)
+def test_what_ordinary_requests_use_again_and_again_is_not_given_up_for_what_hardly_comes(
+    value: float, waited_s: float, comes: bool
+) -> None:
+    machine = SceneMachine()
+    try:
+        ready_to_come(machine, SCENES[0])
+        prefix = [1000] * ((USABLE - 2) * BLOCK_SIZE)
+        for _ in range(3):  # a client without memory, whose prompts begin alike
+            machine.add([*prefix, machine.num_requests], None)
+            machine.try_schedule(machine.lives[-1])
+            machine.end(machine.lives[-1])
+        hot = {bytes(of) for of in make_request("x", prefix, None).block_hashes}
+        assert hot <= set(machine.published().values())
+        machine.scenes.queue.plain._now = lambda: time.monotonic() + waited_s
+        for _ in range(5):
+            machine.scenes.new_step(is_starved=False)
+            machine.side.handle("expect", {"planner": "p", "scenes": [(value, SCENES[0])]})
+            machine.settle()
+        assert (hot <= set(machine.published().values())) != comes
+        assert (machine.side.handle("scene", {"scene": SCENES[0]})["state"] == "ready") == comes
     finally:
         machine.teardown()
 
