@@ -195,6 +195,9 @@ class KVConfig(Section):
     disk_bytes: Bytes = 64 * 2**30
     """Files over all ranks; 0 switches the disk tier off."""
 
+    disk_reserve_bytes: Bytes | None = None
+    """Of the file system, left free of KV, which goes as others take the space; None: see ``store.disk_room``."""
+
     chunk_bytes: Annotated[Bytes, Field(ge=1)] = 32 * 2**20
     """Largest file and largest unit of transfer, per rank."""
 
