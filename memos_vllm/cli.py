@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from memos_vllm import distill, doctor
+from memos_vllm import backup, distill, doctor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,6 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("doctor", help="examine, mend or compact what is stored")
     doctor.add_arguments(command)
     command.set_defaults(run=doctor.run)
+    command = commands.add_parser("backup", help="copy what cannot be computed again")
+    backup.add_arguments(command)
+    command.set_defaults(run=backup.run)
     command = commands.add_parser("distill", help="make a LoRA adapter from a user's memories")
     distill.add_arguments(command)
     command.set_defaults(run=distill.run)

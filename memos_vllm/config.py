@@ -190,10 +190,13 @@ class KVConfig(Section):
     """Whose prefixes are saved: requests with memory, every request, or none."""
 
     host_bytes: Bytes = 4 * 2**30
-    """Host pool over all ranks; pinned where there is a GPU."""
+    """Host pool over all ranks and data-parallel engines of the machine; pinned where there is a GPU."""
 
     disk_bytes: Bytes = 64 * 2**30
-    """Files over all ranks; 0 switches the disk tier off."""
+    """Files over all ranks and data-parallel engines of the machine; 0 switches the disk tier off."""
+
+    disk_reserve_bytes: Bytes | None = None
+    """Of the file system, left free of KV, which goes as others take the space; None: see ``store.disk_room``."""
 
     chunk_bytes: Annotated[Bytes, Field(ge=1)] = 32 * 2**20
     """Largest file and largest unit of transfer, per rank."""

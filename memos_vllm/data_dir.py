@@ -50,6 +50,18 @@ def kv_dir(data_dir: Path, dp_rank: int) -> Path:
     return data_dir / "kv" / f"dp{dp_rank}"
 
 
+def was_used(data_dir: Path) -> bool:
+    """Whether a server has run with it."""
+    return (data_dir / "secret").is_file()
+
+
+def small_files(data_dir: Path) -> list[Path]:
+    """What a backup takes of the files at the top: the secret, what was learned, and then who is to be forgotten of
+    that."""
+    found = [data_dir / "secret", *sorted(data_dir.glob("predictor*.json")), data_dir / "forgotten_owners"]
+    return [file for file in found if file.is_file()]
+
+
 def acquire(data_dir: Path) -> None:
     """Creates and locks the directory for this server: this process and its descendants.
 

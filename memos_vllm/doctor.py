@@ -1,6 +1,7 @@
 """``memos doctor DATA_DIR``: whether what is stored agrees with itself.
 
-    memos doctor DIR             looks at every entry of plaintext memory and at the index of KV files
+    memos doctor DIR             looks at every entry of plaintext memory, at the index of KV files and their
+                                 headers, and at every file of the adapters
     memos doctor DIR --repair    mends what can be mended; the server must not run
     memos doctor DIR --compact   rewrites the memory store without free pages; the server must not run
     memos doctor DIR --config FILE   the same where the server's configuration names a database
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from memos_vllm import data_dir
+from memos_vllm.adapters.examination import examine_adapters
 from memos_vllm.config import MemoryConfig, MemosConfig, load
 from memos_vllm.errors import DataDirError, DataDirInUse, MemosError
 from memos_vllm.memory import maintenance
@@ -52,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not root.is_dir():
             raise DataDirError(f"there is no directory {root}; name the data_dir of a server")
         memory = load(arguments.config).memory
+        if memory.store == "lmdb":
+            maintenance.check_is_store(data_dir.memory_dir(root))
         if not (arguments.repair or arguments.compact):
             return _examine(root, memory)
         with data_dir.exclusive(root):
@@ -72,9 +76,7 @@ def _examine(root: Path, memory: MemoryConfig) -> int:
     else:
         with closing(_database(root, memory)) as store:
             report = maintenance.examine_open(store)
-    kv = examine_kv(root / "kv")
-    _show(report, kv)
-    return PROBLEMS if report.problems or kv.problems else CLEAN
+    return _show(root, report, examine_kv(root / "kv"))
 
 
 def _repair(root: Path, memory: MemoryConfig) -> int:
@@ -85,8 +87,7 @@ def _repair(root: Path, memory: MemoryConfig) -> int:
             mended, report = maintenance.repair_open(store, root)
     kv = examine_kv(root / "kv", repair=True)
     _print(mended, "mended: ")
-    _show(report, kv)
-    return PROBLEMS if report.problems or kv.problems else CLEAN
+    return _show(root, report, kv)
 
 
 def _compact(root: Path, memory: MemoryConfig, status: int) -> None:
@@ -104,18 +105,23 @@ def _database(root: Path, memory: MemoryConfig) -> Any:
     return open_store(MemosConfig(data_dir=root, memory=memory), create=False)
 
 
-def _show(report: Report, kv: KVReport) -> None:
+def _show(root: Path, report: Report, kv: KVReport) -> int:
+    adapters = examine_adapters(data_dir.adapters_dir(root))
     _print(report.problems)
     for line in kv.mended:
         print(f"mended: {line}")
-    for line in kv.problems:
+    for line in kv.problems + adapters.problems:
         print(line)
-    for line in kv.notes:
+    for line in kv.notes + adapters.notes:
         print(f"note: {line}")
     counts = ", ".join(f"{report.counts[table]:,} {table}" for table in sorted(report.counts))
-    print(f"memory: {counts or 'nothing stored'}; kv: {kv.chunks:,} chunks, {kv.blocks:,} blocks")
-    num_problems = len(report.problems) + len(kv.problems)
+    print(
+        f"memory: {counts or 'nothing stored'}; kv: {kv.chunks:,} chunks, {kv.blocks:,} blocks; "
+        f"adapters: {adapters.contents:,}"
+    )
+    num_problems = len(report.problems) + len(kv.problems) + len(adapters.problems)
     print("all is well" if not num_problems else f"{num_problems} problems")
+    return PROBLEMS if num_problems else CLEAN
 
 
 def _print(problems: Sequence[Problem], prefix: str = "") -> None:

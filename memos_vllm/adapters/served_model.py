@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from memos_vllm.adapters.peft_config import BaseModel
@@ -23,6 +24,12 @@ def write(root: Path, base: BaseModel, fingerprint: str) -> None:
     temporary = (root / _FILE).with_suffix(".tmp")
     temporary.write_text(json.dumps(values))
     temporary.replace(root / _FILE)
+
+
+def copy(root: Path, target: Path) -> None:
+    """For a backup; nothing where no server ran with LoRA."""
+    if (root / _FILE).exists():
+        shutil.copy2(root / _FILE, target / _FILE)
 
 
 def read(root: Path) -> tuple[BaseModel, str]:

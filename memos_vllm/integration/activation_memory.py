@@ -260,7 +260,7 @@ def _open_tiers(
     if kv.disk_bytes:
         # Not data_parallel_rank: independent engines of a dense model all have rank 0.
         root = kv_dir(config.data_dir, vllm_config.parallel_config.data_parallel_index)
-        disk = DiskIndex(root, identity, kv.disk_bytes, world_size)
+        disk = DiskIndex(root, identity, kv.disk_bytes, world_size, kv.disk_reserve_bytes)
     slots = SlotTable(min(kv.host_bytes // (each.block_bytes * world_size) for each in handshakes))
     if not slots.num_slots:
         logger.warning("activation memory saves nothing: kv.host_bytes is less than one block (%d bytes)", block_bytes)

@@ -1,9 +1,10 @@
-"""What nobody waits for: time moves memories, and KV and adapters that a deletion left behind are removed."""
+"""What nobody waits for: time moves memories, what a deletion left behind is removed, and the store is measured."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from typing import TYPE_CHECKING
 
 from memos_vllm.integration.distillation_jobs import DistillationJobs
@@ -40,6 +41,7 @@ class Caretaker:
             await asyncio.sleep(INTERVAL_S)
 
     async def look_after(self) -> None:
+        await asyncio.to_thread(self._measure)
         while (await asyncio.to_thread(self._state.service.life.tend)).seen >= TEND_BATCH:
             pass
         for who in await asyncio.to_thread(self._state.service.users_with_past_kv):
@@ -52,3 +54,9 @@ class Caretaker:
         for who in distilled | await asyncio.to_thread(jobs.users):
             if withdrawn := await self._state.withdraw_adapters(who):
                 logger.info("adapters of %s were withdrawn with their memories: %s", who, withdrawn)
+
+    def _measure(self) -> None:
+        metrics, service = self._state.metrics, self._state.service
+        metrics.data_dir_measured(shutil.disk_usage(self._state.config.data_dir).free)
+        metrics.embedder_failed(service.embedder_failures)
+        metrics.store_measured(service.store_size())

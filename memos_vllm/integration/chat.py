@@ -326,7 +326,7 @@ async def end_turn(
 ) -> None:
     """The answer is out: predicts what comes next, writes what the user said, and notes which memories were used.
 
-    A write that fails is logged; nobody waits for it any more.
+    A write that fails is logged and counted; nobody waits for it any more.
     """
     state.planner.turn_ended(scene_id)
     superseded = False
@@ -338,7 +338,10 @@ async def end_turn(
             superseded = any(record.supersedes for record in records)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
-    except MemosError as error:
+    except Exception as error:
+        state.metrics.remember_failed()
+        if not isinstance(error, MemosError):
+            raise
         logger.error("a turn of %s was not remembered: %s", turn.who, error)
     finally:
         for done in announced:

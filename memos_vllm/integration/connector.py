@@ -7,14 +7,14 @@ one part that changes between versions.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from memos_vllm import data_dir
-from memos_vllm.config import MemosConfig
-from memos_vllm.integration import salts
+from memos_vllm.integration import engine_share, salts
 from memos_vllm.integration.engine_metrics import MemosPromMetrics, MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.scheduler_side import SchedulerSide
@@ -31,17 +31,25 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+logger = logging.getLogger(__name__)
+
 
 class MemosConnector(KVConnectorBase_V1):
     """Activation memory: saves prefixes of finished requests, loads them when a request has them."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        config = MemosConfig.model_validate(self._kv_transfer_config.kv_connector_extra_config["memos"])
+        extra_config = self._kv_transfer_config.kv_connector_extra_config
+        config = engine_share.config_of(extra_config)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._secret = b""
         if role == KVConnectorRole.SCHEDULER:
+            if (num_engines := engine_share.num_engines_of(extra_config)) > 1:
+                logger.info(
+                    "this engine is one of %d of this machine: it takes %d bytes of kv.host_bytes, %d of kv.disk_bytes",
+                    num_engines, config.kv.host_bytes, config.kv.disk_bytes,
+                )  # fmt: skip
             self._secret = data_dir.secret(config.data_dir)
             self.scheduler_side = SchedulerSide(vllm_config, kv_cache_config, config)
         else:

@@ -5,12 +5,14 @@ Several processes add up in prometheus_client's multiprocess mode.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from memos_vllm.integration.metrics import API_METRICS, CLASSES, create, series_key
+from memos_vllm.memory.abstract_store import StoreSize
 from memos_vllm.memory.service import Recall
 
 
@@ -19,6 +21,7 @@ class MemoryMetrics:
 
     def __init__(self) -> None:
         self._series: dict[str, Any] = {}
+        self._embedder_failures = 0
         for metric in API_METRICS:
             parent = create(metric, CLASSES[metric.kind])
             for values in metric.series:
@@ -26,6 +29,20 @@ class MemoryMetrics:
 
     def stored(self, origin: str, number: int = 1) -> None:
         self._series[series_key("memos:memories_stored_total", origin)].inc(number)
+
+    def remember_failed(self) -> None:
+        self._series["memos:remember_failures_total"].inc()
+
+    def store_measured(self, size: StoreSize) -> None:
+        self._series["memos:store_bytes"].set(size.used_bytes)
+        self._series["memos:store_limit_bytes"].set(math.inf if size.limit_bytes is None else size.limit_bytes)
+
+    def data_dir_measured(self, free_bytes: int) -> None:
+        self._series["memos:data_dir_free_bytes"].set(free_bytes)
+
+    def embedder_failed(self, since_start: int) -> None:
+        self._series["memos:embedder_failures_total"].inc(since_start - self._embedder_failures)
+        self._embedder_failures = since_start
 
     def recalled(self, recall: Recall) -> None:
         self._series[series_key("memos:memories_recalled_total", "long_lived")].inc(len(recall.long_lived))

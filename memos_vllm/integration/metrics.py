@@ -124,6 +124,11 @@ API_METRICS = (
         ("origin",),
         _one("chat", "api", "document"),
     ),
+    Metric("memos:remember_failures_total", Kind.COUNTER, "Turns of chats of which nothing could be remembered."),
+    Metric("memos:store_bytes", Kind.GAUGE, "Bytes that the store of memories takes on disk."),
+    Metric("memos:store_limit_bytes", Kind.GAUGE, "Bytes beyond which it takes no more; infinite where none is known."),
+    Metric("memos:data_dir_free_bytes", Kind.GAUGE, "Bytes free on the file system of data_dir."),
+    Metric("memos:embedder_failures_total", Kind.COUNTER, "Failures of the embedder; search goes by words meanwhile."),
     Metric(
         "memos:memories_recalled_total",
         Kind.COUNTER,

@@ -16,6 +16,7 @@ from memos_vllm import activation, data_dir
 from memos_vllm.compat import cpu_lora, hashing
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError
+from memos_vllm.integration.engine_share import note_engines
 
 CONNECTOR = "MemosConnector"
 CONNECTOR_MODULE = "memos_vllm.integration.connector"
@@ -72,7 +73,9 @@ def _wrap_engine_config() -> None:
                 "(kv.host_bytes in the configuration is what memos keeps in host memory)"
             )
         self.kv_transfer_config = connector_config(self.kv_transfer_config, config)
-        return original(self, *args, **kwargs)
+        engine_config = original(self, *args, **kwargs)
+        note_engines(engine_config)
+        return engine_config
 
     create_engine_config._memos_original = original  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]

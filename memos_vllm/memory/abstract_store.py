@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import StoreError, StoreUncertain
@@ -18,6 +18,14 @@ from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId, Principal
 
 T = TypeVar("T")
+
+
+class StoreSize(NamedTuple):
+    used_bytes: int
+    """On disk, with what deletions left in it to be used again."""
+
+    limit_bytes: int | None
+    """Beyond which writes fail; None where the store knows of none."""
 
 
 class Store(ABC):
@@ -45,6 +53,10 @@ class Store(ABC):
     @abstractmethod
     def stats(self) -> dict[str, int]:
         """Entries by kind, and ``file_bytes``: what they take on disk."""
+
+    @abstractmethod
+    def size(self) -> StoreSize:
+        """Without counting entries: cheap also where ``stats`` is not."""
 
     @contextmanager
     def read(self, who: Principal) -> Iterator[UserReader]:

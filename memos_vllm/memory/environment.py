@@ -79,14 +79,25 @@ def _alone(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def check_is_store(path: Path) -> None:
+    """
+    Raises:
+        DataDirError: there is no store, not even a damaged one.
+    """
+    if not (path / DATA_FILE).is_file():
+        raise DataDirError(
+            f"there is no memory store in {path}; name a data_dir that a server has used, "
+            "and its configuration by --config if memories are in a database"
+        )
+
+
 def open_for_reading(path: Path) -> lmdb.Environment:
     """Changes nothing, also beside a running server.
 
     Raises:
         DataDirError: there is no such store, or it cannot be read.
     """
-    if not (path / DATA_FILE).is_file():
-        raise DataDirError(f"there is no memory store in {path}; name a data_dir that a server has used")
+    check_is_store(path)
     try:
         env = lmdb.open(str(path), readonly=True, max_dbs=len(tables.NAMES), max_readers=_MAX_READERS)
     except (lmdb.Error, OSError) as error:

@@ -1,4 +1,4 @@
-"""Work on a whole store: examine it, mend it, make its file as small as its content."""
+"""Work on a whole store: examine it, mend it, copy it, make its file as small as its content."""
 
 from __future__ import annotations
 
@@ -45,8 +45,21 @@ def examine_open(store: Store) -> Report:
     return store.examine(lambda txn, dbs: Examination(txn, dbs, _nothing_is_taken_out, store.aging).run())
 
 
+def check_is_store(path: Path) -> None:
+    """
+    Raises:
+        DataDirError: there is no store in the directory, not even a damaged one.
+    """
+    environment.check_is_store(path)
+
+
 def repair(path: Path, max_map_bytes: int) -> tuple[list[Problem], Report]:
-    """Mends what can be mended of the store in a directory; see ``repair_open``."""
+    """Mends what can be mended of the store in a directory; see ``repair_open``.
+
+    Raises:
+        DataDirError: there is none, or it cannot be opened.
+    """
+    environment.check_is_store(path)
     with closing(MemoryStore(path, max_map_bytes)) as store:
         return repair_open(store, path)
 
@@ -85,6 +98,31 @@ def _mend(aside: Path, aging: Aging, txn: Transaction, dbs: Tables) -> list[Prob
     return repairable
 
 
+def copy(path: Path, target: Path) -> Path:
+    """The store as of one moment, without free pages; any version's, also beside a server, which may write.
+
+    Args:
+        target: a directory that is not there yet, and is not after an error.
+
+    Returns:
+        The new file, synced.
+
+    Raises:
+        DataDirError: no store, or no room for the copy.
+    """
+    with closing(environment.open_for_reading(path)) as env:
+        try:
+            target.mkdir(mode=0o700)
+            env.copy(str(target), compact=True)
+            new = target / environment.DATA_FILE
+            os.chmod(new, 0o600)
+            _sync(new)
+        except (lmdb.Error, OSError) as error:
+            shutil.rmtree(target, ignore_errors=True)
+            raise environment.unusable(path, error) from error
+    return new
+
+
 def compact(path: Path) -> tuple[int, int]:
     """Rewrites the file without free pages, and puts the new one in its place at once.
 
@@ -97,17 +135,8 @@ def compact(path: Path) -> tuple[int, int]:
         DataDirError: no store, or no room for the copy; the old file is then as it was.
     """
     data, work = path / environment.DATA_FILE, path / "compact.tmp"
-    with closing(environment.open_for_reading(path)) as env:
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            work.mkdir(mode=0o700)
-            env.copy(str(work), compact=True)
-            new = work / environment.DATA_FILE
-            os.chmod(new, 0o600)
-            _sync(new)
-        except (lmdb.Error, OSError) as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise environment.unusable(path, error) from error
+    shutil.rmtree(work, ignore_errors=True)
+    new = copy(path, work)
     try:
         before, after = data.stat().st_size, new.stat().st_size
         os.replace(new, data)

@@ -26,7 +26,7 @@ import psycopg
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError, StoreError, StoreFull, StoreUnavailable, StoreUncertain
 from memos_vllm.memory import migrations, postgresql_schema, tables
-from memos_vllm.memory.abstract_store import Store
+from memos_vllm.memory.abstract_store import Store, StoreSize
 from memos_vllm.memory.postgresql_transaction import Transaction
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,12 @@ _CLIENT: dict[str, Any] = {
     **{"application_name": "memos", "connect_timeout": 5, "tcp_user_timeout": 20_000},
     **{"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3},
 }
+
+
+_SIZE = (
+    "(SELECT sum(pg_total_relation_size(oid)) FROM pg_class "
+    "WHERE relnamespace = 'memos'::regnamespace AND relkind = 'r')"
+)
 
 
 class PostgresStore(Store):
@@ -121,10 +127,14 @@ class PostgresStore(Store):
         counted = {"users": "owners", "memories": "records"}
         counted |= {name: name for name in ("versions", "sessions", "links", "snapshots", "kv_removals")}
         columns = ", ".join(f"(SELECT count(*) FROM memos.{table})" for table in counted.values())
-        sizes = "(SELECT sum(pg_total_relation_size(oid)) FROM pg_class WHERE relnamespace = 'memos'::regnamespace "
         with self._reading_connection() as connection:
-            row = connection.execute(f"SELECT {columns}, {sizes} AND relkind = 'r')").fetchone()
+            row = connection.execute(f"SELECT {columns}, {_SIZE}").fetchone()
         return dict(zip([*counted, "file_bytes"], map(int, row), strict=True))
+
+    def size(self) -> StoreSize:
+        with self._reading_connection() as connection:
+            (used_bytes,) = connection.execute(f"SELECT {_SIZE}").fetchone()
+        return StoreSize(int(used_bytes), None)
 
     def compact(self) -> tuple[int, int]:
         """Rewrites all tables without the rows that are gone; other servers wait meanwhile. Bytes before and after."""

@@ -66,6 +66,9 @@ class Retrieval:
         self._embedder = embedder
         self._monotonic_s = monotonic_s
         self._left_alone_until_s = -math.inf
+        self.embedder_failures = 0
+        """Since the start. After each, search goes by words alone for ``RETRY_AFTER_S``."""
+
         self._backlog = Backlog("memos-embedding", self._embed_rest)
 
     def query(self, who: Principal, text: str, asked_at: datetime) -> Query:
@@ -180,6 +183,7 @@ class Retrieval:
     def _leave_alone(self, error: EmbedderError) -> None:
         logger.warning("memory is searched by words alone for %g s: %s", RETRY_AFTER_S, error)
         self._left_alone_until_s = self._monotonic_s() + RETRY_AFTER_S
+        self.embedder_failures += 1
 
     def _keep(self, who: Principal, vectors: Mapping[MemoryId, Vector], texts: Mapping[MemoryId, str]) -> None:
         embedder = self._embedder

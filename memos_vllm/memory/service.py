@@ -12,7 +12,7 @@ from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
-from memos_vllm.memory.abstract_store import Store
+from memos_vllm.memory.abstract_store import Store, StoreSize
 from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
@@ -380,6 +380,14 @@ class MemoryService:
     def stats(self) -> dict[str, int]:
         """Counts over all users; sizes in bytes."""
         return {**self._store.stats(), "indexed_users": len(self._indexes)}
+
+    def store_size(self) -> StoreSize:
+        return self._store.size()
+
+    @property
+    def embedder_failures(self) -> int:
+        """How often the embedder failed since the start."""
+        return self._retrieval.embedder_failures
 
     def _frozen_ids(self, who: Principal, session: str) -> Sequence[MemoryId] | None:
         """The session's choice, made now if it has none; None if it cannot be written down."""

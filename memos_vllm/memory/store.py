@@ -22,7 +22,7 @@ import lmdb
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError, StoreError, StoreFull
 from memos_vllm.memory import environment, migrations, tables
-from memos_vllm.memory.abstract_store import Store
+from memos_vllm.memory.abstract_store import Store, StoreSize
 from memos_vllm.memory.gate import Gate
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import Principal
@@ -92,8 +92,7 @@ class MemoryStore(Store):
         """Entries, and bytes of the map and of the pages in use or freed for reuse."""
         with self._begin() as txn:
             entries = {name: txn.stat(db)["entries"] for name, db in self._dbs.items()}
-            info = self._env.info()
-            page_bytes = self._env.stat()["psize"]
+            map_bytes = self._env.info()["map_size"]
         return {
             "users": entries["owners"],
             "memories": entries["records"],
@@ -102,10 +101,15 @@ class MemoryStore(Store):
             "links": entries["links"],
             "snapshots": entries["snapshots"],
             "kv_removals": entries["kv_removals"],
-            "file_bytes": (info["last_pgno"] + 1) * page_bytes,
-            "map_bytes": info["map_size"],
+            "file_bytes": self.size().used_bytes,
+            "map_bytes": map_bytes,
             "max_map_bytes": self._max_map_bytes,
         }
+
+    def size(self) -> StoreSize:
+        with self._gate.shared():
+            used_bytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        return StoreSize(used_bytes, self._max_map_bytes)
 
     def _attempt(self, limit_bytes: int, attempt: Callable[[], T]) -> T:
         """Attempts again with a larger map, as long as it may grow."""

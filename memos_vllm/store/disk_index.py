@@ -19,8 +19,9 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ import lmdb
 from memos_vllm.errors import DataDirError, DataDirInUse
 from memos_vllm.store import chunk_files, tags
 from memos_vllm.store.chunk_records import ChunkRecord, open_records
+from memos_vllm.store.disk_room import DiskRoom, Space
 from memos_vllm.store.identity import KVIdentity, chunk_id
 from memos_vllm.store.ops import path_for_rank
 from memos_vllm.types import BlockKey
@@ -68,20 +70,31 @@ class DiskIndex:
             models) and evicted like any other, but never found.
         budget_bytes: KV bytes over all ranks and identities.
         world_size: number of ranks, each with one file per chunk.
+        reserve_bytes: to be left free on the file system, for which the budget is lowered; see ``DiskRoom``.
 
     Raises:
         DataDirError: ``root`` cannot be used.
         DataDirInUse: another index has it open.
     """
 
-    def __init__(self, root: Path, identity: KVIdentity, budget_bytes: int, world_size: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        identity: KVIdentity,
+        budget_bytes: int,
+        world_size: int,
+        reserve_bytes: int | None = 0,
+        statvfs: Callable[[Path], Space] = os.statvfs,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.root = Path(root).absolute()
-        self.budget_bytes = budget_bytes
+        self._room = DiskRoom(self.root, budget_bytes, reserve_bytes, statvfs, now)
         self._identity, self._world_size = identity, world_size
         self._identity_name = chunk_files.identity_name(identity)
         self._ready: OrderedDict[str, ChunkRecord] = OrderedDict()  # oldest use first
         self._writing: dict[str, ChunkRecord] = {}
         self._doomed: set[str] = set()  # being written, not wanted any more
+        self._before_full: set[str] = set()  # being written when the disk was last found full
         self._locations: dict[BlockKey, Location] = {}
         self._keys_in_writing: set[BlockKey] = set()
         self._pins: Counter[str] = Counter()
@@ -109,6 +122,11 @@ class DiskIndex:
     def __contains__(self, key: BlockKey) -> bool:
         """On disk or being written: not to be planned again."""
         return key in self._locations or key in self._keys_in_writing
+
+    @property
+    def budget_bytes(self) -> int:
+        """KV bytes that may be held now."""
+        return self._room.budget_bytes
 
     @property
     def usage_bytes(self) -> int:
@@ -139,6 +157,7 @@ class DiskIndex:
         """
         assert keys and len(set(keys)) == len(keys) and not any(key in self for key in keys)
         assert len(tag) <= chunk_files.MAX_TAG_BYTES
+        self.keep_reserve(size_bytes)
         victims = self._victims(size_bytes)
         if victims is None:
             return None
@@ -152,6 +171,7 @@ class DiskIndex:
     def commit(self, chunk: str) -> bool:
         """Every rank has written its file: the blocks can be found. False if it was dropped meanwhile."""
         record = self._end_write(chunk)
+        self._before_full.discard(chunk)
         if chunk in self._doomed:
             self._discard(record)
             return False
@@ -161,9 +181,27 @@ class DiskIndex:
         self._persist(put=[record])
         return True
 
-    def abort(self, chunk: str) -> None:
-        """A rank failed, and no rank writes any more. Removes what there is."""
+    def abort(self, chunk: str, *, no_space: bool = False) -> None:
+        """A rank failed, and no rank writes any more. Removes what there is.
+
+        Args:
+            no_space: it failed since the disk is full; the budget is lowered, and the oldest chunks go.
+        """
         self._discard(self._end_write(chunk))
+        is_news = chunk not in self._before_full
+        self._before_full.discard(chunk)
+        if no_space and is_news:
+            self._before_full = set(self._writing)
+            self._room.ran_full(self._held_bytes)
+            self._remove(self._oldest(self._usage_bytes - self.budget_bytes))
+
+    def keep_reserve(self, planned_bytes: int = 0) -> None:
+        """Looks, if it is time, how much the disk has room for, and evicts what is beyond that.
+
+        Called when nothing that was looked up is about to be pinned.
+        """
+        self._room.look(self._held_bytes, planned_bytes)
+        self._remove(self._oldest(self._usage_bytes - self.budget_bytes))
 
     def pin(self, chunk: str) -> None:
         """It is going to be read: not evicted until ``unpin``. Counted."""
@@ -259,19 +297,29 @@ class DiskIndex:
             logger.info(
                 "KV directory %s: %d chunks without files dropped, %d adopted", self.root, len(lost), len(adopted)
             )
-        self._remove(self._victims(0) or [])
+        self.keep_reserve()
 
     def _victims(self, size_bytes: int) -> list[ChunkRecord] | None:
         """The least recently used chunks whose removal makes room for ``size_bytes``; None if there are not enough."""
         excess = self._usage_bytes + size_bytes - self.budget_bytes
-        victims = []
+        victims = self._oldest(excess)
+        return victims if sum(record.size_bytes for record in victims) >= excess else None
+
+    def _oldest(self, size_bytes: int) -> list[ChunkRecord]:
+        """The least recently used chunks that nobody reads, up to ``size_bytes`` or all of them."""
+        oldest = []
         for record in self._ready.values():
-            if excess <= 0:
+            if size_bytes <= 0:
                 break
             if not self._pins[record.chunk]:
-                victims.append(record)
-                excess -= record.size_bytes
-        return victims if excess <= 0 else None
+                oldest.append(record)
+                size_bytes -= record.size_bytes
+        return oldest
+
+    @property
+    def _held_bytes(self) -> int:
+        """On disk for certain: of what is being written, nobody knows how much is."""
+        return self._usage_bytes - sum(record.size_bytes for record in self._writing.values())
 
     def _publish(self, record: ChunkRecord) -> None:
         self._ready[record.chunk] = record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -30,7 +31,7 @@ class Job:
         self._lock = threading.Lock()
         self._parts = num_tasks
         self._error: str | None = None
-        self._corrupt = self._checksum_failed = False
+        self._corrupt = self._checksum_failed = self._no_space = False
         self._landed: set[int] = set()
         self._blocks = 0
         self._started: float | None = None
@@ -73,6 +74,7 @@ class Job:
         """A task or a piece ended."""
         corrupt = isinstance(error, KVFileError | FileNotFoundError)
         checksum_failed = isinstance(error, KVChecksumMismatch)
+        no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, Exception):
             error = _describe(error, self.op)
         with self._lock:
@@ -80,14 +82,15 @@ class Job:
             self._error = self._error or error
             self._corrupt |= corrupt
             self._checksum_failed |= checksum_failed
+            self._no_space |= no_space
             if self._parts:
                 return
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         wanted = self.op.block_ids if isinstance(self.op, Load | Read) else ()
         failed = tuple(block for block in wanted if block not in self._landed) if self._error else ()
         nbytes = self._blocks * self._row_bytes
-        ok, damage = self._error is None, (self._corrupt, self._checksum_failed)
-        self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *damage))
+        ok, cause = self._error is None, (self._corrupt, self._checksum_failed, self._no_space)
+        self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *cause))
 
 
 class Steps(Task):

@@ -81,6 +81,7 @@ class _Pending:
     errors: list[str] = field(default_factory=list)
     corrupt: bool = False
     checksum_failed: bool = False
+    no_space: bool = False
     size_bytes: int = 0
     seconds: float = 0.0
     """Of the slowest rank so far."""
@@ -244,6 +245,8 @@ class TierManager:
         What a tier already holds is left out. The caller must hold the GPU blocks named by the
         operations until ``complete`` releases them.
         """
+        if self.disk is not None:
+            self.disk.keep_reserve()
         if self.is_forgotten(tag):
             return []
         fresh = [
@@ -281,6 +284,7 @@ class TierManager:
                 pending.errors.append(result.error or "unknown error")
                 pending.corrupt |= result.corrupt
                 pending.checksum_failed |= result.checksum_failed
+                pending.no_space |= result.no_space
             if pending.ranks_left:
                 continue
             del self._pending[result.op_id]
@@ -334,7 +338,7 @@ class TierManager:
         assert self.disk is not None and pending.planned is not None
         self.slots.unpin(reversed(pending.keys))
         if pending.errors or self.is_forgotten(pending.tag):
-            self.disk.abort(pending.planned.chunk)
+            self.disk.abort(pending.planned.chunk, no_space=pending.no_space)
         else:
             self.disk.commit(pending.planned.chunk)
             self.totals.written_blocks += len(pending.keys)

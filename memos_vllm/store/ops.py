@@ -77,6 +77,8 @@ class Result:
     """The file itself is damaged, foreign or gone; otherwise this attempt failed and another may not."""
     checksum_failed: bool = False
     """It is damaged in that a block's checksum does not match."""
+    no_space: bool = False
+    """It could not be written, since the disk is full."""
 
 
 def path_for_rank(path: str, rank: int) -> str:

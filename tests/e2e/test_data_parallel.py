@@ -149,11 +149,12 @@ def serving_process(engines: Memos, client_port: int) -> psutil.Process:
 def test_what_a_new_session_starts_with_is_built_on_the_users_engine(engines: Memos) -> None:
     key = new_user(engines)
     engines.chat(key, QUESTION, {"session": uuid.uuid4().hex, "remember": False})
-    engines.call("POST", "/v1/memories", key, json=OTHER)
 
     def next_session() -> dict[str, Any]:
         return scene(engines, key)["next_session"]
 
-    wait_for(lambda: (seen := next_session())["state"] == "ready" and seen["blocks"] > 20, "built")
+    size = wait_for(lambda: next_session()["blocks"], "declared")
+    engines.call("POST", "/v1/memories", key, json=OTHER)
+    wait_for(lambda: (seen := next_session())["state"] == "ready" and seen["blocks"] > size, "built")
     first = engines.chat(key, QUESTION, {"session": uuid.uuid4().hex, "remember": False})
     assert cached_tokens(first) >= first.usage.prompt_tokens - 64

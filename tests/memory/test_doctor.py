@@ -15,6 +15,7 @@ import lmdb
 import pytest
 
 from memos_vllm import cli, data_dir, doctor
+from memos_vllm.errors import DataDirError
 from memos_vllm.memory import environment, maintenance, tables
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
@@ -268,9 +269,25 @@ class TestCommand:
         (tmp_path / "empty").mkdir()
         (tmp_path / "kv" / "memory").mkdir(parents=True)
         lmdb.open(str(tmp_path / "kv" / "memory")).close()
-        assert doctor.main([str(tmp_path / path)]) == FAILED
-        assert capsys.readouterr().err.count("\n") == 1
-        assert not (tmp_path / "empty" / "memory").exists()
+        before = sorted(tmp_path.rglob("*"))
+        for options in ([], ["--repair"], ["--compact"], ["--repair", "--compact"]):
+            if path == "kv" and options:
+                continue  # a repair makes a store of a file of LMDB without tables
+            assert doctor.main([str(tmp_path / path), *options]) == FAILED
+            assert capsys.readouterr().err.count("\n") == 1
+        with pytest.raises(DataDirError, match="no memory store"):
+            maintenance.repair(tmp_path / "empty" / "memory", GIB)
+        assert sorted(tmp_path.rglob("*")) == before, "nothing is created"
+
+    def test_of_a_server_with_a_database_names_the_configuration(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data_dir.secret(tmp_path)
+        for options in ([], ["--repair"]):
+            assert doctor.main([str(tmp_path), *options]) == FAILED
+            message = capsys.readouterr().err
+            assert "there is no memory store" in message and "--config" in message
+        assert [file.name for file in tmp_path.iterdir()] == ["secret"]
 
     def test_of_a_torn_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         fill(tmp_path)._store.close()

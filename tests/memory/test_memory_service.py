@@ -421,3 +421,11 @@ def test_a_deletion_of_many_reads_each_session_once(service: MemoryService, monk
     assert len(service.documents.delete(ALICE, "a.txt").records) == 10
     assert len(read) == 3
     assert service.delete(ALICE, first.id).sessions == 3
+
+
+def test_the_size_is_what_stats_say_and_grows(service: MemoryService) -> None:
+    before = service.store_size()
+    service.add_many(ALICE, [{"text": f"tea {number} " * 100} for number in range(200)])
+    after = service.store_size()
+    assert 0 < before.used_bytes < after.used_bytes == service.stats()["file_bytes"]
+    assert after.limit_bytes == service.stats().get("max_map_bytes")

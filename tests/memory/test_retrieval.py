@@ -209,7 +209,9 @@ class TestHybrid:
         for text in ("oolong", "kitten", "drive"):
             hybrid.add(ALICE, text)
         embedder.fails = True
+        assert hybrid.embedder_failures == 0
         assert hybrid.search(ALICE, "tea") == []
+        assert hybrid.embedder_failures == 1
         embedder.fails = False
         now_s[0] = RETRY_AFTER_S - 1
         assert hybrid.search(ALICE, "tea") == []

@@ -407,6 +407,28 @@ def test_a_failed_write_leaves_the_host_copy(make_tiers: MakeTiers) -> None:
     assert tiers.totals.written_blocks == 0
 
 
+def test_a_write_that_finds_the_disk_full_lowers_the_budget_of_the_disk(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers()
+    assert tiers.disk is not None and tiers.disk.budget_bytes == 32 * BLOCK_BYTES
+    put_on_disk(tiers, 1, 2)
+    for number, no_space in ((3, False), (4, True)):
+        (save,) = tiers.plan_save([make_key(number)], [number], TAG)
+        (write,) = end(tiers, save)
+        assert tiers.disk.budget_bytes == 32 * BLOCK_BYTES
+        tiers.complete([replace(result(write, ok=False), no_space=no_space)])
+    assert tiers.disk.budget_bytes == 2 * BLOCK_BYTES
+
+
+def test_a_request_that_ends_has_the_reserve_looked_at(make_tiers: MakeTiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers = make_tiers()
+    put_on_disk(tiers, 1, 2)
+    assert tiers.disk is not None
+    monkeypatch.setattr(tiers.disk._room, "look", lambda *_: setattr(tiers.disk._room, "budget_bytes", 0))
+    operations = tiers.plan_save(make_keys(1, 2), [1, 2], TAG)
+    assert matched(tiers, 1, 2) == 0
+    end_all(tiers, operations)
+
+
 def test_a_failed_load_drops_the_host_copy_and_falls_back_to_disk(make_tiers: MakeTiers) -> None:
     tiers = make_tiers()
     put_on_host(tiers, 1, 2)

@@ -241,7 +241,7 @@ def test_a_write_that_fails_is_a_result_and_leaves_no_file(make_rig, tmp_path, m
     monkeypatch.setattr(os, "fdatasync", full)
     result = rig.write(range(4), range(4))
     assert not result.ok and "No space left" in result.error and result.failed_blocks == ()
-    assert os.listdir(tmp_path) == []
+    assert result.no_space and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["save", "load", "read"])

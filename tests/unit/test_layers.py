@@ -13,8 +13,9 @@ BASE = {"types", "errors", "config", "activation", "data_dir", "status"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "__init__": {"activation", "integration"},  # lazily, inside register()
-    "cli": {"distill", "doctor"},
-    "doctor": BASE | {"memory", "store"},
+    "cli": {"backup", "distill", "doctor"},
+    "doctor": BASE | {"adapters", "memory", "store"},
+    "backup": BASE | {"adapters", "memory"},
     "core": BASE | {"core"},
     "memory": BASE | {"core", "memory"},
     "store": BASE | {"store", "kernels"},
