@@ -47,7 +47,7 @@ def judge(sentence: str) -> Extract | None:
     lead_in = _LEAD_IN.match(sentence)
     statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
     plain = statement.strip().replace("’", "'").lower()
-    if not speech.says_something(plain) or speech.is_noise(plain):
+    if claims.claim_of(statement) is None and (not speech.says_something(plain) or speech.is_noise(plain)):
         return None
     return Extract(statement, kind_of(statement), "statement")
 
