@@ -381,4 +381,6 @@ def _as_dict(message: Any) -> dict[str, Any]:
     out = message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)
     if "tool_calls" in out:  # pydantic's iterator, which only one of vLLM and us could read
         out["tool_calls"] = list(out["tool_calls"] or ())
+    if not isinstance(out.get("content"), str | list | None):  # another such
+        out["content"] = list(out["content"])
     return out
