@@ -3,7 +3,7 @@
 States and transitions are those of MemOS (arXiv 2507.03724, section 4.3, "MemLifecycle"):
 
     generated   stored, not used yet
-    activated   used at least once
+    activated   used at least once: found for a question, or said again
     archived    left out of recall; comes back when it is used
     merged      said the same as another memory, which took its place
     expired     its time is over; kept for a while, then removed

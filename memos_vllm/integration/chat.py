@@ -260,7 +260,10 @@ def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     if not turn.options.recall:
         return Recall((), ()), salt
     with state.metrics.recalling():
-        recall = state.service.recall(turn.who, turn.messages, session=turn.options.session, top_k=turn.options.top_k)
+        options = turn.options
+        recall = state.service.recall(
+            turn.who, turn.messages, session=options.session, top_k=options.top_k, count_left_out=options.explain
+        )
     return recall, salt
 
 
@@ -350,8 +353,10 @@ async def end_turn(
         "long_lived": [record.id for record in recall.long_lived],
         "late": [hit.record.id for hit in recall.late],
     }
+    standing = set(used["long_lived"]).difference(recall.answering)
     try:
-        note = partial(state.service.life.used, turn.who, used, session=turn.options.session, scene=scene_id)
+        detail = {"standing": standing, "session": turn.options.session, "scene": scene_id}
+        note = partial(state.service.life.used, turn.who, used, **detail)
         await asyncio.to_thread(note)
         if superseded:
             await state.withdraw_adapters(turn.who)
@@ -372,6 +377,7 @@ def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any
             *({"where": "late", "score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in recall.late),
             *({"where": "source", **passage.as_json()} for passage in recall.sources),
         ],
+        "left_out": recall.left_out,
     }
 
 
@@ -379,4 +385,6 @@ def _as_dict(message: Any) -> dict[str, Any]:
     out = message.model_dump(exclude_none=True) if isinstance(message, BaseModel) else dict(message)
     if "tool_calls" in out:  # pydantic's iterator, which only one of vLLM and us could read
         out["tool_calls"] = list(out["tool_calls"] or ())
+    if not isinstance(out.get("content"), str | list | None):  # another such
+        out["content"] = list(out["content"])
     return out

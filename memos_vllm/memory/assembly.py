@@ -6,7 +6,7 @@ The order follows stability, so that the prefix of the next request is a prefix 
     system prompt | long-lived memory | conversation | late memory | query
 
 Long-lived memory stands at the end of the system message, in the order in which it was learned;
-a new memory is appended, so what stood before keeps its KV. Late memory stands in front of the
+a new memory is appended as long as there is room, so what stood before keeps its KV. Late memory stands in front of the
 query, inside the last user message, because it changes with every query; what outside sources say
 follows it there.
 

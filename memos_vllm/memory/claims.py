@@ -1,45 +1,20 @@
 """What a memory says, reduced to what tells two memories apart: a repetition, or a contradiction.
 
 A *claim* is a sentence that gives the value of something a person has one of: "My favourite drink
-is oolong tea." Two claims about the same thing with another value contradict each other. The rule
-is narrow on purpose. "My cat is black" and "My cat is ill" are both true, so only attributes with
-one value count; and a sentence that says more than its claim is not one, or the rest would be lost
-with it.
+is oolong tea.", "I live in Berlin." Two claims about the same thing with another value contradict each
+other. The rule is narrow on purpose. "My cat is black" and "My cat is ill" are both true, so only what
+has one value counts; ``claim_forms`` has the sentences.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory.normal_forms import normalised
+from memos_vllm.memory.claim_forms import Claim, claim_of, fold
 
-_SINGLE_VALUED = (
-    "name|nickname|surname|birthday|birthplace|age|height|weight|address|e-?mail|(phone |mobile |shoe |lucky )?number|"
-    "phone|shoe size|job|occupation|profession|job title|employer|boss|manager|home ?town|home (city|country)|city|"
-    "country|nationality|native language|mother tongue|time ?zone|blood (type|group)|password|pin|star sign|"
-    "marital status|gender|pronouns|school|university|office"
-)
-_CLAIM = regex.compile(
-    rf"""
-    (?P<subject>
-        (?: my | [\p{{L}}\p{{M}}-]+ (?:\ [\p{{L}}\p{{M}}-]+)? 's ) [ ]
-        (?: (?:favou?rite|preferred)\ [\p{{L}}\p{{M}}\ -]{{1,40}}?
-          | (?:(?:first|last|full|middle|new|current)\ )? (?:{_SINGLE_VALUED.replace(" ", chr(92) + " ")}) )
-    )
-    \ (?:is|are)\ (?:now\ )?
-    (?P<value> (?: [^,;:!?()\n.] | \.(?=\S) ){{1,80}}? )
-    (?:\ now)? [.!]*
-    """,
-    regex.X,
-)
-_SAYS_MORE = regex.compile(
-    r"\b(?:and|but|or|because|although|though|while|if|when|since|my|not|either|is|are|was|than)\b"
-)
-_ADJECTIVES = regex.compile(r"\b(new|current) ")
-
+__all__ = ["Claim", "claim_of", "fold", "keys_of", "near_key", "subject_key", "text_key", "tool_key", "tool_of"]
 
 MAX_NEAR_CHARS = 500
 """A longer text is a document; whether two of them say the same is not for a list of words to tell."""
@@ -53,28 +28,6 @@ _SPELT = {
 }  # fmt: skip
 _TOOL = regex.compile(r"Tool (?P<name>[^\s:]{1,128}): [^\n]*(?:\n.*)?\nParameters: \{", regex.S)
 _EMPTY = frozenset("a an the really very just also so".split())
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    subject: str
-    value: str
-
-
-def fold(text: str) -> str:
-    """The text without what does not change its meaning: compatibility forms, case, spaces."""
-    return " ".join(normalised("NFKC", normalised("NFKC", text).casefold()).split())
-
-
-def claim_of(text: str) -> Claim | None:
-    """The claim that the whole text makes, or None."""
-    if len(text) > 200:
-        return None
-    match = _CLAIM.fullmatch(fold(text).replace("’", "'"))
-    if match is None or _SAYS_MORE.search(match["value"]):
-        return None
-    subject = _ADJECTIVES.sub("", match["subject"]).replace("favorite", "favourite")
-    return Claim(subject, match["value"].strip())
 
 
 def text_key(text: str) -> bytes:

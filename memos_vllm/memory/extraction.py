@@ -2,9 +2,12 @@
 
 Kept: statements, in the user's own words (less a greeting in front). Not kept: questions, greetings,
 thanks, acknowledgements and commands to the assistant, unless the sentence asks to remember
-something; then its content is kept. Code and long pastes become one document. The word lists are for
-English, with the commonest forms of Chinese and Japanese; a sentence in another language counts as a
-statement unless it ends with a question mark.
+something; then its content is kept. Code and long pastes become one document. What tells a password, a
+key or a card number is not kept, whatever it asks (``credentials``).
+
+The word lists are for English, with the commonest forms of Chinese and Japanese and the commonest
+commands of other languages (``imperatives``). All else counts as a statement unless it ends with a question
+mark; but only what is about the user may stand in every prompt, and the rest is a remark (``standing``).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory import claims, sentences, speech
+from memos_vllm.memory import claims, credentials, sentences, speech, standing
 
 LONG_TEXT_CHARS = 2000
 _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
@@ -23,7 +26,7 @@ _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.
 class Extract:
     text: str
     type: str
-    """``fact``, ``preference``, ``profile`` or ``document``."""
+    """``fact``, ``preference``, ``profile``, ``remark`` or ``document``."""
 
     rule: str
     """Why it was kept: ``statement``, ``asked``, ``code`` or ``long``."""
@@ -33,23 +36,29 @@ def extract(text: str) -> list[Extract]:
     """What to keep of one message, in its order."""
     text = text.strip()
     if len(text) > LONG_TEXT_CHARS:
-        return [Extract(text, "document", "long")]
+        return [] if credentials.are_in_document(text) else [Extract(text, "document", "long")]
     kept = [extracted for sentence in sentences.split(_CODE.sub("\n\n", text)) if (extracted := judge(sentence))]
-    if code := "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text)):
+    code = "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text))
+    if code and not credentials.are_in_document(code):
         kept.append(Extract(code, "document", "code"))
     return kept
 
 
 def judge(sentence: str) -> Extract | None:
     """Whether to keep one sentence, and as what."""
+    if credentials.are_in(sentence):
+        return None
     if asked := _asked_to_remember(sentence):
         return Extract(asked, kind_of(asked), "asked")
     lead_in = _LEAD_IN.match(sentence)
     statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
     plain = statement.strip().replace("’", "'").lower()
-    if not speech.says_something(plain) or speech.is_noise(plain):
+    if claims.claim_of(statement) is None and (not speech.says_something(plain) or speech.is_noise(plain)):
         return None
-    return Extract(statement, kind_of(statement), "statement")
+    kind = kind_of(statement)
+    if kind == "fact" and not standing.may_stand(statement):
+        kind = "remark"
+    return Extract(statement, kind, "statement")
 
 
 _PREFERENCE = regex.compile(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -60,11 +60,15 @@ class MemoryLife:
         with self._store.read(who) as user:
             return list(user.events(existing(user, memory_id).id))
 
-    def used(self, who: Principal, where: Mapping[str, Sequence[str]], **detail: Any) -> None:
+    def used(
+        self, who: Principal, where: Mapping[str, Sequence[str]], *, standing: Collection[str] = (), **detail: Any
+    ) -> None:
         """Memories went into a prompt: they are activated and last longer.
 
         Args:
             where: memory ids by their place in the prompt; those that are gone by now are left out.
+            standing: those of them that stood there whatever was asked, and that the question would not have
+                found; that is noted, and is no use.
             detail: what is noted beside the place, as JSON: session, scene.
         """
         noted = {name: value for name, value in detail.items() if value is not None}
@@ -74,7 +78,10 @@ class MemoryLife:
             for place, ids in where.items():
                 for memory_id in ids:
                     if (record := user.get(memory_id)) and record.is_current:
-                        user.use(record, "recalled", now, where=place, **noted)
+                        if memory_id in standing:
+                            user.happened(record, "recalled", now, where=place, **noted)
+                        else:
+                            user.use(record, "recalled", now, where=place, **noted)
 
         if any(where.values()):
             self._store.write(who, note)

@@ -81,5 +81,14 @@ def _to_3(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
     """Two new tables; they are empty at first."""
 
 
-STEPS: dict[int, Step] = {1: _to_2, 2: _to_3}
+def _to_4(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+    """More sentences are claims: what was said before is found, and ended, by what is said from now on."""
+    for key in list(txn.cursor(db=dbs["records"]).iternext(values=False)):
+        record = records.decode(txn.get(key, db=dbs["records"]))
+        claim = claims.claim_of(record.text) if record.is_current else None
+        if claim is not None:
+            txn.put(key[:8] + claims.subject_key(claim), key[8:], db=dbs["current"])
+
+
+STEPS: dict[int, Step] = {1: _to_2, 2: _to_3, 3: _to_4}
 """By the version that a step starts from."""

@@ -1,31 +1,42 @@
 """Which memories go into a prompt, and in which order.
 
-Long-lived memory must keep the prompt's prefix stable, so its order never depends on the query and
-it only grows at the end:
+Long-lived memory stands at the start of the prompt, whose KV is worth keeping from session to session. So its
+order never depends on the query, it is chosen anew at a session's start only, and the choice changes rarely:
 
-1. Pinned memories, then the user's other facts, preferences and profile; each in order of creation.
-2. A memory that alone exceeds the whole budget never stands there. That depends on nothing but
-   itself, so leaving it out moves no other memory. Search still finds it.
-3. Each of the two runs stops at its first memory that does not fit into what is left. Going around
-   it would move the later ones as soon as it fits.
+1. Pinned memories, in order of creation.
+2. Then the user's other statements, in order of creation. As long as all of them fit, a new one is appended
+   and nothing moves.
+3. Where they do not fit, profile and preferences have the room first and facts what is left; of each the
+   newest. The oldest that stands is not the first that fits, but one of those that take the oldest quarter of
+   the room: the one whose id has the smallest hash. It stays that one while new statements come, until it does
+   not fit; so the prefix changes once in many statements, and not with each of them.
+4. What does not fit by itself is gone around: pinned memories, and statements of more than an eighth of their
+   room. The first smaller statement that does not fit ends its run; the next one to fit would change with
+   every new one.
 
-So a new fact leaves the list as it was or is appended. A pinned memory is worth a new prefix: it
-goes in front of the facts, behind the pinned ones, and may push facts out.
+A memory that alone exceeds the whole budget never stands there. What does not stand is recalled late, for a
+question that it answers. A pinned memory is worth a new prefix: it goes in front of the statements, behind the
+pinned ones, and may push statements out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from memos_vllm.memory.records import MemoryRecord
+from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.records import LASTING_TYPES, STANDING_TYPES, MemoryRecord
 from memos_vllm.memory.results import Hit, Passage, Recall
 from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.transactions import UserReader
 from memos_vllm.types import MemoryId
 
 CountTokens = Callable[[str], int]
+
+_MAX_PASSED = 16
+"""So many that do not fit are gone around; each has its tokens counted."""
 
 
 class Budget:
@@ -38,6 +49,10 @@ class Budget:
 
     def cost(self, text: str) -> int:
         return self._count_tokens(f"- {text}\n")
+
+    @property
+    def left(self) -> int:
+        return self._left
 
     @property
     def taken(self) -> int:
@@ -53,23 +68,72 @@ class Budget:
 def long_lived(user: UserReader, index: UserIndex, budget: Budget, now: datetime) -> list[MemoryRecord]:
     """See the module's docstring for the rule."""
     pinned = chosen(user, index.pinned(), budget, now)
-    return pinned + chosen(user, index.standing(), budget, now)
+    lasting = newest(user, index.standing(LASTING_TYPES), budget, now)
+    facts = newest(user, index.standing(STANDING_TYPES - LASTING_TYPES), budget, now)
+    return pinned + sorted([*lasting, *facts], key=lambda record: record.id)
 
 
 def chosen(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime) -> list[MemoryRecord]:
-    """One run; of a session's frozen ids too, whose texts may have grown since."""
-    found = []
+    """Those that fit, in their order; of a session's frozen ids too, whose texts may have grown since."""
+    found, passed = [], 0
+    for record, cost in _recallable(user, ids, budget, now):
+        if budget.take(cost):
+            found.append(record)
+        elif (passed := passed + 1) > _MAX_PASSED:
+            break
+    return found
+
+
+def newest(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime) -> list[MemoryRecord]:
+    """A run of statements that ends with the newest; newest first, as ``ids`` are."""
+    room, left, passed, is_full = budget.left, budget.left, 0, False
+    run: list[tuple[MemoryRecord, int]] = []
+    for record, cost in _recallable(user, ids, budget, now):
+        if cost <= left:
+            run.append((record, cost))
+            left -= cost
+        elif is_full := cost * 8 <= room or (passed := passed + 1) > _MAX_PASSED:
+            break
+    if is_full:
+        del run[_start(run, left, room) + 1 :]
+    for _, cost in run:
+        budget.take(cost)
+    return [record for record, _ in run]
+
+
+def _start(run: Sequence[tuple[MemoryRecord, int]], left: int, room: int) -> int:
+    """The place of the oldest one that is to stand, so that at most a quarter of the room stays empty."""
+    places = []
+    for place in reversed(range(len(run))):
+        places.append(place)
+        left += run[place][1]
+        if left * 4 > room:
+            break
+    return min(places, key=lambda place: _hash(run[place][0].id), default=-1)
+
+
+def _hash(memory_id: MemoryId) -> bytes:
+    return hashlib.blake2b(memory_id.encode(), digest_size=8).digest()
+
+
+def _recallable(
+    user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime
+) -> Iterable[tuple[MemoryRecord, int]]:
+    """With what each costs; without those that never stand."""
     for memory_id in ids:
         record = user.get(memory_id)
         if record is None or not record.is_recallable(now):  # None: deleted since the transaction began
             continue
-        cost = budget.cost(record.text)
-        if cost > budget.num_tokens:
-            continue
-        if not budget.take(cost):
-            break
-        found.append(record)
-    return found
+        if (cost := budget.cost(record.text)) <= budget.num_tokens:
+            yield record, cost
+
+
+def num_left_out(user: UserReader, index: UserIndex, standing: Collection[MemoryId], now: datetime) -> int:
+    """How many more would stand in the prompt if there were room for all."""
+    allows = index.allowing(Filter(for_prompt=True), now)
+    stated = sum(allows(memory_id) for memory_id in index.standing() if memory_id not in standing)
+    pinned = (user.get(memory_id) for memory_id in index.pinned() if memory_id not in standing)
+    return stated + sum(record is not None and record.is_recallable(now) for record in pinned)
 
 
 def fitting(hits: Iterable[Hit], budget: Budget) -> list[Hit]:

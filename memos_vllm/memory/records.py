@@ -13,7 +13,7 @@ from typing import Any
 from memos_vllm.core.lifecycle import IN_RECALL, OVER, State
 from memos_vllm.types import MemoryId
 
-TYPES = ("fact", "preference", "profile", "document", "working", "tool_schema", "trajectory")
+TYPES = ("fact", "preference", "profile", "remark", "document", "working", "tool_schema", "trajectory")
 """``fact`` is long-term memory of what a user told; docs/MEMORY.md has what is different about each."""
 
 STANDING_TYPES = frozenset({"fact", "preference", "profile"})

@@ -217,7 +217,9 @@ def _take(user: UserWriter, batch: Batch, statement: Statement, model: str, now:
         return Outcome.OUTDATED
     origin = _origin(statement, notes, model)
     since = _start(statement, notes) or max(note.said_at for note in notes)
-    kept = keep(user, Extract(statement.text, statement.type, "restated"), origin, now, said=False, valid_from=since)
+    is_remark = statement.type == "fact" and all(note.type == "remark" for note in notes)
+    restated = Extract(statement.text, "remark" if is_remark else statement.type, "restated")
+    kept = keep(user, restated, origin, now, said=False, valid_from=since)
     if kept.origin.get("source") != SOURCE:
         return Outcome.MERGED
     for note in notes:

@@ -39,6 +39,8 @@ def keep(
         The new record, or the known one.
     """
     if same := known(user, extracted.text, now):
+        if same.type == "remark" != extracted.type and same.state is not State.FROZEN:  # asked to remember it now
+            same = user.change(same, now, type=extracted.type)
         return _said_again(user, same, origin, now) if said else same
     claim = claims.claim_of(extracted.text)
     rivals = sayings(user, claims.subject_key(claim), now) if claim else []

@@ -68,6 +68,11 @@ class Recall:
     long_lived: tuple[MemoryRecord, ...]
     late: tuple[Hit, ...]
     sources: tuple[Passage, ...] = ()
+    answering: tuple[MemoryId, ...] = ()
+    """Of the long-lived ones those that the question would have found."""
+
+    left_out: int | None = None
+    """How many more would be long-lived if there were room, or if the session began now; None: not asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import islice
 
@@ -84,7 +85,26 @@ class Retrieval:
         Args:
             context: how many memories before and after each hit, in its conversation, come with it.
         """
-        matches = index.rank(query, top_k, wanted)
+        return self._hits(user, index, query, index.rank(query, top_k, wanted), top_k, wanted, context)
+
+    def hits_beside(
+        self, user: UserReader, index: UserIndex, query: Query, top_k: int, standing: Collection[MemoryId]
+    ) -> tuple[list[Hit], list[MemoryId]]:
+        """For a prompt: the best beside what stands in it, and which of that would have been among the best."""
+        wanted = Filter(for_prompt=True)
+        matches, answering = index.rank_beside(query, top_k, wanted, standing)
+        return self._hits(user, index, query, matches, top_k, replace(wanted, without=standing)), answering
+
+    def _hits(
+        self,
+        user: UserReader,
+        index: UserIndex,
+        query: Query,
+        matches: list[Match],
+        top_k: int,
+        wanted: Filter,
+        context: int = 0,
+    ) -> list[Hit]:
         matches = self._with_linked(user, index, matches, query, wanted)[:top_k]
         may_stand_around = Filter(archived=wanted.archived, for_prompt=wanted.for_prompt)
         allows = index.allowing(may_stand_around, query.asked_at) if context else None

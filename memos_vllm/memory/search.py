@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from memos_vllm.memory import analysis, filters, fusion, tables, times
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.filters import Filter
-from memos_vllm.memory.lexical import Lexical, Scores
+from memos_vllm.memory.lexical import Lexical, Scores, TermScores
 from memos_vllm.memory.query import Match, Query
 from memos_vllm.memory.records import STANDING_TYPES, MemoryRecord
 from memos_vllm.memory.transactions import UserReader
@@ -45,6 +45,24 @@ class Entry:
     pinned: bool
     session: str | None
     num_terms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """What one query makes of every slot."""
+
+    matched: Sequence[TermScores]
+    retrieved: Mapping[str, Scores]
+    scores: Scores
+    found: npt.NDArray[np.bool_]
+
+    def match(self, memory_id: MemoryId, slot: int) -> Match:
+        why = {
+            "method": "bm25" if len(self.retrieved) == 1 else "hybrid",
+            "retrievers": {name: _standing(of, slot) for name, of in self.retrieved.items() if of[slot]},
+            "terms": {each.term: part for each in self.matched if (part := each.of(slot))},
+        }
+        return Match(memory_id, float(self.scores[slot]), why)
 
 
 class UserIndex:
@@ -89,6 +107,22 @@ class UserIndex:
         Found is what shares a term with the query, itself or beside it in its conversation, and what stands
         out among the user's memories as near to the query's vector.
         """
+        ranking = self._ranking(query)
+        return [ranking.match(self._ids[slot], int(slot)) for slot in self._best(ranking, query, top_k, wanted)]
+
+    def rank_beside(
+        self, query: Query, top_k: int, wanted: Filter, standing: Collection[MemoryId]
+    ) -> tuple[list[Match], list[MemoryId]]:
+        """Like ``rank``, without what stands in the prompt already; and which of that ``rank`` would have found."""
+        ranking = self._ranking(query)
+        best = self._best(ranking, query, top_k, replace(wanted, without=standing))
+        answering = (self._ids[slot] for slot in self._best(ranking, query, top_k, wanted)) if standing else ()
+        return (
+            [ranking.match(self._ids[slot], int(slot)) for slot in best],
+            [memory_id for memory_id in answering if memory_id in standing],
+        )
+
+    def _ranking(self, query: Query) -> _Ranking:
         matched = self._lexical.match(query.terms())
         retrieved = {"lexical": self._lexical.total(matched)}
         among = {"lexical": self._lexical.alive}
@@ -99,21 +133,11 @@ class UserIndex:
             found |= fusion.standardised(dense.scores, dense.sample) > _STANDS_OUT
         if times.asks_for_recent(query.text):
             retrieved["recency"], among["recency"] = self._recency(found), found
-        scores = fusion.fuse(retrieved, among)
-        best = fusion.best_first(scores, found & self._allowed(wanted, query.asked_at), top_k, self._ordered())
-        method = "bm25" if len(retrieved) == 1 else "hybrid"
-        return [
-            Match(
-                self._ids[slot],
-                float(scores[slot]),
-                {
-                    "method": method,
-                    "retrievers": {name: _standing(of, int(slot)) for name, of in retrieved.items() if of[slot]},
-                    "terms": {each.term: part for each in matched if (part := each.of(slot))},
-                },
-            )
-            for slot in best
-        ]
+        return _Ranking(matched, retrieved, fusion.fuse(retrieved, among), found)
+
+    def _best(self, ranking: _Ranking, query: Query, top_k: int, wanted: Filter) -> npt.NDArray[np.int64]:
+        allowed = ranking.found & self._allowed(wanted, query.asked_at)
+        return fusion.best_first(ranking.scores, allowed, top_k, self._ordered())
 
     def allowing(self, wanted: Filter, now: datetime) -> Callable[[MemoryId], bool]:
         """Tells of a memory whether the index has it and the filter lets it through."""
@@ -137,9 +161,11 @@ class UserIndex:
         """For every conversation; a note of one session stands in that session's alone."""
         return [id for id, entry in self._in_order() if entry.pinned and entry.type != "working"]
 
-    def standing(self) -> Iterator[MemoryId]:
-        """Statements about the user that are not pinned."""
-        return (memory_id for memory_id, entry in self._in_order() if entry.type in STANDING_TYPES and not entry.pinned)
+    def standing(self, types: Collection[str] = STANDING_TYPES) -> Iterator[MemoryId]:
+        """Statements about the user that are not pinned, newest first."""
+        self._in_order()
+        entries = reversed(self._entries.items())
+        return (memory_id for memory_id, entry in entries if entry.type in types and not entry.pinned)
 
     def working(self, session: str, now: datetime) -> list[MemoryId]:
         """Of the session, in the order of creation."""

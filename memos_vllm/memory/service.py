@@ -21,7 +21,7 @@ from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.prepared import PreparedChoices
-from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived
+from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived, num_left_out
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.refining import Refining
 from memos_vllm.memory.remembering import keep
@@ -275,7 +275,13 @@ class MemoryService:
         return hits if max_tokens is None else fitting(hits, Budget(max_tokens, self._count_tokens))
 
     def recall(
-        self, who: Principal, messages: Sequence[Message], *, session: str | None = None, top_k: int | None = None
+        self,
+        who: Principal,
+        messages: Sequence[Message],
+        *,
+        session: str | None = None,
+        top_k: int | None = None,
+        count_left_out: bool = False,
     ) -> Recall:
         """What belongs into the prompt of these messages; see ``memory.recall`` for the rules.
 
@@ -292,13 +298,15 @@ class MemoryService:
                 standing = self._long_lived(user, index)
             else:
                 standing = chosen(user, ids, Budget(self._config.long_lived_tokens, self._count_tokens), now)
-            wanted = Filter(for_prompt=True, without={record.id for record in standing})
-            hits = self._retrieval.hits(user, index, asked, top_k, wanted)
+            stand = {record.id for record in standing}
+            hits, answering = self._retrieval.hits_beside(user, index, asked, top_k, stand)
+            left_out = num_left_out(user, index, stand, now) if count_left_out else None
             noted = [user.get(memory_id) for memory_id in (index.working(session, now) if session else ())]
         working = [Hit(record, 0.0, {"method": "session"}) for record in noted if record and record.is_recallable(now)]
         budget = Budget(self._config.late_tokens, self._count_tokens)
         latest = fitting(reversed(working), budget)  # where there are too many, the first of them are left out
-        return Recall(tuple(standing), (*reversed(latest), *fitting(hits, budget)))
+        late = (*reversed(latest), *fitting(hits, budget))
+        return Recall(tuple(standing), late, answering=tuple(answering), left_out=left_out)
 
     def prepare(self, who: Principal) -> Prepared:
         """Chooses the long-lived memory of the user's next session, whose first recall then need not.

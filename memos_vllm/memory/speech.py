@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import regex
 
+from memos_vllm.memory import imperatives
+
 
 def says_something(plain: str) -> bool:
     """At least two words, or four characters of a script that writes without spaces."""
@@ -101,4 +103,4 @@ _COMMAND = regex.compile(
 
 
 def is_command(plain: str) -> bool:
-    return _COMMAND.fullmatch(plain) is not None
+    return _COMMAND.fullmatch(plain) is not None or imperatives.is_command(plain)

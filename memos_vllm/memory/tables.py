@@ -35,7 +35,7 @@ from datetime import UTC, datetime, timedelta
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.types import Principal
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 NAMES = (
     *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
     *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "pieces"),

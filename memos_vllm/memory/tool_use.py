@@ -4,8 +4,9 @@
     trajectory    a task in the user's words, and the calls that were made for it, with the start of their results
 
 A request of an agent's loop repeats all calls so far, so a trajectory grows: the longer one is a new version
-of the shorter. Neither goes into a prompt by itself, for what a tool answers is not the user's word and may
-be written to mislead a model; search finds both, and a pin puts one into prompts.
+of the shorter. One that has a password or a key in it is not kept, or grows no more. Neither goes into a
+prompt by itself, for what a tool answers is not the user's word and may be written to mislead a model;
+search finds both, and a pin puts one into prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from memos_vllm.memory import claims
+from memos_vllm.memory import claims, credentials
 from memos_vllm.memory.messages import last_user_place, text_of
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.transactions import UserWriter
@@ -81,7 +82,7 @@ def keep(
     kept = []
     for name, text in schemas(messages, tools).items():
         kept.append(_put(user, "tool_schema", text, _of_type(user, claims.tool_key(name), "tool_schema"), origin, now))
-    if (text := trajectory(messages)) is not None:
+    if (text := trajectory(messages)) is not None and not credentials.are_in(text):
         shorter = (trajectory(messages, number) for number in range(len(steps(messages)), 0, -1))
         known = (_of_type(user, claims.text_key(each), "trajectory") for each in shorter if each)
         kept.append(_put(user, "trajectory", text, next((each for each in known if each), None), origin, now))

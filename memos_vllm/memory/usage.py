@@ -20,7 +20,7 @@ class Usage:
     """One memory's row."""
 
     uses: int = 0
-    """Times it went into a prompt or was said again."""
+    """Times a question found it for a prompt, or it was said again."""
 
     last_used_at: datetime | None = None
     due_at: datetime | None = None

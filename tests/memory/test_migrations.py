@@ -6,7 +6,9 @@ import hashlib
 import json
 import struct
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -15,6 +17,7 @@ from memos_vllm.core.lifecycle import State
 from memos_vllm.errors import DataDirError
 from memos_vllm.memory import maintenance, migrations, tables
 from memos_vllm.memory import store as store_module
+from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
 from tests.memory.memory_factories import ALICE, GIB, make_service, says, texts
 
@@ -80,6 +83,24 @@ def test_version_1_keeps_all_and_gets_what_is_new(tmp_path: Path) -> None:
     service._store.close()
     assert schema_of(tmp_path / "memory") == str(tables.SCHEMA_VERSION).encode()
     assert maintenance.examine(tmp_path / "memory").problems == []
+
+
+def test_version_3_finds_what_became_a_claim(make: Callable[..., MemoryService]) -> None:
+    service = make()
+    paris = service.remember(ALICE, says("I live in Paris."))[0]
+
+    def back_to_3(txn: Any, dbs: Any) -> None:
+        for key in list(txn.cursor(db=dbs["current"]).iternext(values=False)):
+            if key[8:9] == b"s":
+                txn.delete(key, db=dbs["current"])
+        txn.put(b"schema_version", b"3", db=dbs["meta"])
+
+    service._store.maintain(back_to_3)
+    service._store.close()
+    renewed = make()
+    assert maintenance.examine_open(renewed._store).problems == []
+    berlin = renewed.remember(ALICE, says("I live in Berlin."))[0]
+    assert berlin.supersedes == paris.id and texts(renewed.list(ALICE).records) == ["I live in Berlin."]
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,17 @@ def test_an_accepted_statement_stands_beside_its_note_and_tells_where_it_is_from
     assert service.refining.next_batch() is None
 
 
+def test_what_is_made_of_remarks_alone_stands_in_no_prompt(service: MemoryService) -> None:
+    told(service, "The ferry to Porto leaves at seven.", "My cat is called Tom.")
+    made = (
+        statement("The Porto ferry leaves at seven."),
+        statement("The cat is Tom.", 2),
+        statement("Tom, ferry.", 1, 2),
+    )
+    assert refine(service, answer(*made)) == {"accepted": 3}
+    assert [record.type for record in service.list(ALICE).records] == ["remark", "fact", "remark", "fact", "fact"]
+
+
 def test_the_prompt_has_the_notes_with_their_days(service: MemoryService) -> None:
     told(service, MOVED, "My cat is called Tom.")
     batch = service.refining.next_batch()

@@ -50,6 +50,9 @@ class Nobody:
     def forget(self, who: Principal) -> None:
         pass
 
+    def turn_ended(self, scene_id: str) -> None:
+        pass
+
 
 def state_with(service: MemoryService, data_dir: Path) -> MemosState:
     config = MemosConfig(data_dir=data_dir)

@@ -1,0 +1,56 @@
+"""Which facts may stand in every prompt: what the user says of himself and his own, and not of the moment.
+
+A claim may, and a statement in the first person that neither refers back ("It still fails") nor is about the
+moment ("My test is red again today"). First persons are told by words, of the languages listed here; a
+statement in any other language may not stand. What may not is a remark, recalled for a question.
+"""
+
+from __future__ import annotations
+
+import regex
+
+from memos_vllm.memory import claims
+
+_FIRST_PERSON = regex.compile(
+    r"""
+    \b(?: i | i'(?:m|ve|d|ll) | my|mine|myself|me|we|we'(?:re|ve|d|ll)|our|ours
+      | ich|mein(?:e|er|es|em|en)?|wir|unser(?:e|er|es|em|en)?
+      | je|j'\p{L}+|mon|ma|mes|nous|notre|nos
+      | yo|mis?|soy|estoy|tengo|vivo|trabajo|somos|tenemos|nuestr[oa]s?
+      | mio|mia|miei|mie|sono|abito|lavoro|siamo|nostr[oaie]|ho\ (?:un|una|uno|due|tre|il|la|i|le|\d+)
+      | eu|meus?|minhas?|sou|estou|tenho|moro|trabalho|gosto|noss[oa]s?
+      | ik|mijn|wij|onze|jag|jeg|mitt|mina|minä|minun|minulla|olen
+      | mój|moja|moje|mam|jestem|mieszkam|lubię|benim
+      | я|мы|мой|моя|моё|мои|меня|мне|наш(?:а|е|и)?|εγώ|μου|είμαι|έχω|मैं|मुझे|मेरा|मेरी|मेरे|أنا|نحن|عندي|אני|שלי
+      )\b
+    | [我咱私僕俺] | わたし | ぼく | (?:^|\s)(?:나는|내|제|저는|우리)
+    """,
+    regex.X,
+)
+_REFERS_BACK = regex.compile(
+    r"(?:(?:and|but|so|now|then|also|well|oh|ok|okay|no|yes|sorry|hm+)[, ]+)*"
+    r"(?:it|its|it's|this|that|that's|these|those|they|they're|he|he's|she|she's|same|still|nothing|"
+    r"das|dies|ça|cela|c'est|eso|esto|questo|quello|isso|isto)\b"
+)
+_OF_THE_MOMENT = regex.compile(
+    r"""
+    \b(?: again|still|right\ now|at\ the\ moment|just\ now|today|tonight|yesterday|tomorrow|so\ far
+      | this\ (?:morning|afternoon|evening|time|week)
+      | errors?|exception|traceback|fehler(?:meldung)?|erreur|errore|erro
+      | heute|gestern|morgen|gerade|immer\ noch|schon\ wieder|aujourd'hui|encore|demain|hoy|ayer|mañana|todavía
+      | oggi|ieri|domani|ancora|hoje|ontem|amanhã|ainda )\b
+    | 今天|昨天|明天|现在|還是|还是|今日|昨日|明日
+    | ^i(?:'m|\ am)\ (?:tired|hungry|thirsty|busy|bored|stuck|confused|sorry|sure|unsure|done|back|ready|lost|getting
+      |trying|wondering|about\ to|going\ to)\b
+    """,
+    regex.X,
+)
+
+
+def may_stand(statement: str) -> bool:
+    if claims.claim_of(statement) is not None:
+        return True
+    plain = statement.strip().replace("’", "'").lower()
+    if _REFERS_BACK.match(plain) or _OF_THE_MOMENT.search(plain):
+        return False
+    return _FIRST_PERSON.search(plain) is not None
