@@ -13,6 +13,7 @@ pytestmark = pytest.mark.e2e
 
 FACT, LATE = "My favourite drink is oolong tea.", "The ferry to the island leaves at seven. " * 12
 MAX_TOKENS = 32
+EXPLAINED = {"explain": True, "remember": False}
 WORD = "?"
 """One token, however often it is repeated."""
 
@@ -44,13 +45,12 @@ def conversation(memos: Memos, room: int) -> list[dict[str, Any]]:
     return messages
 
 
-def ask(memos: Memos, key: str, messages: list[dict[str, Any]], **options: Any) -> Any:
+def ask(memos: Memos, key: str, messages: list[dict[str, Any]], field: Any = EXPLAINED, **options: Any) -> Any:
     body = {"model": memos.server.model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
-    body["memos"] = {"explain": True, "remember": False}
-    return memos.call("POST", "/v1/chat/completions", key, json=body | options)
+    return memos.call("POST", "/v1/chat/completions", key, json={**body, "memos": field, **options})
 
 
-@pytest.mark.parametrize(("room", "num_left"), [(MAX_TOKENS + 4, 0), (MAX_TOKENS + 60, 1), (MAX_TOKENS + 300, 2)])
+@pytest.mark.parametrize(("room", "num_left"), [(MAX_TOKENS + 4, 0), (MAX_TOKENS + 60, 1), (MAX_TOKENS + 400, 2)])
 def test_memory_gives_way_to_a_conversation_that_fits_without_it(
     memos: Memos, key: str, ids: list[str], room: int, num_left: int
 ) -> None:
@@ -70,7 +70,7 @@ def test_memory_gives_way_to_a_conversation_that_fits_without_it(
 def test_what_does_not_fit_without_memory_is_vllms_to_refuse(memos: Memos, key: str, ids: list[str]) -> None:
     messages = conversation(memos, -1)
     refused = ask(memos, key, messages)
-    stock = ask(memos, key, messages, memos=False)
+    stock = ask(memos, key, messages, False)
     assert refused.status_code == stock.status_code == 400
     assert refused.json() == stock.json()
     assert memos.settle()["enabled"], "nothing is left over of the turn"
