@@ -22,7 +22,7 @@ from memos_vllm.adapters.records import Scope
 from memos_vllm.compat.error_response import ErrorResponse
 from memos_vllm.errors import AdapterError, Forbidden
 from memos_vllm.integration.adapter_gate import Choice
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
 from memos_vllm.integration.state import MemosState, state_of
 
 router = APIRouter(prefix="/v1/adapters", tags=["Memos"])
@@ -50,7 +50,7 @@ class DefaultBody(Body):
     """Name, or name@version, for requests that name none; null: the base model."""
 
 
-@router.post("")
+@router.post("", openapi_extra=takes(AddBody))
 @answers_errors
 async def add(raw_request: Request) -> Any:
     """Keeps a PEFT LoRA folder under a name; a name that exists gets a new version."""
@@ -145,7 +145,7 @@ async def get_default(raw_request: Request, user: str | None = None) -> Any:
     return {"adapter": await asyncio.to_thread(state.adapters.registry.profile, who)}
 
 
-@router.put("/default")
+@router.put("/default", openapi_extra=takes(DefaultBody))
 @answers_errors
 async def set_default(raw_request: Request) -> Any:
     """What the user's requests run with when they name no adapter."""
@@ -165,7 +165,7 @@ async def get(raw_request: Request, reference: str, user: str | None = None) -> 
     return adapter.as_json(who)
 
 
-@router.patch("/{name}")
+@router.patch("/{name}", openapi_extra=takes(SelectBody))
 @answers_errors
 async def select(raw_request: Request, name: str) -> Any:
     """Makes an earlier version current again, or a later one: the undo of an addition."""
@@ -187,7 +187,7 @@ async def delete(raw_request: Request, reference: str, user: str | None = None) 
     return {"deleted": True, "adapters": list(removed.references), "profiles": removed.profiles, **traces}
 
 
-@router.post("/{reference}/probe")
+@router.post("/{reference}/probe", openapi_extra=takes(Body))
 @answers_errors
 async def probe(raw_request: Request, reference: str) -> Any:
     """Parametric to plaintext: what a distilled adapter was made from, and what it says when it is asked,

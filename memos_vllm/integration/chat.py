@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,13 +27,14 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from memos_vllm.errors import MemosError, RequestError
 from memos_vllm.integration import identity, salts
 from memos_vllm.integration.adapter_gate import Choice
+from memos_vllm.integration.fitting import Prompt
 from memos_vllm.integration.refiner import REFINE_PARAM
 from memos_vllm.integration.rest import error_response
 from memos_vllm.integration.scene_builds import BUILD_PARAM
 from memos_vllm.integration.scene_table import SCENE_PARAM, START_PARAM
 from memos_vllm.integration.session_start import SessionStart, start_of
 from memos_vllm.integration.state import MemosState, state_of
-from memos_vllm.memory.assembly import DEFAULT_FORMAT, PromptFormat, assemble
+from memos_vllm.memory.assembly import DEFAULT_FORMAT, Message, PromptFormat, assemble
 from memos_vllm.memory.messages import last_user_text
 from memos_vllm.memory.recall import with_sources
 from memos_vllm.memory.results import Recall
@@ -112,11 +114,11 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
     with ExitStack() as cleanup:
         if adapter is not None:
             cleanup.callback(adapter.close)
-        told = add_memory(turn, request, recall, salt, adapter, state.prompt_format)
+        prompt = add_memory(turn, request, recall, salt, adapter, state.prompt_format)
         scene_id = announce_turn(turn, start, adapter, request, state)
         response = None
         try:
-            with adapter.active() if adapter is not None else nullcontext():
+            with prompt.active(serving), adapter.active() if adapter is not None else nullcontext():
                 response = await stock.create_chat_completion(request, raw_request)
         finally:
             if response is None or response.status_code != 200:  # an error, or the client is gone
@@ -125,7 +127,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
             return response
         if isinstance(response, StreamingResponse):
             response.body_iterator = _closing(response.body_iterator, cleanup.pop_all())
-    return finish_turn(turn, recall, told, adapter, scene_id, response, state)
+    return finish_turn(turn, prompt, adapter, scene_id, response, state)
 
 
 def announce_turn(
@@ -216,8 +218,6 @@ async def recall_for(turn: Turn, state: MemosState) -> tuple[Recall, str]:
     recall, salt = await asyncio.to_thread(_recall, turn, state)
     if asked is not None:
         recall = await _with_sources(recall, asked, state)
-    if turn.options.recall:
-        state.metrics.recalled(recall)
     return recall, salt
 
 
@@ -228,30 +228,28 @@ def add_memory(
     salt: str,
     adapter: Choice | None,
     form: PromptFormat = DEFAULT_FORMAT,
-) -> Recall:
+) -> Prompt:
     """Puts memory into the request's messages and the user's salt into its cache key.
 
     Returns:
-        What of the recall was put; the adapter may stand for the rest.
+        What of the recall was put; the adapter may stand for the rest. Rendering puts less where there is no room.
     """
-    if adapter is not None and adapter.instead_of:
-        recall = without(recall, adapter.instead_of)
-    request.messages = assemble(
-        turn.messages,
-        [record.text for record in recall.long_lived],
-        [hit.record.text for hit in recall.late],
-        [passage.quoted for passage in recall.sources],
-        form,
-    )  # type: ignore[assignment]
+    told = recall if adapter is None else recall.without(adapter.instead_of)
+    prompt = Prompt(request, recall, told, partial(messages_with, turn, form=form))
+    prompt.put(told)
     request.cache_salt = salts.combine(salt, request.cache_salt)
-    return recall
+    return prompt
 
 
-def without(recall: Recall, left_out: Collection[tuple[str, int]]) -> Recall:
-    """What is left of a recall when these memories, by id and version, are known another way."""
-    standing = tuple(record for record in recall.long_lived if (record.id, record.version) not in left_out)
-    late = tuple(hit for hit in recall.late if (hit.record.id, hit.record.version) not in left_out)
-    return replace(recall, long_lived=standing, late=late)
+def messages_with(turn: Turn, told: Recall, form: PromptFormat = DEFAULT_FORMAT) -> list[Message]:
+    """The client's messages with memory in place. All are new: vLLM's renderer writes into what it renders."""
+    return assemble(
+        deepcopy(turn.messages),
+        [record.text for record in told.long_lived],
+        [hit.record.text for hit in told.late],
+        [passage.quoted for passage in told.sources],
+        form,
+    )
 
 
 def _recall(turn: Turn, state: MemosState) -> tuple[Recall, str]:
@@ -277,29 +275,18 @@ async def _with_sources(recall: Recall, asked: Gathering, state: MemosState) -> 
 
 
 def finish_turn(
-    turn: Turn,
-    recall: Recall,
-    told: Recall,
-    adapter: Choice | None,
-    scene_id: str,
-    response: Response,
-    state: MemosState,
+    turn: Turn, prompt: Prompt, adapter: Choice | None, scene_id: str, response: Response, state: MemosState
 ) -> Response:
-    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted.
-
-    Args:
-        recall: what the answer needed, and what counts as used.
-        told: what of it stands in the prompt, because no adapter stands for it.
-    """
+    """Says what was recalled; once the answer is out, has the turn remembered and the next one predicted."""
     if turn.options.explain and isinstance(response, JSONResponse):
         body = json.loads(bytes(response.body))
-        body["memos"] = explain(turn, told, adapter)
+        body["memos"] = explain(turn, prompt.told, adapter, prompt.left_out)
         explained = JSONResponse(body, background=response.background)
         explained.headers.update({k: v for k, v in response.headers.items() if not k.startswith("content-")})
         response = explained
-    state.recalls.count(ids_of(recall))
-    recalled = ids_of(told)
-    response.headers[RECALLED_HEADER] = ",".join(recalled[:_MAX_HEADER_IDS])
+    state.recalls.count(prompt.recall.ids)
+    state.metrics.recalled(prompt.told)
+    response.headers[RECALLED_HEADER] = ",".join(prompt.told.ids[:_MAX_HEADER_IDS])
     if adapter is not None:
         response.headers[ADAPTER_HEADER] = adapter.header
     announced: list[asyncio.Future[None]] = []
@@ -309,7 +296,7 @@ def finish_turn(
         response.body_iterator = _announcing_end(response.body_iterator, turn.who, state, announced)
     else:
         announced.append(state.announce(turn.who))
-    end = BackgroundTask(end_turn, turn, recall, scene_id, state, announced)
+    end = BackgroundTask(end_turn, turn, prompt.recall, scene_id, state, announced)
     response.background = BackgroundTasks([task for task in (response.background, end) if task])
     return response
 
@@ -364,11 +351,7 @@ async def end_turn(
         logger.error("what a turn of %s used was not noted: %s", turn.who, error)
 
 
-def ids_of(recall: Recall) -> list[str]:
-    return [record.id for record in recall.long_lived] + [hit.record.id for hit in recall.late]
-
-
-def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any]:
+def explain(turn: Turn, recall: Recall, adapter: Choice | None, left_out: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "user": turn.who.user,
         "adapter": None if adapter is None else adapter.header,
@@ -377,7 +360,8 @@ def explain(turn: Turn, recall: Recall, adapter: Choice | None) -> dict[str, Any
             *({"where": "late", "score": hit.score, "why": hit.why, **hit.record.as_json()} for hit in recall.late),
             *({"where": "source", **passage.as_json()} for passage in recall.sources),
         ],
-        "left_out": recall.left_out,
+        "not_standing": recall.left_out,
+        "left_out": list(left_out),
     }
 
 

@@ -17,7 +17,7 @@ from memos_vllm import activation
 from memos_vllm.adapters.records import check_name
 from memos_vllm.errors import AdapterError, Forbidden, NotFound
 from memos_vllm.integration.distillation_jobs import DistillationJobs
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
@@ -38,7 +38,7 @@ class DistillBody(Body):
     num_controls: int | None = Field(default=None, ge=0, le=100_000)
 
 
-@router.post("")
+@router.post("", openapi_extra=takes(DistillBody))
 @answers_errors
 async def start(raw_request: Request) -> Any:
     """Starts a distillation of the user's memories; its id leads to the report."""

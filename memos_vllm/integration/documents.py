@@ -32,7 +32,16 @@ class DocumentFields(Body):
     cube: str | None = None
 
 
-@router.post("")
+_OPENAPI: dict[str, Any] = {
+    "parameters": [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in DocumentFields.model_json_schema()["properties"].items()
+    ],
+    "requestBody": {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "required": True},
+}
+
+
+@router.post("", openapi_extra=_OPENAPI)
 @answers_errors
 async def put(raw_request: Request) -> Any:
     """A document, or its new edition; of one whose text has not changed nothing is written."""

@@ -21,10 +21,12 @@ from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.caretaker import Caretaker
 from memos_vllm.integration.event_exchange import EventExchange
+from memos_vllm.integration.fitting import check_budgets
 from memos_vllm.integration.home_engine import HomeEngines
 from memos_vllm.integration.idle import IdleTime, LiveRequests
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.model_identity import fingerprint_of
+from memos_vllm.integration.other_routes import RefusesMemory
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
 from memos_vllm.integration.prompt_format import prompt_format_of
@@ -36,11 +38,34 @@ from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.sources.opening import open_sources
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter, FastAPI
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
 
 _MAX_TOKEN_COUNTS = 65_536
+
+
+def routers(*, development: bool) -> list[APIRouter]:
+    """All routes of ours; docs/API.md has each.
+
+    Args:
+        development: with those of vLLM's development mode.
+    """
+    from memos_vllm.integration import (
+        adapters,
+        chat,
+        distillations,
+        documents,
+        forms,
+        life,
+        memories,
+        operations,
+        scenes,
+    )
+
+    # Documents first: the path of a memory would match theirs.
+    modules = (chat, documents, life, memories, forms, distillations, adapters, scenes, operations)
+    return [module.router for module in modules] + [operations.development_router] * development
 
 
 class MemosEndpoints:
@@ -54,31 +79,17 @@ class MemosEndpoints:
             return
         import vllm.envs as envs
 
-        from memos_vllm.integration import (
-            adapters,
-            chat,
-            distillations,
-            documents,
-            forms,
-            life,
-            memories,
-            operations,
-            scenes,
-        )
-
         _remove_route(app, "/v1/chat/completions", "POST")
-        # Documents first: the path of a memory would match theirs.
-        routers = (chat, documents, life, memories, forms, distillations, adapters, scenes, operations)
-        for router in (module.router for module in routers):
+        for router in routers(development=envs.VLLM_SERVER_DEV_MODE):
             app.include_router(router)
         app.add_middleware(LiveRequests)
-        if envs.VLLM_SERVER_DEV_MODE:
-            app.include_router(operations.development_router)
+        app.add_middleware(RefusesMemory)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if not activation.is_active() or engine_client is None:
             return
         config = load(activation.config_path())
+        check_budgets(config.memory, engine_client.model_config.max_model_len)
         load_format = str(engine_client.vllm_config.load_config.load_format)
         embedder = embedding.build(config.memory.embedder, engine_client.model_config, load_format)
         aging = Aging(config.memory.archive_after_s, config.memory.remove_expired_after_s)

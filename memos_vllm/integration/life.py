@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
 from memos_vllm.integration.state import state_of
 
 router = APIRouter(prefix="/v1/memories", tags=["Memos"])
@@ -40,7 +40,7 @@ async def snapshots(raw_request: Request, user: str | None = None) -> Any:
     return {"object": "list", "data": [snapshot.as_json() for snapshot in found]}
 
 
-@router.post("/snapshots")
+@router.post("/snapshots", openapi_extra=takes(SnapshotBody))
 @answers_errors
 async def take_snapshot(raw_request: Request) -> Any:
     state = state_of(raw_request)
@@ -98,7 +98,7 @@ async def log(raw_request: Request, memory_id: str, user: str | None = None) -> 
     return {"object": "list", "data": [event.as_json() for event in events]}
 
 
-@router.post("/{memory_id}/merge")
+@router.post("/{memory_id}/merge", openapi_extra=takes(MergeBody))
 @answers_errors
 async def merge(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)
@@ -121,7 +121,7 @@ async def links(
     return {"object": "list", "data": [link.as_json() for link in found]}
 
 
-@router.post("/{memory_id}/links")
+@router.post("/{memory_id}/links", openapi_extra=takes(LinkBody))
 @answers_errors
 async def link(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)

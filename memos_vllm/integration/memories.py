@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.distillation_jobs import DistillationJobs
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
 from memos_vllm.memory.results import Hit
@@ -80,7 +80,7 @@ class SearchBody(Body):
     """The hits that fit into it."""
 
 
-@router.post("")
+@router.post("", openapi_extra=takes(AddBody))
 @answers_errors
 async def add(raw_request: Request) -> Any:
     """One memory, or with ``memories`` a list of them, which is stored as a whole or not at all."""
@@ -126,7 +126,7 @@ async def list_memories(
     return {"object": "list", "data": [record.as_json() for record in page.records], "next": page.next}
 
 
-@router.post("/search")
+@router.post("/search", openapi_extra=takes(SearchBody))
 @answers_errors
 async def search(raw_request: Request) -> Any:
     state = state_of(raw_request)
@@ -157,7 +157,7 @@ async def get(raw_request: Request, memory_id: str, user: str | None = None) -> 
     return record.as_json()
 
 
-@router.patch("/{memory_id}")
+@router.patch("/{memory_id}", openapi_extra=takes(UpdateBody))
 @answers_errors
 async def update(raw_request: Request, memory_id: str) -> Any:
     state = state_of(raw_request)

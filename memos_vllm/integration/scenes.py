@@ -11,7 +11,7 @@ from pydantic import Field
 
 from memos_vllm.core import scenes as core
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
@@ -38,7 +38,7 @@ class HintBody(Body):
     """That the coming request will name; absent: what the last one had, or the user's default."""
 
 
-@router.post("")
+@router.post("", openapi_extra=takes(HintBody))
 @answers_errors
 async def hint(raw_request: Request) -> Any:
     """Takes a hint and starts what follows from it; does not wait for copies."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -73,6 +74,25 @@ class Recall:
 
     left_out: int | None = None
     """How many more would be long-lived if there were room, or if the session began now; None: not asked for."""
+
+    @property
+    def records(self) -> tuple[MemoryRecord, ...]:
+        return (*self.long_lived, *(hit.record for hit in self.late))
+
+    @property
+    def ids(self) -> list[str]:
+        return [record.id for record in self.records]
+
+    @property
+    def versions(self) -> frozenset[tuple[str, int]]:
+        """Id and version of each memory."""
+        return frozenset((record.id, record.version) for record in self.records)
+
+    def without(self, left_out: Collection[tuple[str, int]]) -> Recall:
+        """What is left when these memories, by id and version, are known another way or have no room."""
+        standing = tuple(record for record in self.long_lived if (record.id, record.version) not in left_out)
+        late = tuple(hit for hit in self.late if (hit.record.id, hit.record.version) not in left_out)
+        return replace(self, long_lived=standing, late=late)
 
 
 @dataclass(frozen=True, slots=True)

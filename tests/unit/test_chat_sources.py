@@ -67,7 +67,7 @@ def ask(state: MemosState, who: Principal = ALICE, **options: Any) -> tuple[Reca
     request = ChatCompletionRequest(model="m", messages=MESSAGES)
     turn = Turn(who, MemosField(**options), list(MESSAGES), [], "r")
     recall, salt = asyncio.run(chat.recall_for(turn, state))
-    return chat.add_memory(turn, request, recall, salt, None), request.messages, turn
+    return chat.add_memory(turn, request, recall, salt, None).told, request.messages, turn
 
 
 def test_passages_stand_before_the_query_and_are_explained(state: MemosState) -> None:

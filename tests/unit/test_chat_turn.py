@@ -56,7 +56,7 @@ def test_explain_counts_what_had_no_room(state: MemosState) -> None:
         recall, _ = asyncio.run(chat.recall_for(turn, state))
         told = chat.explain(turn, recall, None)
         assert 0 < len(recall.long_lived) < 5
-        assert told["left_out"] == (left_out and left_out - len(recall.long_lived))
+        assert told["not_standing"] == (left_out and left_out - len(recall.long_lived))
 
 
 FACT = "My favourite drink is tea."
