@@ -80,8 +80,10 @@ def test_a_server_searches_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(endpoints.activation, "is_active", lambda: True)
     monkeypatch.setattr(endpoints.activation, "config_path", lambda: str(config))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({})))
+    served = model(tmp_path)
+    served.max_model_len = 8192
     engine = SimpleNamespace(
-        model_config=model(tmp_path),
+        model_config=served,
         vllm_config=SimpleNamespace(
             load_config=SimpleNamespace(load_format="auto"),
             lora_config=None,

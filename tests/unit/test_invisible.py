@@ -68,4 +68,4 @@ def test_with_the_flag_it_is(without_plugin: dict) -> None:
     assert "--plugin" in seen["options"]
     assert "/v1/memories" in seen["openapi"]["paths"] and "/v1/memories" not in without_plugin["openapi"]["paths"]
     assert seen["wrapped"] and not without_plugin["wrapped"]
-    assert set(seen["middleware"]) - set(without_plugin["middleware"]) == {"LiveRequests"}
+    assert set(seen["middleware"]) - set(without_plugin["middleware"]) == {"LiveRequests", "RefusesMemory"}
