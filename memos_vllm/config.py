@@ -56,6 +56,7 @@ class KeyConfig(Section):
     tenant: str = Field(min_length=1)
     user: str | None = Field(default=None, min_length=1)
     memory: bool | None = None
+    """Whether requests without a ``memos`` field use memory. Those that name no user, of an application, do not."""
 
 
 class IdentityConfig(Section):

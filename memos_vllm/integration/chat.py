@@ -190,9 +190,29 @@ def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
         return False
     try:
         by_key = identity.resolve(raw_request.headers, state.config.identity).memory_by_default
+    except identity.UserNotNamed as error:
+        if _is_on(error.memory_by_default, state):
+            _warn_of_nameless(error.key, state)
+        return False
     except RequestError:
         return False
+    return _is_on(by_key, state)
+
+
+def _is_on(by_key: bool | None, state: MemosState) -> bool:
     return state.config.memory.default == "on" if by_key is None else by_key
+
+
+def _warn_of_nameless(key: str, state: MemosState) -> None:
+    """Once for each key: its application does the same with every request."""
+    if key not in state.nameless_keys:
+        state.nameless_keys.add(key)
+        logger.warning(
+            "requests with the API key %s have memory by default, but are answered without: it has many users and they "
+            "name none. Give the key a 'user' under identity.keys, set identity.trusted_user_header, or have the "
+            "application send 'memos': {'user': ...}",
+            key,
+        )
 
 
 def next_start(

@@ -43,7 +43,16 @@ def test_users_of_one_application_are_kept_apart(memos: Memos) -> None:
     memos.chat(APP, FACT, {"user": one})
     assert ANSWER in memos.answer(APP, QUESTION, {"user": one})
     assert ANSWER not in memos.answer(APP, QUESTION, {"user": other})
-    assert ANSWER not in memos.answer(APP, QUESTION, True)
+
+
+def test_an_application_must_name_the_user(memos: Memos) -> None:
+    with pytest.raises(openai.BadRequestError, match="name the user"):
+        memos.chat(APP, QUESTION, True)
+    assert memos.call("GET", "/v1/memories", APP).status_code == 400
+    # Memory by default, and nobody named: answered as without memory.
+    memos.chat("nameless-key", FACT, None)
+    assert ANSWER not in memos.answer("nameless-key", QUESTION, None)
+    assert memos.call("GET", "/v1/memories?user=default", "nameless-key").json()["data"] == []
 
 
 def test_the_same_prompt_of_another_user_hits_no_kv(memos: Memos, key: str) -> None:
