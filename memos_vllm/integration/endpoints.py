@@ -60,13 +60,14 @@ class MemosEndpoints:
             forms,
             life,
             memories,
+            missing_ids,
             operations,
             scenes,
         )
 
         _remove_route(app, "/v1/chat/completions", "POST")
         # Documents first: the path of a memory would match theirs.
-        routers = (chat, documents, life, memories, forms, distillations, adapters, scenes, operations)
+        routers = (chat, documents, life, memories, missing_ids, forms, distillations, adapters, scenes, operations)
         for router in (module.router for module in routers):
             app.include_router(router)
         app.add_middleware(LiveRequests)

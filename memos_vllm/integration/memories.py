@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.distillation_jobs import DistillationJobs
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal
+from memos_vllm.integration.rest import Body, answering, answers_errors, parse_body, principal, refuse_body
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
 from memos_vllm.memory.results import Hit
@@ -184,11 +184,15 @@ async def delete(raw_request: Request, memory_id: str, user: str | None = None) 
     return await forget(state, who, state.service.delete, who, memory_id)
 
 
+_INSTEAD = "it removes everything that the user has; to delete some, list them with GET and delete each by its id"
+
+
 @router.delete("")
-@answers_errors
+@answering(instead=_INSTEAD)
 async def delete_all(raw_request: Request, user: str | None = None) -> Any:
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
+    await refuse_body(raw_request, f"{_INSTEAD}; ?user= names the user")
     state.planner.forget(who)
     state.builder.forget(who)
     await asyncio.to_thread(DistillationJobs(state.config.data_dir).remove_all, who)

@@ -433,6 +433,8 @@ class MemoryService:
         with self._store.read(who) as user:
             postings = self._indexes.drop_removed(user)
         return DeletionReceipt(
+            tenant=who.tenant,
+            user=who.user,
             records=tuple(removed.ids),
             versions=removed.versions,
             postings=postings,
