@@ -86,6 +86,9 @@ class Turn:
     request_id: str
     """Provenance of what is remembered; the id of the completion ends with it."""
 
+    as_of: tuple[int, int] | None = None
+    """``MemoryService.memory_version`` when the request came: if all is deleted later, the turn is not remembered."""
+
     @property
     def starts_conversation(self) -> bool:
         return all(message.get("role") != "assistant" for message in self.messages)
@@ -102,6 +105,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
+        turn = await begin(turn, state)
         start = next_start(turn, request, raw_request, state)
         recall, salt = await recall_for(turn, state)
         serving = raw_request.app.state.openai_serving_chat
@@ -167,6 +171,12 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     return Turn(who, options, [_as_dict(message) for message in request.messages], tools, request.request_id)
+
+
+async def begin(turn: Turn, state: MemosState) -> Turn:
+    if not turn.options.remember:
+        return turn
+    return replace(turn, as_of=await asyncio.to_thread(state.service.memory_version, turn.who))
 
 
 def parse_field(value: Any) -> MemosField | None:
@@ -352,7 +362,7 @@ async def end_turn(
     try:
         if turn.options.remember:
             cause = {"session": turn.options.session, "request": turn.request_id}
-            remember = partial(state.service.remember, **cause, tools=turn.tools)
+            remember = partial(state.service.remember, **cause, tools=turn.tools, as_of=turn.as_of)
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
             superseded = any(record.supersedes for record in records)
             # The others were known: their origin is the turn that told them first.

@@ -189,14 +189,30 @@ _INSTEAD = "it removes everything that the user has; to delete some, list them w
 
 @router.delete("")
 @answering(instead=_INSTEAD)
-async def delete_all(raw_request: Request, user: str | None = None) -> Any:
+async def delete_all(raw_request: Request, user: str | None = None, adapters: bool = False) -> Any:
+    """Removes all that was said and what was made of it; with ``adapters`` also what the user has uploaded."""
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
     await refuse_body(raw_request, f"{_INSTEAD}; ?user= names the user")
     state.planner.forget(who)
     state.builder.forget(who)
     await asyncio.to_thread(DistillationJobs(state.config.data_dir).remove_all, who)
-    return await forget(state, who, state.service.delete_all, who)
+    receipt = await forget(state, who, state.service.delete_all, who)
+    if adapters:
+        removed = await asyncio.to_thread(state.adapters.registry.delete_all, who)
+        receipt["own_adapters"] = {**removed.as_json(), **await state.adapters.remove(removed)}
+    return {**receipt, "left": await asyncio.to_thread(_left, state, who)}
+
+
+def _left(state: MemosState, who: Principal) -> dict[str, Any] | None:
+    """What the user still has here."""
+    registry = state.adapters.registry
+    owned = [each for each in registry.list(who) if each.owner == who]
+    default = registry.profile(who)
+    if not owned and default is None:
+        return None
+    references = [f"{each.name}@{version.version}" for each in owned for version in each.versions]
+    return {"adapters": references, "default_adapter": default, "delete_with": "DELETE /v1/memories?adapters=true"}
 
 
 async def forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:

@@ -316,6 +316,7 @@ class MemoryService:
         session: str | None = None,
         request: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        as_of: tuple[int, int] | None = None,
     ) -> Sequence[MemoryRecord]:
         """Stores what is worth keeping of the last user message (``memory.extraction``), all or nothing.
 
@@ -324,6 +325,7 @@ class MemoryService:
 
         Args:
             tools: of the request, as the OpenAI API has them.
+            as_of: ``memory_version`` when it was said. What was said before ``delete_all`` is not stored after it.
 
         Returns:
             A record per statement, tool and trajectory, new or known.
@@ -337,6 +339,8 @@ class MemoryService:
         origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
 
         def store(user: UserWriter) -> Sequence[MemoryRecord]:
+            if as_of is not None and user.was_cleared_since(*as_of):
+                return []
             before = user.last_id
             told = [keep(user, extracted, origin, self._now()) for extracted in kept]
             for record in told:
@@ -354,7 +358,7 @@ class MemoryService:
             return user.kv_epoch
 
     def memory_version(self, who: Principal) -> tuple[int, int]:
-        """``seq`` and ``kv_epoch`` of ``Prepared``."""
+        """``seq`` and ``kv_epoch``, as ``Prepared`` has them: which state of the user's memories this is."""
         with self._store.read(who) as user:
             return user.seq, user.kv_epoch
 

@@ -90,6 +90,17 @@ def test_the_last_turn_is_never_overtaken_by_the_next_question(memos: Memos, key
         assert [hit["text"] for hit in hits] == [FACT]
 
 
+def test_a_turn_that_is_being_answered_while_all_is_deleted_does_not_come_back(memos: Memos, key: str) -> None:
+    memos.chat(key, "My job is baker.")
+    with memos.chat(key, FACT, stream=True, max_tokens=400, extra_body={"ignore_eos": True}) as chunks:
+        next(iter(chunks))
+        assert len(memos.call("DELETE", "/v1/memories", key).json()["records"]) == 1, "the turn was over already"
+        for _ in chunks:
+            pass
+    listed = memos.call("GET", "/v1/memories", key).json()["data"]
+    assert listed == []
+
+
 def test_explain_says_what_was_recalled(memos: Memos, key: str) -> None:
     memos.chat(key, FACT)
     response = memos.chat(key, QUESTION, {"explain": True})

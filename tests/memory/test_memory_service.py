@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.errors import NotFound, RequestError
-from memos_vllm.memory import records, sessions
+from memos_vllm.memory import records, sessions, tables
 from memos_vllm.memory.service import MemoryService, estimate_tokens
 from memos_vllm.types import Principal
 from tests.memory.memory_factories import ALICE, BOB, Clock, says, texts
@@ -138,6 +138,7 @@ class TestDelete:
         service.recall(ALICE, says("tea"), session="s")
         receipt = service.delete(ALICE, record.id)
         assert receipt.as_json() == {
+            "tenant": "acme", "user": "alice",
             "records": [record.id], "versions": 2, "postings": 3, "sessions": 1, "links": 0, "snapshot_entries": 0,
             "derived": [], "kv_epoch": 2,
         }  # fmt: skip
@@ -171,6 +172,38 @@ class TestDelete:
         service.delete(ALICE, record.id)
         (again,) = service.remember(ALICE, says("My name is Ann."))
         assert again.id != record.id and again.uses == 1
+
+    @pytest.mark.parametrize("told", ["My name is Ann.", "It is late."])
+    def test_what_was_said_before_it_is_not_stored_after_it(self, service: MemoryService, told: str) -> None:
+        service.add(ALICE, "tea")
+        as_of = service.memory_version(ALICE)
+        service.delete_all(ALICE)
+        assert service.remember(ALICE, says(told), as_of=as_of) == []
+        assert service.list(ALICE, include_superseded=True).records == ()
+        assert service.remember(ALICE, says(told), as_of=service.memory_version(ALICE))
+
+    def test_what_a_new_user_said_before_it_is_not_stored_after_it(self, service: MemoryService) -> None:
+        as_of = service.memory_version(ALICE)
+        service.delete_all(ALICE)
+        assert service.remember(ALICE, says("My name is Ann."), as_of=as_of) == []
+
+    def test_of_a_part_takes_nothing_of_what_is_being_said(self, service: MemoryService) -> None:
+        tea, milk = service.add(ALICE, "tea"), service.add(ALICE, "milk")
+        as_of = service.memory_version(ALICE)
+        service.delete(ALICE, tea.id)
+        service.update(ALICE, milk.id, text="cocoa")
+        service.delete_all(BOB)
+        assert service.remember(ALICE, says("My name is Ann."), as_of=as_of)
+
+    def test_where_the_log_does_not_reach_back_nothing_comes_back(
+        self, service: MemoryService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tables, "CHANGES_KEPT", 4)
+        as_of = service.memory_version(ALICE)
+        service.delete_all(ALICE)
+        for text in "abcdef":
+            service.add(ALICE, text)
+        assert service.remember(ALICE, says("My name is Ann."), as_of=as_of) == []
 
     def test_of_nothing_is_an_empty_receipt(self, service: MemoryService) -> None:
         assert service.delete_all(ALICE).records == ()

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from memos_vllm.adapters.records import Scope
+from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemoryConfig, MemosConfig
-from memos_vllm.integration import documents, engine_channel, life, memories, missing_ids, scenes
+from memos_vllm.integration import chat, documents, engine_channel, life, memories, missing_ids, scenes
 from memos_vllm.integration.state import MemosState
+from memos_vllm.memory.results import Recall
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
+from memos_vllm.types import Principal
+from tests.adapters.adapter_factories import adapter_folder
 from tests.unit.test_memory_routes import Engine, add, data, state_with
 
+CAROL, BOB = Principal("shop", "carol"), Principal("shop", "bob")
 IDENTITY = {"keys": {"app": {"tenant": "shop"}, "carol": {"tenant": "shop", "user": "carol"}}}
 
 
@@ -66,7 +74,7 @@ def test_it_says_whose_memory_went(client: TestClient) -> None:
 def test_a_filter_is_not_taken_for_everything(client: TestClient, query: str) -> None:
     add(client, "I like tea.", tags=["work"])
     message = refusal(client.delete(f"/v1/memories?{query}"), 400)
-    assert "only user" in message and "delete each by its id" in message
+    assert "only user, adapters" in message and "delete each by its id" in message
     assert "'tag'" in message or "tag" not in query
     assert len(data(client.get("/v1/memories"))) == 1
 
@@ -84,6 +92,57 @@ def test_an_empty_id_is_not_everything(client: TestClient, path: str) -> None:
     add(client, "I like tea.")
     assert "id of a memory is missing" in refusal(client.delete(path), 404)
     assert len(data(client.get("/v1/memories"))) == 1
+
+
+def test_what_is_being_said_meanwhile_does_not_come_back(state: MemosState) -> None:
+    """The answer is still generated while everything is deleted."""
+    state.planner = SimpleNamespace(turn_ended=lambda scene_id: None)  # type: ignore[assignment]
+
+    def say(between: Callable[[], Any]) -> list[str]:
+        messages = [{"role": "user", "content": "My job is baker."}]
+        turn = asyncio.run(chat.begin(chat.Turn(CAROL, chat.MemosField(), messages, [], "request"), state))
+        between()
+        asyncio.run(chat.end_turn(turn, Recall((), ()), "scene", state, []))
+        return [record.text for record in state.service.list(CAROL).records]
+
+    assert say(lambda: state.service.delete_all(CAROL)) == []
+    assert say(lambda: None) == ["My job is baker."]
+
+
+@pytest.fixture
+def with_adapters(state: MemosState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AdapterRegistry:
+    """Two adapters of Carol, one shared with her tenant; one of Bob's, which is her default."""
+
+    async def call(*_: Any) -> list[dict[str, Any]]:
+        return [{"gpu_blocks": 1, "host_blocks": 1, "disk_blocks": 1, "scenes": 0}]
+
+    monkeypatch.setattr(engine_channel, "call", call)
+    registry = state.adapters.registry
+    for seed, (owner, name, scope) in enumerate(
+        [(CAROL, "style", Scope.USER), (CAROL, "ours", Scope.TENANT), (BOB, "bobs", Scope.TENANT)]
+    ):
+        registry.register(owner, name, adapter_folder(tmp_path / name, seed), scope)
+    registry.set_profile(CAROL, "bobs")
+    registry.set_profile(BOB, "ours")
+    return registry
+
+
+def test_the_receipt_says_what_of_the_user_is_left(client: TestClient, with_adapters: AdapterRegistry) -> None:
+    left = client.delete("/v1/memories").json()["left"]
+    assert left["adapters"] == ["style@1", "ours@1"] and left["default_adapter"] == "bobs"
+    assert left["delete_with"] == "DELETE /v1/memories?adapters=true"
+    assert len(with_adapters.list(CAROL)) == 3
+
+
+def test_adapters_and_the_default_go_with_it_where_that_is_asked_for(
+    client: TestClient, with_adapters: AdapterRegistry
+) -> None:
+    receipt = client.delete("/v1/memories?adapters=true").json()
+    own = receipt["own_adapters"]
+    assert (own["adapters"], own["profiles"], own["contents"]) == (["style@1", "ours@1"], 2, 2)
+    assert receipt["left"] is None
+    assert [each.name for each in with_adapters.list(CAROL)] == ["bobs"], "somebody else's, shared with her"
+    assert with_adapters.profile(CAROL) is None and with_adapters.profile(BOB) is None
 
 
 def test_other_methods_are_redirected_as_before(client: TestClient) -> None:
