@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memos_vllm import api_keys
 from memos_vllm.config import IdentityConfig
 from memos_vllm.errors import Forbidden, RequestError, Unauthorized
 from memos_vllm.types import Principal
@@ -62,8 +63,8 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
         raise Unauthorized("memory needs an API key, which says whose memory it is: send 'Authorization: Bearer KEY'")
     digest = hashlib.sha256(key.encode()).hexdigest()
     # The digest of a key, which a configuration may show, is not a key.
-    listed_as = None if key.startswith("sha256:") else config.keys.get(key)
-    entry = listed_as or config.keys.get(f"sha256:{digest}")
+    listed_as = None if key.startswith(api_keys.PREFIX) else config.keys.get(key)
+    entry = listed_as or config.keys.get(api_keys.PREFIX + digest)
     if entry is None and config.unlisted_keys == "refuse":
         raise Unauthorized("this API key has no memory here; the operator lists keys under identity.keys")
     tenant = entry.tenant if entry else f"key-{digest[:32]}"

@@ -94,7 +94,7 @@ def test_a_turn_that_is_being_answered_while_all_is_deleted_does_not_come_back(m
     memos.chat(key, "My job is baker.")
     with memos.chat(key, FACT, stream=True, max_tokens=400, extra_body={"ignore_eos": True}) as chunks:
         next(iter(chunks))
-        assert len(memos.call("DELETE", "/v1/memories", key).json()["records"]) == 1, "the turn was over already"
+        assert memos.call("DELETE", "/v1/memories", key).json()["deleted"] is True
         for _ in chunks:
             pass
     listed = memos.call("GET", "/v1/memories", key).json()["data"]
