@@ -117,11 +117,13 @@ async def list_memories(
     tag: str | None = None,
     session: str | None = None,
     state: str | None = None,
+    include_superseded: bool = False,
 ) -> Any:
+    """Memories that are current; by their ``state`` merged and expired ones; all with ``include_superseded``."""
     memos = state_of(raw_request)
     who = principal(raw_request, memos, user)
     await memos.wait_for_writes(who)
-    filters = {"type": type, "tag": tag, "session": session, "state": state}
+    filters = {"type": type, "tag": tag, "session": session, "state": state, "include_superseded": include_superseded}
     page = await asyncio.to_thread(partial(memos.service.list, who, limit=limit, after=after, **filters))
     return {"object": "list", "data": [record.as_json() for record in page.records], "next": page.next}
 

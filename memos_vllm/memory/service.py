@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
-from memos_vllm.core.lifecycle import State
+from memos_vllm.core.lifecycle import OVER, State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.abstract_store import Store
@@ -148,19 +148,23 @@ class MemoryService:
     ) -> Page:
         """Memories in the order of creation, from the first one after the id ``after``.
 
-        Without ``state`` and ``include_superseded`` those that are current, archived ones among them.
+        Those that are current, archived ones among them; what is merged or expired, if ``state`` asks for it.
+
+        Args:
+            include_superseded: what is not current, too: with no filter, all that the user has.
         """
         inputs.check_limit(limit)
         if state is not None and state not in list(State):
             raise RequestError(f"unknown state {state!r}; use one of {', '.join(State)}")
         wanted = _filter(type, tag)
+        with_past = include_superseded or state in OVER
         start = records.NO_ID if after is None else records.parse_id(after)
         if start is None:
             raise RequestError(f"'after' must be the 'next' of the page before, not {after!r}")
         found: list[MemoryRecord] = []
         with self._store.read(who) as user:
             for record in user.scan(start):
-                if not (record.is_current or include_superseded or state) or session not in (None, record.session):
+                if not (record.is_current or with_past) or session not in (None, record.session):
                     continue
                 if state not in (None, record.state):
                     continue

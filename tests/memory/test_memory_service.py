@@ -91,6 +91,26 @@ class TestList:
         service.add(ALICE, "tea")
         assert service.list(ALICE, limit=1).next is None
 
+    def test_what_is_superseded_is_left_out_in_every_state(self, service: MemoryService) -> None:
+        (old,) = service.remember(ALICE, says("My job is baker."))
+        service.life.used(ALICE, {"late": [old.id]})
+        (new,) = service.remember(ALICE, says("My job is pilot."))
+        service.life.used(ALICE, {"late": [new.id]})
+        assert texts(service.list(ALICE, state="activated").records) == [new.text]
+        everything = service.list(ALICE, state="activated", include_superseded=True).records
+        assert texts(everything) == [old.text, new.text]
+
+    def test_what_is_over_is_listed_by_its_state(self, service: MemoryService, clock: Clock) -> None:
+        kept, merged = service.add(ALICE, "tea"), service.add(ALICE, "green tea")
+        service.life.merge(ALICE, kept.id, [merged.id], None)
+        service.add(ALICE, "milk", ttl_s=1)
+        clock.forward(2)
+        service.life.tend()
+        assert texts(service.list(ALICE).records) == ["tea"]
+        assert texts(service.list(ALICE, state="merged").records) == ["green tea"]
+        assert texts(service.list(ALICE, state="expired").records) == ["milk"]
+        assert len(service.list(ALICE, include_superseded=True).records) == 3
+
     def test_filters(self, service: MemoryService) -> None:
         service.add(ALICE, "one", type="tool_schema", tags=["x"], session="s")
         service.add(ALICE, "two")

@@ -17,6 +17,7 @@ from memos_vllm.config import MemoryConfig, MemosConfig
 from memos_vllm.integration import engine_channel, life, memories, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.caretaker import Caretaker
+from memos_vllm.integration.identity import resolve
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -118,6 +119,17 @@ def test_states_by_patch(client: TestClient) -> None:
     found = data(client.post("/v1/memories/search", json={"query": "tea", "include_archived": True}))
     assert [each["id"] for each in found] == [memory]
     assert [event["kind"] for event in data(client.get(path + "/log"))] == ["frozen", "activated", "archived"]
+
+
+def test_an_export_has_what_was_superseded(client: TestClient, state: MemosState) -> None:
+    alice = resolve({"authorization": "Bearer alice"}, state.config.identity).principal
+    for job in ("baker", "pilot", "farmer"):
+        state.service.remember(alice, [{"role": "user", "content": f"My job is {job}."}])
+    texts = lambda query: [each["text"] for each in data(client.get(f"/v1/memories{query}"))]  # noqa: E731
+    assert texts("") == ["My job is farmer."]
+    assert texts("?include_superseded=true") == [f"My job is {job}." for job in ("baker", "pilot", "farmer")]
+    page = client.get("/v1/memories?include_superseded=true&limit=2").json()
+    assert len(page["data"]) == 2 and texts(f"?include_superseded=true&after={page['next']}") == ["My job is farmer."]
 
 
 def test_history_cube_and_merge(client: TestClient) -> None:
