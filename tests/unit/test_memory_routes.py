@@ -13,7 +13,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from memos_vllm.config import MemoryConfig, MemosConfig
+from memos_vllm.api_keys import digest_of
+from memos_vllm.config import IdentityConfig, MemoryConfig, MemosConfig
 from memos_vllm.integration import engine_channel, life, memories, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.caretaker import Caretaker
@@ -190,6 +191,28 @@ def test_nobody_else_reaches_any_of_it(client: TestClient) -> None:
         )
     assert data(client.get("/v1/memories/snapshots", headers=BOB)) == []
     assert len(data(client.get(f"/v1/memories/{memory}/links"))) == 1
+
+
+def test_a_new_key_takes_over_what_an_unlisted_one_had(client: TestClient, state: MemosState) -> None:
+    """As docs/MEMORY.md tells it."""
+    own = add(client, "I like tea.")
+    named = add(client, "I like milk.", user="u1")
+    tenant = "key-" + hashlib.sha256(b"alice").hexdigest()[:32]
+    assert client.get(f"/v1/memories/{own}").json()["tenant"] == tenant
+    salt = state.salt(Principal(tenant, "default"))
+
+    def restart_with(keys: dict[str, Any]) -> None:
+        identity = IdentityConfig.model_validate({"keys": keys})
+        state.config = state.config.model_copy(update={"identity": identity})
+
+    new, old = {"authorization": "Bearer new"}, {"authorization": "Bearer alice"}
+    restart_with({digest_of("new"): {"tenant": tenant, "user": "default"}, digest_of("alice"): {"tenant": "retired"}})
+    assert [each["id"] for each in data(client.get("/v1/memories", headers=new))] == [own]
+    assert salt == state.salt(resolve(new, state.config.identity).principal), "its KV is found, too"
+    assert data(client.get("/v1/memories?user=default", headers=old)) == []
+    restart_with({digest_of("new"): {"tenant": tenant}})
+    assert [each["id"] for each in data(client.get("/v1/memories?user=u1", headers=new))] == [named]
+    assert [each["id"] for each in data(client.get("/v1/memories", headers=old))] == [own], "not yet retired"
 
 
 @pytest.mark.parametrize(
