@@ -24,7 +24,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from memos_vllm.errors import MemosError, RequestError
-from memos_vllm.integration import identity, salts
+from memos_vllm.integration import identity, memory_default, salts
 from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.refiner import REFINE_PARAM
 from memos_vllm.integration.rest import error_response
@@ -165,7 +165,7 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)
     if options is None:
-        if value is False or not _memory_by_default(raw_request, state):
+        if value is False or not memory_default.is_on(raw_request.headers, state):
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
@@ -192,37 +192,6 @@ def parse_field(value: Any) -> MemosField | None:
         where = ".".join(["memos", *(str(part) for part in problem["loc"])])
         known = ", ".join(MemosField.model_fields)
         raise RequestError(f"'{where}': {problem['msg']}; 'memos' is true, false or an object with {known}") from error
-
-
-def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
-    """Whether this key, or the server, uses memory unasked. A request without a key never does."""
-    if not raw_request.headers.get("authorization"):
-        return False
-    try:
-        by_key = identity.resolve(raw_request.headers, state.config.identity).memory_by_default
-    except identity.UserNotNamed as error:
-        if _is_on(error.memory_by_default, state):
-            _warn_of_nameless(error.key, state)
-        return False
-    except RequestError:
-        return False
-    return _is_on(by_key, state)
-
-
-def _is_on(by_key: bool | None, state: MemosState) -> bool:
-    return state.config.memory.default == "on" if by_key is None else by_key
-
-
-def _warn_of_nameless(key: str, state: MemosState) -> None:
-    """Once for each key: its application does the same with every request."""
-    if key not in state.nameless_keys:
-        state.nameless_keys.add(key)
-        logger.warning(
-            "requests with the API key %s have memory by default, but are answered without: it has many users and they "
-            "name none. Give the key a 'user' under identity.keys, set identity.trusted_user_header, or have the "
-            "application send 'memos': {'user': ...}",
-            key,
-        )
 
 
 def next_start(

@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from memos_vllm.config import MemosConfig
 from memos_vllm.errors import RequestError
-from memos_vllm.integration import chat
+from memos_vllm.integration import chat, memory_default
 from memos_vllm.types import Principal
 
 KEYS = {
@@ -46,7 +46,7 @@ def test_an_applications_request_for_memory_names_its_user(state: Any) -> None:
 def test_memory_by_default_of_nobody_is_no_memory_and_is_said_once(
     state: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, chat.logger.name):
+    with caplog.at_level(logging.WARNING, memory_default.logger.name):
         assert [whose(state, "app") for _ in range(3)] == [None] * 3
         assert whose(state, "tool") is None, "no memory by default: nothing to warn of"
     (warning,) = caplog.messages
