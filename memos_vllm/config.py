@@ -20,9 +20,11 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
+from memos_vllm import api_keys
 from memos_vllm.errors import ConfigError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -42,7 +44,14 @@ def parse_bytes(value: Any) -> int:
     return size_bytes
 
 
+def parse_on_off(value: Any) -> Any:
+    """YAML reads ``on`` and ``off`` without quotes as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+ListedKey = Annotated[str, AfterValidator(api_keys.checked)]
+OnOff = Annotated[Literal["off", "on"], BeforeValidator(parse_on_off)]
 ExpandedPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 
 
@@ -56,12 +65,13 @@ class KeyConfig(Section):
     tenant: str = Field(min_length=1)
     user: str | None = Field(default=None, min_length=1)
     memory: bool | None = None
+    """Whether requests without a ``memos`` field use memory. Those that name no user, of an application, do not."""
 
 
 class IdentityConfig(Section):
     """Who a request acts for."""
 
-    keys: dict[str, KeyConfig] = {}
+    keys: dict[ListedKey, KeyConfig] = {}
     """API key, or ``sha256:`` and the hex digest of one, to what it stands for."""
 
     unlisted_keys: Literal["own_tenant", "refuse"] = "own_tenant"
@@ -69,6 +79,13 @@ class IdentityConfig(Section):
 
     trusted_user_header: str | None = None
     """Header in which a trusted gateway names the user, within the key's tenant."""
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _are_distinct(cls, keys: Any) -> Any:
+        if isinstance(keys, dict):
+            api_keys.check_distinct(str(key) for key in keys)
+        return keys
 
 
 class EmbedderConfig(Section):
@@ -136,7 +153,7 @@ class RefinerConfig(Section):
 class MemoryConfig(Section):
     """Plaintext memory."""
 
-    default: Literal["off", "on"] = "off"
+    default: OnOff = "off"
     """Whether a request without a ``memos`` field uses memory (a key's ``memory`` overrides it)."""
 
     long_lived_tokens: int = Field(default=1024, ge=0)
@@ -268,7 +285,7 @@ class AdaptersConfig(Section):
     on_error: Literal["base", "fail"] = "fail"
     """When an adapter cannot be loaded: answer with the base model and say so, or refuse the request."""
 
-    distill: Literal["off", "on"] = "off"
+    distill: OnOff = "off"
     """Whether users may have their memories distilled into adapters over REST; it takes minutes of this machine."""
 
     distilled_text: Literal["keep", "leave_out"] = "keep"
@@ -399,7 +416,9 @@ def load(path: str | os.PathLike[str] | None) -> MemosConfig:
 
 
 def _sentence(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "the file"
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]") or "the file"
     if error["type"] == "extra_forbidden":
         return f"unknown key '{key}'"
-    return f"'{key}': {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+    # Not whole sections: they may hold API keys and passwords.
+    got = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
+    return f"'{key}': {error['msg'].removeprefix('Value error, ')}{got}"

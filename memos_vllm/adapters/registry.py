@@ -65,6 +65,10 @@ class Removed:
     profiles: int
     """Users who had it as their default."""
 
+    def as_json(self) -> dict[str, Any]:
+        """For a receipt."""
+        return {"adapters": list(self.references), "profiles": self.profiles}
+
 
 class AdapterRegistry:
     """
@@ -277,6 +281,18 @@ class AdapterRegistry:
             adapter = self._index.names.owned(txn, who, name)
             numbers = {adapter.version(number).version} if number else {each.version for each in adapter.versions}
             return self._remove(txn, [(adapter, numbers)])
+
+        return self._index.write(work)
+
+    def delete_all(self, who: Principal) -> Removed:
+        """Removes every adapter that the user owns, shared ones too, and his default; see ``delete``."""
+
+        def work(txn: lmdb.Transaction) -> Removed:
+            had_default = self._index.profiles.get(txn, who) is not None
+            self._index.profiles.set(txn, who, None)
+            owned = [each for each in self._index.names.usable_by(txn, who) if each.owner == who]
+            removed = self._remove(txn, [(each, {version.version for version in each.versions}) for each in owned])
+            return replace(removed, profiles=removed.profiles + had_default)
 
         return self._index.write(work)
 

@@ -183,8 +183,7 @@ async def delete(raw_request: Request, reference: str, user: str | None = None) 
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
     removed = await asyncio.to_thread(state.adapters.registry.delete, who, reference)
-    traces = await state.adapters.remove(removed)
-    return {"deleted": True, "adapters": list(removed.references), "profiles": removed.profiles, **traces}
+    return {"deleted": True, **removed.as_json(), **await state.adapters.remove(removed)}
 
 
 @router.post("/{reference}/probe", openapi_extra=takes(Body))

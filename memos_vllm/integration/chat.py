@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from memos_vllm.errors import MemosError, RequestError
-from memos_vllm.integration import identity, salts
+from memos_vllm.integration import identity, memory_default, salts
 from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.fitting import Prompt
 from memos_vllm.integration.refiner import REFINE_PARAM
@@ -88,6 +88,9 @@ class Turn:
     request_id: str
     """Provenance of what is remembered; the id of the completion ends with it."""
 
+    as_of: tuple[int, int] | None = None
+    """``MemoryService.memory_version`` when the request came: if all is deleted later, the turn is not remembered."""
+
     @property
     def starts_conversation(self) -> bool:
         return all(message.get("role") != "assistant" for message in self.messages)
@@ -104,6 +107,7 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
+        turn = await begin(turn, state)
         state.homes.route(raw_request, turn.who)
         start = next_start(turn, request, raw_request, state)
         recall, salt = await recall_for(turn, state)
@@ -164,12 +168,18 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
     value = (request.model_extra or {}).pop("memos", None)
     options = parse_field(value)
     if options is None:
-        if value is False or not _memory_by_default(raw_request, state):
+        if value is False or not memory_default.is_on(raw_request.headers, state):
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     return Turn(who, options, [_as_dict(message) for message in request.messages], tools, request.request_id)
+
+
+async def begin(turn: Turn, state: MemosState) -> Turn:
+    if not turn.options.remember:
+        return turn
+    return replace(turn, as_of=await asyncio.to_thread(state.service.memory_version, turn.who))
 
 
 def parse_field(value: Any) -> MemosField | None:
@@ -185,17 +195,6 @@ def parse_field(value: Any) -> MemosField | None:
         where = ".".join(["memos", *(str(part) for part in problem["loc"])])
         known = ", ".join(MemosField.model_fields)
         raise RequestError(f"'{where}': {problem['msg']}; 'memos' is true, false or an object with {known}") from error
-
-
-def _memory_by_default(raw_request: Request, state: MemosState) -> bool:
-    """Whether this key, or the server, uses memory unasked. A request without a key never does."""
-    if not raw_request.headers.get("authorization"):
-        return False
-    try:
-        by_key = identity.resolve(raw_request.headers, state.config.identity).memory_by_default
-    except RequestError:
-        return False
-    return state.config.memory.default == "on" if by_key is None else by_key
 
 
 def next_start(
@@ -323,7 +322,7 @@ async def end_turn(
     try:
         if turn.options.remember:
             cause = {"session": turn.options.session, "request": turn.request_id}
-            remember = partial(state.service.remember, **cause, tools=turn.tools)
+            remember = partial(state.service.remember, **cause, tools=turn.tools, as_of=turn.as_of)
             records = await asyncio.to_thread(remember, turn.who, turn.messages)
             superseded = any(record.supersedes for record in records)
             # The others were known: their origin is the turn that told them first.

@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from memos_vllm.errors import DocumentError, RequestError
 from memos_vllm.integration.memories import forget
-from memos_vllm.integration.rest import Body, answers_errors, principal
+from memos_vllm.integration.rest import Body, answering, answers_errors, principal
 from memos_vllm.integration.state import state_of
 
 router = APIRouter(prefix="/v1/memories/documents", tags=["Memos"])
@@ -42,7 +42,7 @@ _OPENAPI: dict[str, Any] = {
 
 
 @router.post("", openapi_extra=_OPENAPI)
-@answers_errors
+@answering(any_query=True)
 async def put(raw_request: Request) -> Any:
     """A document, or its new edition; of one whose text has not changed nothing is written."""
     state = state_of(raw_request)

@@ -59,12 +59,13 @@ def routers(*, development: bool) -> list[APIRouter]:
         forms,
         life,
         memories,
+        missing_ids,
         operations,
         scenes,
     )
 
     # Documents first: the path of a memory would match theirs.
-    modules = (chat, documents, life, memories, forms, distillations, adapters, scenes, operations)
+    modules = (chat, documents, life, memories, missing_ids, forms, distillations, adapters, scenes, operations)
     return [module.router for module in modules] + [operations.development_router] * development
 
 

@@ -2,7 +2,8 @@
 
 The key decides the tenant. A key that stands for one user, or a gateway's header, decides the user
 too; otherwise the key is an application's, which names its users itself. Nothing in a body reaches
-another tenant, or another user than the one the credential stands for.
+another tenant, or another user than the one the credential stands for. A key that is not listed is a
+person's own, so its user need not be named.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memos_vllm import api_keys
 from memos_vllm.config import IdentityConfig
 from memos_vllm.errors import Forbidden, RequestError, Unauthorized
 from memos_vllm.types import Principal
 
 DEFAULT_USER = "default"
+"""Of an unlisted key that names nobody: the one person who has the key."""
+
 _MAX_USER_CHARS = 256
 
 
@@ -24,6 +28,20 @@ class Identity:
     principal: Principal
     memory_by_default: bool | None
     """What the key's configuration says about requests without a ``memos`` field."""
+
+
+class UserNotNamed(RequestError):
+    """A request with an application's key says not for whom it is; one user for all would mix people's memories."""
+
+    def __init__(self, key: str, memory_by_default: bool | None) -> None:
+        super().__init__(
+            "this API key is an application's with many users; name the user: 'memos.user' in a chat request, 'user' "
+            "in the body or the form of another, ?user= where there is none, or the header of a trusted gateway"
+        )
+        self.key = key
+        """Of which tenant it is, and how its digest begins."""
+
+        self.memory_by_default = memory_by_default
 
 
 def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str | None = None) -> Identity:
@@ -36,6 +54,7 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
     Raises:
         Unauthorized: no key, or one that is not listed where that is required.
         Forbidden: ``user_field`` names another user than the credential stands for.
+        UserNotNamed: the key is listed and stands for no one user, and nobody is named.
         RequestError: ``user_field``, or what the gateway's header says, is no usable name.
     """
     scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -44,8 +63,8 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
         raise Unauthorized("memory needs an API key, which says whose memory it is: send 'Authorization: Bearer KEY'")
     digest = hashlib.sha256(key.encode()).hexdigest()
     # The digest of a key, which a configuration may show, is not a key.
-    listed_as = None if key.startswith("sha256:") else config.keys.get(key)
-    entry = listed_as or config.keys.get(f"sha256:{digest}")
+    listed_as = None if key.startswith(api_keys.PREFIX) else config.keys.get(key)
+    entry = listed_as or config.keys.get(api_keys.PREFIX + digest)
     if entry is None and config.unlisted_keys == "refuse":
         raise Unauthorized("this API key has no memory here; the operator lists keys under identity.keys")
     tenant = entry.tenant if entry else f"key-{digest[:32]}"
@@ -60,6 +79,8 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
     user_field = None if user_field is None else _checked(user_field)
     if fixed_user is not None and user_field not in (None, fixed_user):
         raise Forbidden(f"this API key stands for one user and cannot act for {user_field!r}")
+    if entry is not None and fixed_user is None and user_field is None:
+        raise UserNotNamed(f"sha256:{digest[:8]}... of the tenant {tenant}", entry.memory)
     user = fixed_user or user_field or DEFAULT_USER
     return Identity(Principal(tenant, user), entry.memory if entry else None)
 

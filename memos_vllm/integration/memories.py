@@ -12,7 +12,15 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
 from memos_vllm.integration.distillation_jobs import DistillationJobs
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
+from memos_vllm.integration.rest import (
+    Body,
+    answering,
+    answers_errors,
+    parse_body,
+    principal,
+    refuse_body,
+    takes,
+)
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
 from memos_vllm.memory.results import Hit
@@ -117,11 +125,13 @@ async def list_memories(
     tag: str | None = None,
     session: str | None = None,
     state: str | None = None,
+    include_superseded: bool = False,
 ) -> Any:
+    """Memories that are current; by their ``state`` merged and expired ones; all with ``include_superseded``."""
     memos = state_of(raw_request)
     who = principal(raw_request, memos, user)
     await memos.wait_for_writes(who)
-    filters = {"type": type, "tag": tag, "session": session, "state": state}
+    filters = {"type": type, "tag": tag, "session": session, "state": state, "include_superseded": include_superseded}
     page = await asyncio.to_thread(partial(memos.service.list, who, limit=limit, after=after, **filters))
     return {"object": "list", "data": [record.as_json() for record in page.records], "next": page.next}
 
@@ -184,15 +194,35 @@ async def delete(raw_request: Request, memory_id: str, user: str | None = None) 
     return await forget(state, who, state.service.delete, who, memory_id)
 
 
+_INSTEAD = "it removes everything that the user has; to delete some, list them with GET and delete each by its id"
+
+
 @router.delete("")
-@answers_errors
-async def delete_all(raw_request: Request, user: str | None = None) -> Any:
+@answering(instead=_INSTEAD)
+async def delete_all(raw_request: Request, user: str | None = None, adapters: bool = False) -> Any:
+    """Removes all that was said and what was made of it; with ``adapters`` also what the user has uploaded."""
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
+    await refuse_body(raw_request, f"{_INSTEAD}; ?user= names the user")
     state.planner.forget(who)
     state.builder.forget(who)
     await asyncio.to_thread(DistillationJobs(state.config.data_dir).remove_all, who)
-    return await forget(state, who, state.service.delete_all, who)
+    receipt = await forget(state, who, state.service.delete_all, who)
+    if adapters:
+        removed = await asyncio.to_thread(state.adapters.registry.delete_all, who)
+        receipt["own_adapters"] = {**removed.as_json(), **await state.adapters.remove(removed)}
+    return {**receipt, "left": await asyncio.to_thread(_left, state, who)}
+
+
+def _left(state: MemosState, who: Principal) -> dict[str, Any] | None:
+    """What the user still has here."""
+    registry = state.adapters.registry
+    owned = [each for each in registry.list(who) if each.owner == who]
+    default = registry.profile(who)
+    if not owned and default is None:
+        return None
+    references = [f"{each.name}@{version.version}" for each in owned for version in each.versions]
+    return {"adapters": references, "default_adapter": default, "delete_with": "DELETE /v1/memories?adapters=true"}
 
 
 async def forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:

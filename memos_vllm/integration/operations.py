@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from memos_vllm.errors import StoreError
+from memos_vllm.errors import RequestError, StoreError
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.rest import answers_errors
+from memos_vllm.integration.rest import answers_errors, principal
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.integration.summary import summarize
+from memos_vllm.types import Principal
 
 router = APIRouter(prefix="/v1/memos", tags=["Memos"])
 development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
@@ -20,13 +21,16 @@ development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
 
 @router.get("/status")
 @answers_errors
-async def status(raw_request: Request) -> Any:
-    """Counts only; with several data-parallel engines, ``engines`` has one entry each.
+async def status(raw_request: Request, user: str | None = None) -> Any:
+    """Counts, for everybody; with several data-parallel engines, ``engines`` has one entry each.
+
+    Which files of a folder cannot be read is told to users whom it serves.
 
     ``summary`` is of all engines together, since their start; null while activation memory is off. While the
     database cannot be reached, ``memory`` has an ``error`` in the place of its counts.
     """
     state = state_of(raw_request)
+    who = _caller(raw_request, state, user)
     engines = await engine_channel.call(state.engine, "status")
     memory = await _memory(state)
     accounts = [engine.pop("accounting") for engine in engines if engine["enabled"]]
@@ -34,9 +38,19 @@ async def status(raw_request: Request) -> Any:
     build = await state.builder.status()
     adapters = await state.adapters.status()
     refiner = state.refiner.status() if state.refiner is not None else {"enabled": False}
-    sources = state.sources.status()
+    sources = state.sources.status(who)
     parts = {"memory": memory, "build": build, "refiner": refiner, "adapters": adapters, "sources": sources}
     return {"summary": summary, "kv": engines[0], "engines": engines, **parts}
+
+
+def _caller(raw_request: Request, state: MemosState, user: str | None) -> Principal | None:
+    """None where the request has no identity and claims none."""
+    try:
+        return principal(raw_request, state, user)
+    except RequestError:
+        if user is not None:
+            raise
+        return None
 
 
 async def _memory(state: MemosState) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Awaitable, Callable, Collection
 from functools import wraps
 from http import HTTPStatus
 from typing import Any
@@ -34,17 +35,51 @@ def error_response(error: MemosError) -> JSONResponse:
     )
 
 
-def answers_errors(handler: Handler) -> Handler:
-    """Our errors become responses; anything else is vLLM's to handle."""
+def answering(*, any_query: bool = False, instead: str = "") -> Callable[[Handler], Handler]:
+    """Our errors become responses; anything else is vLLM's to handle.
 
-    @wraps(handler)
-    async def wrapper(*args: Any, **kwargs: Any) -> Response:
-        try:
-            return JSONResponse(await handler(*args, **kwargs))
-        except MemosError as error:
-            return error_response(error)
+    A query parameter that the handler does not name is refused: where a filter is not heeded, something else would
+    be listed, or deleted, than was asked for.
 
-    return wrapper
+    Args:
+        any_query: the handler reads the query, and checks it, itself.
+        instead: what to do instead, for the sentence of the refusal.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        known = [name for name in inspect.signature(handler).parameters if name != "raw_request"]
+
+        @wraps(handler)
+        async def wrapper(*, raw_request: Request, **values: Any) -> Response:
+            try:
+                if not any_query:
+                    _check_query(raw_request, known, instead)
+                return JSONResponse(await handler(raw_request=raw_request, **values))
+            except MemosError as error:
+                return error_response(error)
+
+        return wrapper
+
+    return decorate
+
+
+answers_errors = answering()
+
+
+def _check_query(raw_request: Request, known: Collection[str], instead: str) -> None:
+    taken = [name for name in known if name not in raw_request.path_params]
+    for name in raw_request.query_params:
+        if name not in taken:
+            raise RequestError(
+                f"{raw_request.method} {raw_request.url.path[:200]} knows no query parameter {name[:100]!r}, only "
+                f"{', '.join(taken) or 'the body'}" + (f"; {instead}" if instead else "")
+            )
+
+
+async def refuse_body(raw_request: Request, instead: str) -> None:
+    """For a deletion of much: who sends a body means less than all, or somebody else."""
+    if await raw_request.body():
+        raise RequestError(f"{raw_request.method} {raw_request.url.path} takes no body; {instead}")
 
 
 def takes(model: type[Body]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from memos_vllm.core import scenes as core
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, refuse_body, takes
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
@@ -90,6 +90,7 @@ async def drop(raw_request: Request, user: str | None = None) -> Any:
     """
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
+    await refuse_body(raw_request, "it drops all of the user's KV, and ?user= names the user")
     await state.wait_for_writes(who)
     await asyncio.to_thread(state.service.drop_kv, who)
     return {"dropped": True, "kv": await state.forget_kv(who)}

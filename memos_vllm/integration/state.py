@@ -66,6 +66,9 @@ class MemosState:
     recalls: RecallCounts = field(default_factory=RecallCounts)
     caretaker: Caretaker | None = None
     refiner: Refiner | None = None
+    nameless_keys: set[str] = field(default_factory=set)
+    """Whose requests were answered without memory, because nobody was named."""
+
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
 
     def salt(self, who: Principal) -> str:

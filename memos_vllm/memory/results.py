@@ -135,6 +135,10 @@ class Page:
 class DeletionReceipt:
     """What a deletion removed, and from where."""
 
+    tenant: str
+    user: str
+    """Whose it was."""
+
     records: tuple[MemoryId, ...]
     versions: int
     """Earlier versions in the history."""

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from memos_vllm.config import MemoryConfig
-from memos_vllm.core.lifecycle import State
+from memos_vllm.core.lifecycle import OVER, State
 from memos_vllm.errors import Conflict, RequestError, StoreError
 from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.abstract_store import Store, StoreSize
@@ -148,19 +148,23 @@ class MemoryService:
     ) -> Page:
         """Memories in the order of creation, from the first one after the id ``after``.
 
-        Without ``state`` and ``include_superseded`` those that are current, archived ones among them.
+        Those that are current, archived ones among them; what is merged or expired, if ``state`` asks for it.
+
+        Args:
+            include_superseded: what is not current, too: with no filter, all that the user has.
         """
         inputs.check_limit(limit)
         if state is not None and state not in list(State):
             raise RequestError(f"unknown state {state!r}; use one of {', '.join(State)}")
         wanted = _filter(type, tag)
+        with_past = include_superseded or state in OVER
         start = records.NO_ID if after is None else records.parse_id(after)
         if start is None:
             raise RequestError(f"'after' must be the 'next' of the page before, not {after!r}")
         found: list[MemoryRecord] = []
         with self._store.read(who) as user:
             for record in user.scan(start):
-                if not (record.is_current or include_superseded or state) or session not in (None, record.session):
+                if not (record.is_current or with_past) or session not in (None, record.session):
                     continue
                 if state not in (None, record.state):
                     continue
@@ -324,6 +328,7 @@ class MemoryService:
         session: str | None = None,
         request: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        as_of: tuple[int, int] | None = None,
     ) -> Sequence[MemoryRecord]:
         """Stores what is worth keeping of the last user message (``memory.extraction``), all or nothing.
 
@@ -332,6 +337,7 @@ class MemoryService:
 
         Args:
             tools: of the request, as the OpenAI API has them.
+            as_of: ``memory_version`` when it was said. What was said before ``delete_all`` is not stored after it.
 
         Returns:
             A record per statement, tool and trajectory, new or known.
@@ -345,6 +351,8 @@ class MemoryService:
         origin = {"source": "chat", "session": session, "request": request, **last_user_message(messages)}
 
         def store(user: UserWriter) -> Sequence[MemoryRecord]:
+            if as_of is not None and user.was_cleared_since(*as_of):
+                return []
             before = user.last_id
             told = [keep(user, extracted, origin, self._now()) for extracted in kept]
             for record in told:
@@ -362,7 +370,7 @@ class MemoryService:
             return user.kv_epoch
 
     def memory_version(self, who: Principal) -> tuple[int, int]:
-        """``seq`` and ``kv_epoch`` of ``Prepared``."""
+        """``seq`` and ``kv_epoch``, as ``Prepared`` has them: which state of the user's memories this is."""
         with self._store.read(who) as user:
             return user.seq, user.kv_epoch
 
@@ -449,6 +457,8 @@ class MemoryService:
         with self._store.read(who) as user:
             postings = self._indexes.drop_removed(user)
         return DeletionReceipt(
+            tenant=who.tenant,
+            user=who.user,
             records=tuple(removed.ids),
             versions=removed.versions,
             postings=postings,

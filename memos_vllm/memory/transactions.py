@@ -86,6 +86,15 @@ class UserReader:
         for _, raw in self.rows("changes", start=tables.number_key(seq + 1)):
             yield raw[:1], _id_of(raw[1:])
 
+    def was_cleared_since(self, seq: int, kv_epoch: int) -> bool:
+        """Whether all memories of the user were removed after that moment; also where so much was changed since that
+        the log does not tell."""
+        if kv_epoch == self.kv_epoch:  # a removal of all begins another
+            return False
+        return self.seq - seq > tables.CHANGES_KEPT or any(
+            operation == tables.CLEAR for operation, _ in self.changes_after(seq)
+        )
+
     def session(self, name: str) -> Session | None:
         raw = self.row("sessions", tables.session_key(name))
         return sessions.decode(raw) if raw else None

@@ -24,7 +24,8 @@ identity:
   keys:
     {APP}: {{{{tenant: shop}}}}
     personal-key: {{{{tenant: shop, user: carol}}}}
-    always-key: {{{{tenant: always, memory: true}}}}
+    always-key: {{{{tenant: always, user: dora, memory: true}}}}
+    nameless-key: {{{{tenant: nameless, memory: true}}}}
     {READER}: {{{{tenant: readers}}}}
 memory:
   long_lived_tokens: 2048

@@ -43,7 +43,16 @@ def test_users_of_one_application_are_kept_apart(memos: Memos) -> None:
     memos.chat(APP, FACT, {"user": one})
     assert ANSWER in memos.answer(APP, QUESTION, {"user": one})
     assert ANSWER not in memos.answer(APP, QUESTION, {"user": other})
-    assert ANSWER not in memos.answer(APP, QUESTION, True)
+
+
+def test_an_application_must_name_the_user(memos: Memos) -> None:
+    with pytest.raises(openai.BadRequestError, match="name the user"):
+        memos.chat(APP, QUESTION, True)
+    assert memos.call("GET", "/v1/memories", APP).status_code == 400
+    # Memory by default, and nobody named: answered as without memory.
+    memos.chat("nameless-key", FACT, None)
+    assert ANSWER not in memos.answer("nameless-key", QUESTION, None)
+    assert memos.call("GET", "/v1/memories?user=default", "nameless-key").json()["data"] == []
 
 
 def test_the_same_prompt_of_another_user_hits_no_kv(memos: Memos, key: str) -> None:
@@ -79,6 +88,17 @@ def test_the_last_turn_is_never_overtaken_by_the_next_question(memos: Memos, key
         memos.stream(who, FACT, max_tokens=1)
         hits = memos.call("POST", "/v1/memories/search", who, json={"query": "drink"}).json()["data"]
         assert [hit["text"] for hit in hits] == [FACT]
+
+
+def test_a_turn_that_is_being_answered_while_all_is_deleted_does_not_come_back(memos: Memos, key: str) -> None:
+    memos.chat(key, "My job is baker.")
+    with memos.chat(key, FACT, stream=True, max_tokens=400, extra_body={"ignore_eos": True}) as chunks:
+        next(iter(chunks))
+        assert memos.call("DELETE", "/v1/memories", key).json()["deleted"] is True
+        for _ in chunks:
+            pass
+    listed = memos.call("GET", "/v1/memories", key).json()["data"]
+    assert listed == []
 
 
 def test_explain_says_what_was_recalled(memos: Memos, key: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.errors import NotFound, RequestError
-from memos_vllm.memory import records, sessions
+from memos_vllm.memory import records, sessions, tables
 from memos_vllm.memory.service import MemoryService, estimate_tokens
 from memos_vllm.types import Principal
 from tests.memory.memory_factories import ALICE, BOB, Clock, says, texts
@@ -91,6 +91,26 @@ class TestList:
         service.add(ALICE, "tea")
         assert service.list(ALICE, limit=1).next is None
 
+    def test_what_is_superseded_is_left_out_in_every_state(self, service: MemoryService) -> None:
+        (old,) = service.remember(ALICE, says("My job is baker."))
+        service.life.used(ALICE, {"late": [old.id]})
+        (new,) = service.remember(ALICE, says("My job is pilot."))
+        service.life.used(ALICE, {"late": [new.id]})
+        assert texts(service.list(ALICE, state="activated").records) == [new.text]
+        everything = service.list(ALICE, state="activated", include_superseded=True).records
+        assert texts(everything) == [old.text, new.text]
+
+    def test_what_is_over_is_listed_by_its_state(self, service: MemoryService, clock: Clock) -> None:
+        kept, merged = service.add(ALICE, "tea"), service.add(ALICE, "green tea")
+        service.life.merge(ALICE, kept.id, [merged.id], None)
+        service.add(ALICE, "milk", ttl_s=1)
+        clock.forward(2)
+        service.life.tend()
+        assert texts(service.list(ALICE).records) == ["tea"]
+        assert texts(service.list(ALICE, state="merged").records) == ["green tea"]
+        assert texts(service.list(ALICE, state="expired").records) == ["milk"]
+        assert len(service.list(ALICE, include_superseded=True).records) == 3
+
     def test_filters(self, service: MemoryService) -> None:
         service.add(ALICE, "one", type="tool_schema", tags=["x"], session="s")
         service.add(ALICE, "two")
@@ -138,6 +158,7 @@ class TestDelete:
         service.recall(ALICE, says("tea"), session="s")
         receipt = service.delete(ALICE, record.id)
         assert receipt.as_json() == {
+            "tenant": "acme", "user": "alice",
             "records": [record.id], "versions": 2, "postings": 3, "sessions": 1, "links": 0, "snapshot_entries": 0,
             "derived": [], "kv_epoch": 2,
         }  # fmt: skip
@@ -171,6 +192,38 @@ class TestDelete:
         service.delete(ALICE, record.id)
         (again,) = service.remember(ALICE, says("My name is Ann."))
         assert again.id != record.id and again.uses == 1
+
+    @pytest.mark.parametrize("told", ["My name is Ann.", "It is late."])
+    def test_what_was_said_before_it_is_not_stored_after_it(self, service: MemoryService, told: str) -> None:
+        service.add(ALICE, "tea")
+        as_of = service.memory_version(ALICE)
+        service.delete_all(ALICE)
+        assert service.remember(ALICE, says(told), as_of=as_of) == []
+        assert service.list(ALICE, include_superseded=True).records == ()
+        assert service.remember(ALICE, says(told), as_of=service.memory_version(ALICE))
+
+    def test_what_a_new_user_said_before_it_is_not_stored_after_it(self, service: MemoryService) -> None:
+        as_of = service.memory_version(ALICE)
+        service.delete_all(ALICE)
+        assert service.remember(ALICE, says("My name is Ann."), as_of=as_of) == []
+
+    def test_of_a_part_takes_nothing_of_what_is_being_said(self, service: MemoryService) -> None:
+        tea, milk = service.add(ALICE, "tea"), service.add(ALICE, "milk")
+        as_of = service.memory_version(ALICE)
+        service.delete(ALICE, tea.id)
+        service.update(ALICE, milk.id, text="cocoa")
+        service.delete_all(BOB)
+        assert service.remember(ALICE, says("My name is Ann."), as_of=as_of)
+
+    def test_where_the_log_does_not_reach_back_nothing_comes_back(
+        self, service: MemoryService, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tables, "CHANGES_KEPT", 4)
+        as_of = service.memory_version(ALICE)
+        service.delete_all(ALICE)
+        for text in "abcdef":
+            service.add(ALICE, text)
+        assert service.remember(ALICE, says("My name is Ann."), as_of=as_of) == []
 
     def test_of_nothing_is_an_empty_receipt(self, service: MemoryService) -> None:
         assert service.delete_all(ALICE).records == ()

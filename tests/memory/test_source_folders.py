@@ -138,6 +138,7 @@ def test_a_restart_reads_nothing(folder: Folder) -> None:
     folder.reopen()
     assert folder.found("train") == ["guide.md"], "before the first look"
     assert folder.refresh() == [] and "torn.pdf" in folder.source.status()["problems"]
+    assert folder.source.status()["left_out"] == 1
 
 
 def test_after_a_lost_or_foreign_state_all_is_read(folder: Folder) -> None:

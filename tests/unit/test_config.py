@@ -2,18 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import secrets
 from pathlib import Path
 
 import pytest
 
+from memos_vllm.api_keys import digest_of
 from memos_vllm.config import MemosConfig, load, parse_bytes
 from memos_vllm.errors import ConfigError
 from tests.conftest import CONFIGS
 
+SHIPPED = pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+PLACEHOLDER = re.compile("DIGEST-OF-[A-Z-]+")
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configuration_loads(path: Path) -> None:
-    assert isinstance(load(path), MemosConfig)
+
+@SHIPPED
+def test_shipped_configuration_loads(path: Path, tmp_path: Path) -> None:
+    """Once the operator has filled in what is his."""
+    text, filled = PLACEHOLDER.subn(lambda _: secrets.token_hex(32), path.read_text())
+    (tmp_path / path.name).write_text(text)
+    assert len(load(tmp_path / path.name).identity.keys) == filled
+
+
+@pytest.mark.parametrize("name", ["application.yaml", "gateway.yaml"])
+def test_an_example_that_is_not_filled_in_does_not_start(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"DIGEST-OF-THE-.*64 hex digits.*sha256sum") as caught:
+        load(CONFIGS / name)
+    assert str(caught.value).count("64 hex digits") == len(PLACEHOLDER.findall((CONFIGS / name).read_text()))
+
+
+def keys_of(tmp_path: Path, *listed: str) -> list[str]:
+    path = tmp_path / "memos.yaml"
+    path.write_text("identity:\n  keys:\n" + "".join(f"    {key}: {{tenant: shop}}\n" for key in listed))
+    return list(load(path).identity.keys)
+
+
+def test_a_digest_may_be_written_in_capitals(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"a key").hexdigest()
+    for listed in (f"sha256:{digest}", f"sha256:{digest.upper()}", f"SHA256:{digest.upper()}"):
+        assert keys_of(tmp_path, listed) == [f"sha256:{digest}"] == [digest_of("a key")]
+
+
+@pytest.mark.parametrize("digest", ["", "ab" * 31, "ab" * 33, "zz" * 32, "-"])
+def test_a_digest_that_no_key_has_is_refused(tmp_path: Path, digest: str) -> None:
+    with pytest.raises(ConfigError, match="64 hex digits"):
+        keys_of(tmp_path, f'"sha256:{digest}"')
+
+
+@pytest.mark.parametrize(("key", "words"), [("foo", "'foo', which anybody guesses"), ("EMPTY", "guesses"),
+                                            ("password\n", "guesses"), ("", "no text at all")])  # fmt: skip
+def test_the_digest_of_a_key_that_anybody_guesses_is_refused(tmp_path: Path, key: str, words: str) -> None:
+    for listed in (digest_of(key), digest_of(key).upper()):
+        with pytest.raises(ConfigError, match=f"{words}.*sha256sum"):
+            keys_of(tmp_path, listed)
+
+
+def test_one_key_is_listed_once_and_keys_are_not_told(tmp_path: Path) -> None:
+    for again in (digest_of("hush-hush"), digest_of("hush-hush").upper()):
+        with pytest.raises(ConfigError, match="lists one key twice") as caught:
+            keys_of(tmp_path, "hush-hush", again)
+        assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("on", "on"), ("off", "off"), ("'on'", "on"), ("true", "on"),
+                                                 ("no", "off")])  # fmt: skip
+def test_on_and_off_need_no_quotes(tmp_path: Path, value: str, expected: str) -> None:
+    path = tmp_path / "memos.yaml"
+    path.write_text(f"memory:\n  default: {value}\nadapters:\n  distill: {value}\n")
+    assert (load(path).memory.default, load(path).adapters.distill) == (expected, expected)
 
 
 def test_default_yaml_states_the_defaults() -> None:

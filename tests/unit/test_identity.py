@@ -8,7 +8,7 @@ import pytest
 
 from memos_vllm.config import IdentityConfig
 from memos_vllm.errors import Forbidden, RequestError, Unauthorized
-from memos_vllm.integration.identity import resolve
+from memos_vllm.integration.identity import UserNotNamed, resolve
 from memos_vllm.types import Principal
 
 
@@ -31,9 +31,20 @@ def test_an_application_names_its_users_within_its_tenant() -> None:
     assert resolve(bearer("app"), config(keys=keys), "alice").principal == Principal("shop", "alice")
 
 
+def test_an_application_that_names_nobody_has_no_user_to_share() -> None:
+    keys = config(keys={"app": {"tenant": "shop", "memory": True}, "k": {"tenant": "shop", "user": "carol"}})
+    with pytest.raises(UserNotNamed, match=r"'memos.user'.*\?user=.*gateway") as refused:
+        resolve(bearer("app"), keys)
+    assert refused.value.status == 400 and refused.value.memory_by_default is True
+    assert "app" not in refused.value.key.split(), "a key is not logged"
+    assert resolve(bearer("k"), keys).principal == Principal("shop", "carol")
+    assert resolve(bearer("EMPTY"), keys).principal.user == "default", "an unlisted key is one person's"
+
+
 def test_a_key_can_be_listed_by_its_digest() -> None:
     digest = hashlib.sha256(b"app").hexdigest()
-    assert resolve(bearer("app"), config(keys={f"sha256:{digest}": {"tenant": "shop"}})).principal.tenant == "shop"
+    keys = config(keys={f"sha256:{digest}": {"tenant": "shop"}})
+    assert resolve(bearer("app"), keys, "alice").principal.tenant == "shop"
 
 
 def test_a_personal_key_acts_for_nobody_else() -> None:
@@ -90,7 +101,7 @@ def test_the_digest_of_a_key_is_not_a_key() -> None:
     listed = f"sha256:{hashlib.sha256(b'app').hexdigest()}"
     keys = config(keys={listed: {"tenant": "shop"}})
     assert resolve(bearer(listed), keys).principal.tenant != "shop"
-    assert resolve(bearer("app"), keys).principal.tenant == "shop"
+    assert resolve(bearer("app"), keys, "alice").principal.tenant == "shop"
 
 
 def test_where_a_gateway_names_the_user_a_request_without_a_name_has_no_memory() -> None:

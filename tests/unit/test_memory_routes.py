@@ -13,11 +13,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from memos_vllm.config import MemoryConfig, MemosConfig
+from memos_vllm.api_keys import digest_of
+from memos_vllm.config import IdentityConfig, MemoryConfig, MemosConfig
 from memos_vllm.integration import engine_channel, life, memories, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
 from memos_vllm.integration.caretaker import Caretaker
 from memos_vllm.integration.home_engine import HomeEngines
+from memos_vllm.integration.identity import resolve
 from memos_vllm.integration.memory_metrics import MemoryMetrics
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.service import MemoryService
@@ -126,6 +128,17 @@ def test_states_by_patch(client: TestClient) -> None:
     assert [event["kind"] for event in data(client.get(path + "/log"))] == ["frozen", "activated", "archived"]
 
 
+def test_an_export_has_what_was_superseded(client: TestClient, state: MemosState) -> None:
+    alice = resolve({"authorization": "Bearer alice"}, state.config.identity).principal
+    for job in ("baker", "pilot", "farmer"):
+        state.service.remember(alice, [{"role": "user", "content": f"My job is {job}."}])
+    texts = lambda query: [each["text"] for each in data(client.get(f"/v1/memories{query}"))]  # noqa: E731
+    assert texts("") == ["My job is farmer."]
+    assert texts("?include_superseded=true") == [f"My job is {job}." for job in ("baker", "pilot", "farmer")]
+    page = client.get("/v1/memories?include_superseded=true&limit=2").json()
+    assert len(page["data"]) == 2 and texts(f"?include_superseded=true&after={page['next']}") == ["My job is farmer."]
+
+
 def test_history_cube_and_merge(client: TestClient) -> None:
     kept, copy = add(client, "I like tea.", tags=["a"]), add(client, "Tea is good.", tags=["b"])
     path = f"/v1/memories/{kept}"
@@ -184,6 +197,28 @@ def test_nobody_else_reaches_any_of_it(client: TestClient) -> None:
         )
     assert data(client.get("/v1/memories/snapshots", headers=BOB)) == []
     assert len(data(client.get(f"/v1/memories/{memory}/links"))) == 1
+
+
+def test_a_new_key_takes_over_what_an_unlisted_one_had(client: TestClient, state: MemosState) -> None:
+    """As docs/MEMORY.md tells it."""
+    own = add(client, "I like tea.")
+    named = add(client, "I like milk.", user="u1")
+    tenant = "key-" + hashlib.sha256(b"alice").hexdigest()[:32]
+    assert client.get(f"/v1/memories/{own}").json()["tenant"] == tenant
+    salt = state.salt(Principal(tenant, "default"))
+
+    def restart_with(keys: dict[str, Any]) -> None:
+        identity = IdentityConfig.model_validate({"keys": keys})
+        state.config = state.config.model_copy(update={"identity": identity})
+
+    new, old = {"authorization": "Bearer new"}, {"authorization": "Bearer alice"}
+    restart_with({digest_of("new"): {"tenant": tenant, "user": "default"}, digest_of("alice"): {"tenant": "retired"}})
+    assert [each["id"] for each in data(client.get("/v1/memories", headers=new))] == [own]
+    assert salt == state.salt(resolve(new, state.config.identity).principal), "its KV is found, too"
+    assert data(client.get("/v1/memories?user=default", headers=old)) == []
+    restart_with({digest_of("new"): {"tenant": tenant}})
+    assert [each["id"] for each in data(client.get("/v1/memories?user=u1", headers=new))] == [named]
+    assert [each["id"] for each in data(client.get("/v1/memories", headers=old))] == [own], "not yet retired"
 
 
 @pytest.mark.parametrize(

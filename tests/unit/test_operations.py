@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,29 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from memos_vllm.config import MemosConfig
 from memos_vllm.errors import StoreUnavailable
 from memos_vllm.integration import engine_channel, operations
+from memos_vllm.memory.results import Passage
+from memos_vllm.memory.sources.gathering import Sources
+from memos_vllm.types import Principal
+
+KEYS = {"app": {"tenant": "shop"}, "carol": {"tenant": "shop", "user": "carol"}}
+
+
+class Folder:
+    """Serves Carol."""
+
+    name, deadline_s = "contracts", 1.0
+
+    def serves(self, who: Principal) -> bool:
+        return who == Principal("shop", "carol")
+
+    def search(self, query: str, top_k: int) -> Sequence[Passage]:
+        return []
+
+    def status(self) -> dict[str, Any]:
+        return {"name": self.name, "left_out": 1, "problems": {"dismissal of Bob.pdf": "it is damaged"}}
 
 
 @pytest.fixture
@@ -25,22 +47,22 @@ def state(monkeypatch: pytest.MonkeyPatch) -> Any:
         return {"enabled": False, "pending": False}
 
     monkeypatch.setattr(engine_channel, "call", call)
-    part = SimpleNamespace(status=dict)
     return SimpleNamespace(
+        config=MemosConfig.model_validate({"identity": {"keys": KEYS}}),
         engine=None,
         builder=SimpleNamespace(status=build),
         refiner=None,
-        sources=part,
+        sources=Sources([Folder()]),
         adapters=SimpleNamespace(status=adapters),
         service=SimpleNamespace(stats=lambda: {"memories": 3}),
     )
 
 
-def status_of(state: Any) -> Any:
+def status_of(state: Any, query: str = "", **headers: str) -> Any:
     app = FastAPI()
     app.include_router(operations.router)
     app.state.memos = state
-    response = TestClient(app, raise_server_exceptions=False).get("/v1/memos/status")
+    response = TestClient(app, raise_server_exceptions=False).get(f"/v1/memos/status{query}", headers=headers)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -57,3 +79,29 @@ def test_without_the_database_the_rest_is_told(state: Any) -> None:
     told = status_of(state)
     assert told["memory"] == {"error": "the database cannot be reached"}
     assert told["kv"] == {"enabled": False} and told["adapters"] == {"loaded": 0}
+
+
+COUNTS = {"name": "contracts", "left_out": 1, "failures": {}}
+
+
+@pytest.mark.parametrize(
+    ("query", "key"), [("", None), ("", ""), ("", "somebody"), ("", "app"), ("?user=bob", "app"), ("?user=carol", "x")]
+)
+def test_names_of_files_are_told_to_nobody_whom_the_source_does_not_serve(
+    state: Any, query: str, key: str | None
+) -> None:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    assert status_of(state, query, **headers)["sources"] == [COUNTS]
+
+
+@pytest.mark.parametrize(("query", "key"), [("", "carol"), ("?user=carol", "carol"), ("?user=carol", "app")])
+def test_names_of_files_are_told_to_whom_the_source_serves(state: Any, query: str, key: str) -> None:
+    (told,) = status_of(state, query, authorization=f"Bearer {key}")["sources"]
+    assert told == {**COUNTS, "problems": {"dismissal of Bob.pdf": "it is damaged"}}
+
+
+def test_who_claims_to_be_somebody_needs_a_key(state: Any) -> None:
+    app = FastAPI()
+    app.include_router(operations.router)
+    app.state.memos = state
+    assert TestClient(app).get("/v1/memos/status?user=carol").status_code == 401

@@ -38,7 +38,8 @@ class Source(Protocol):
         """
 
     def status(self) -> dict[str, Any]:
-        """For operators, as JSON. Must not block."""
+        """For operators, as JSON. Must not block. ``problems``, which quotes what stands in the source, is told to
+        users whom it serves; all else to everybody."""
 
 
 def is_for(users: Literal["all"] | Iterable[SourceUser], who: Principal) -> bool:

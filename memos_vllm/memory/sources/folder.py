@@ -70,6 +70,7 @@ class FolderSource:
             "name": self.name,
             "kind": "folder",
             "files": len(states) - len(problems) if self._states is not None else None,
+            "left_out": len(problems),
             "problem": self._problem,
             "problems": dict(sorted(problems.items())[:100]),
         }

@@ -59,8 +59,12 @@ class Sources:
         asked = [each for each in self._asked if each.source.serves(who)]
         return Gathering([(each, each.ask(query, self._top_k)) for each in asked], self._monotonic_s)
 
-    def status(self) -> list[dict[str, Any]]:
-        return [{**each.source.status(), "failures": dict(each.failures)} for each in self._asked]
+    def status(self, who: Principal | None = None) -> list[dict[str, Any]]:
+        """
+        Args:
+            who: asks; None: nobody who is known.
+        """
+        return [each.status(who) for each in self._asked]
 
 
 class Gathering:
@@ -125,6 +129,12 @@ class _Asked:
         question = self._pool.submit(self.source.search, query, top_k)
         question.add_done_callback(lambda _: self._free.release())
         return question
+
+    def status(self, who: Principal | None) -> dict[str, Any]:
+        told = self.source.status()
+        if who is None or not self.source.serves(who):
+            told.pop("problems", None)
+        return {**told, "failures": dict(self.failures)}
 
     def failed(self, error: Exception) -> None:
         known = isinstance(error, SourceError)
