@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memos_vllm.errors import DataDirError, DataDirInUse
-from memos_vllm.store.disk_index import DiskIndex, DropReport, Location
+from memos_vllm.store.disk_index import TOUCHES_PER_COMMIT, DiskIndex, DropReport, Location
 from memos_vllm.store.kv_file import write_chunk
 from memos_vllm.store.ops import path_for_rank
 from tests.store.store_factories import make_identity, make_key, make_keys, random_rows
@@ -106,6 +106,35 @@ def test_the_budget_evicts_least_recently_used_chunks_of_any_identity(open_index
     index.unpin(third.chunk)
     assert plan(index, 6, 7, 8) is not None
     assert found(index, 1, 3, 4, 5) == [True, False, False, False]
+
+
+def test_the_order_of_uses_is_written_with_new_chunks_some_at_a_time(open_index, monkeypatch):
+    index = open_index()
+    chunks = [write(index, number).chunk for number in range(TOUCHES_PER_COMMIT + 8)]
+    written = []
+    apply = index._records.apply
+    monkeypatch.setattr(index._records, "apply", lambda put, delete: written.append(len(put)) or apply(put, delete))
+    for chunk in reversed(chunks):
+        index.touch(chunk)
+    write(index, 99)
+    index.close()
+    assert written == [TOUCHES_PER_COMMIT + 1, 8]
+    assert found(open_index(budget_blocks=3), 99, *range(len(chunks))) == [True] * 3 + [False] * (len(chunks) - 2)
+
+
+def test_a_chunk_is_filed_by_the_use_of_its_keys(open_index):
+    index = open_index(budget_blocks=3)
+    older, newer = plan(index, 1), plan(index, 2)
+    write(index, 3)
+    uses = [index.clock.tick(), index.clock.tick()]
+    index.touch(index.lookup(make_key(3)).chunk)
+    index.commit(newer.chunk, uses[1])
+    index.commit(older.chunk, uses[0])
+    assert index.plan_write(make_keys(4), 2 * ROW_BYTES, b"", last_use=uses[0] - 1) is None
+    assert found(index, 1, 2, 3) == [True] * 3, "nothing goes for what is older"
+    for number in (4, 5):
+        assert plan(index, number) is not None
+        assert found(index, 1, 2, 3) == [False, number == 4, True]
 
 
 def test_more_than_the_budget_is_refused(open_index):

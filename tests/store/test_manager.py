@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -189,6 +189,96 @@ def test_eviction_shortens_a_prefix_from_its_end(make_tiers: MakeTiers) -> None:
     assert matched(tiers, 1, 2, 3) == 3, "what was loaded last goes last"
     put_on_host(tiers, 11)
     assert matched(tiers, 1, 2, 3) == 2, "and of a load, the last block first"
+
+
+PREFIX = range(1, 9)
+"""Of four chunks of two blocks."""
+
+
+def end_in_any_order(tiers: TierManager, operations: Sequence[Op], data: st.DataObject) -> None:
+    """All of them, and what follows from them."""
+    under_way = list(operations)
+    while under_way:
+        under_way += end(tiers, under_way.pop(data.draw(st.integers(0, len(under_way) - 1))))
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), tier=st.sampled_from(["host", "disk"]), source=st.sampled_from(["save", "host", "disk", "both"]))
+def test_eviction_shortens_a_prefix_of_many_chunks_from_its_end(data: st.DataObject, tier: str, source: str) -> None:
+    """A whole prefix is saved or loaded in parts that end in any order; then one chunk more is saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        disk = DiskIndex(Path(folder), make_identity(), 100 * BLOCK_BYTES, 1)
+        tiers = TierManager(SlotTable(len(PREFIX)), disk, 2, BLOCK_BYTES, 1)
+        end_in_any_order(tiers, tiers.plan_save(make_keys(*PREFIX), PREFIX, TAG), data)
+        if source != "save":
+            if source == "disk":
+                tiers.drop_host()
+            elif source == "both":
+                tiers.slots.drop(make_keys(3, 4, 7, 8))
+            end_in_any_order(tiers, tiers.plan_load(make_keys(*PREFIX), PREFIX), data)
+        disk.budget_bytes = disk.usage_bytes
+        put_on_host(tiers, 10, 11)
+        find = tiers.slots.lookup if tier == "host" else disk.lookup
+        assert [find(key) is not None for key in make_keys(*PREFIX, 10)] == [True] * 6 + [False] * 2 + [True]
+        check_idle(tiers)
+        disk.close()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_what_requests_find_on_the_gpu_stays_in_the_tiers(make_tiers: MakeTiers, tier: str) -> None:
+    """Turn after turn the head of a conversation is in vLLM's prefix cache, and no tier is asked for it."""
+    tiers = make_tiers(num_slots=8, disk_blocks=8 if tier == "disk" else None, chunk_blocks=2)
+    put_on_host(tiers, 1, 2)
+    for turn in range(10):
+        put_on_host(tiers, 20 + 2 * turn, 21 + 2 * turn, tag=OTHER_TAG)
+        if tier == "disk":
+            tiers.drop_host()
+        assert tiers.plan_save(make_keys(1, 2), (11, 12), TAG) == [], "it is there still"
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_prefix_too_long_for_a_tier_keeps_its_head(make_tiers: MakeTiers, tier: str) -> None:
+    tiers = make_tiers(num_slots=8 if tier == "disk" else 4, disk_blocks=4 if tier == "disk" else None, chunk_blocks=2)
+    put_on_host(tiers, 1, 2, 3, 4)
+    for last in (6, 8):
+        numbers = range(1, last + 1)
+        end_all(tiers, tiers.plan_save(make_keys(*numbers), numbers, TAG))
+    if tier == "disk":
+        tiers.drop_host()
+    assert [matched(tiers, number) for number in range(1, 9)] == [1] * 4 + [0] * 4
+
+
+def test_a_prefix_that_outgrows_the_host_is_saved_to_disk_through_it(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers(num_slots=2, chunk_blocks=2)
+    for last in (2, 4, 6):
+        numbers = range(1, last + 1)
+        end_all(tiers, tiers.plan_save(make_keys(*numbers), numbers, TAG))
+    assert matched(tiers, *range(1, 7)) == 6
+
+
+def test_a_chunk_that_is_written_late_is_as_old_as_its_save(make_tiers: MakeTiers) -> None:
+    """A slow write of one prefix does not make it younger than what was used since."""
+    tiers = make_tiers(disk_blocks=4, chunk_blocks=2)
+    (save,) = tiers.plan_save(make_keys(1, 2), (11, 12), TAG)
+    (write,) = end(tiers, save)
+    put_on_host(tiers, 3, 4)
+    end(tiers, write)
+    put_on_host(tiers, 5, 6)
+    tiers.drop_host()
+    assert [matched(tiers, number) for number in (1, 3, 5)] == [0, 1, 1]
+
+
+def test_loads_that_are_planned_together_are_one_use(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers(num_slots=4, disk_blocks=None, chunk_blocks=2)
+    put_on_host(tiers, 1, 2, 3, 4)
+    with tiers.keeping(make_keys(1, 2, 3, 4)):
+        loads = [
+            *tiers.plan_load(make_keys(1, 2), (11, 12), prefetch=True),
+            *tiers.plan_load(make_keys(3, 4), (13, 14), prefetch=True),
+        ]
+    end_all(tiers, loads)
+    put_on_host(tiers, 9)
+    assert matched(tiers, 1, 2, 3, 4) == 3
 
 
 # -- ranks ----------------------------------------------------------------------------------------
