@@ -7,7 +7,8 @@
 All look-ups are answered from memory. The files are the truth: opening drops records without files
 and adopts whole files without a record. So neither a lost index nor a crash between two steps needs
 a repair; a removal takes the block keys from memory first, then the files, then the record, for a file
-that outlives its record would come back at the next start. Recency is written with the next commits
+that outlives its record would come back at the next start. Files of evicted and deleted chunks go in a thread,
+since an unlink may wait for the file system and the owner does not. Recency is written with the next commits
 or removals, some of it at a time, and at ``close``; a crash forgets only the order of what was touched since.
 
 One thread (the scheduler's) owns an index. A root is for one server, whose ranks see the same files.
@@ -56,6 +57,18 @@ class PlannedChunk:
     """Contains ``{rank}``."""
 
 
+MAX_LEAVING_BYTES = 2**30
+"""Of evicted chunks whose files are still there: by so much the disk may hold more than the budget for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    """An evicted chunk, until its files are gone."""
+
+    record: ChunkRecord
+    removal: Future[list[str]]
+
+
 @dataclass(frozen=True, slots=True)
 class DropReport:
     chunks: int
@@ -95,6 +108,7 @@ class DiskIndex:
         self._touched: dict[str, None] = {}  # recency not yet in LMDB
         self._usage_bytes = 0
         self._lock_fd = _lock(self.root)
+        self._leaving: dict[str, _Leaving] = {}
         self._remover = ThreadPoolExecutor(1, "memos-kv-removal")
         self._removed: deque[str] = deque()
         """Chunks whose files are gone and whose records are not; LMDB is used from the owner's thread only."""
@@ -118,7 +132,7 @@ class DiskIndex:
 
     @property
     def usage_bytes(self) -> int:
-        """KV bytes on disk and being written."""
+        """KV bytes on disk and being written. What was evicted does not count, though its files may still be there."""
         return self._usage_bytes
 
     def lookup(self, key: BlockKey) -> Location | None:
@@ -138,6 +152,8 @@ class DiskIndex:
     ) -> PlannedChunk | None:
         """Makes room for a chunk of ``keys``; None if it cannot fit, and nothing was evicted.
 
+        Also if the same chunk was evicted just now: its file is not to be written while a thread removes it.
+
         Args:
             keys: in the order of the file; none may be in the index.
             size_bytes: KV bytes over all ranks.
@@ -148,11 +164,15 @@ class DiskIndex:
         """
         assert keys and len(set(keys)) == len(keys) and not any(key in self for key in keys)
         assert len(tag) <= chunk_files.MAX_TAG_BYTES
+        chunk = chunk_id(keys)
+        leaving_bytes = self._leaving_bytes()
         victims = self._victims(size_bytes)
-        if victims is None or (last_use is not None and any(each.last_use > last_use for each in victims)):
+        if victims is None or chunk in self._leaving or (victims and leaving_bytes > MAX_LEAVING_BYTES):
             return None
-        self._remove(victims)
-        record = ChunkRecord(chunk_id(keys), self._identity_name, self._world_size, size_bytes, tag, tuple(keys), 0)
+        if last_use is not None and any(each.last_use > last_use for each in victims):
+            return None
+        self._evict(victims)
+        record = ChunkRecord(chunk, self._identity_name, self._world_size, size_bytes, tag, tuple(keys), 0)
         self._writing[record.chunk] = record
         self._keys_in_writing.update(keys)
         self._usage_bytes += size_bytes
@@ -212,13 +232,15 @@ class DiskIndex:
         A part of a chunk's tag counts (``store.tags``), and no chunk may be written with it any more. Chunks
         that are being written are counted and go when their write ends.
         """
-        gone = tags.with_part((each.tag for each in (*self._ready.values(), *self._writing.values())), tag)
+        leaving = [each.record for each in self._leaving.values() if not each.removal.done()]
+        gone = tags.with_part((each.tag for each in (*self._ready.values(), *self._writing.values(), *leaving)), tag)
         written = [record for record in self._ready.values() if record.tag in gone]
         writing = [
             record for record in self._writing.values() if record.tag in gone and record.chunk not in self._doomed
         ]
         self._forget(written)
-        removal = self._remover.submit(self._remove_for_good, written)
+        evicted = [record for record in leaving if record.tag in gone]  # for good, now
+        removal = self._remover.submit(self._remove_files, [*written, *evicted])
         self._doomed.update(record.chunk for record in writing)
         dropped = written + writing
         num_blocks = sum(len(record.keys) for record in dropped)
@@ -312,6 +334,18 @@ class DiskIndex:
         self._doomed.discard(record.chunk)
         chunk_files.unlink(self._rank_paths(record), sync=doomed)
 
+    def _evict(self, records: Sequence[ChunkRecord]) -> None:
+        """Forgets published chunks; their files go in a thread."""
+        self._forget(records)
+        if records:
+            removal = self._remover.submit(self._remove_files, records, sync=False)
+            self._leaving.update((record.chunk, _Leaving(record, removal)) for record in records)
+
+    def _leaving_bytes(self) -> int:
+        """Of evicted chunks whose files may still be there."""
+        self._leaving = {chunk: each for chunk, each in self._leaving.items() if not each.removal.done()}
+        return sum(each.record.size_bytes for each in self._leaving.values())
+
     def _remove(self, records: Sequence[ChunkRecord]) -> None:
         """Forgets published chunks and removes their files."""
         self._forget(records)
@@ -328,13 +362,13 @@ class DiskIndex:
             for key in record.keys:
                 self._locations.pop(key, None)
 
-    def _remove_for_good(self, records: Sequence[ChunkRecord]) -> list[str]:
-        """In a thread: the files of forgotten chunks, durably; those that could not be removed.
+    def _remove_files(self, records: Sequence[ChunkRecord], sync: bool = True) -> list[str]:
+        """In a thread: the files of forgotten chunks, durably if ``sync``; those that could not be removed.
 
         Their records follow with the next commit: a record without files is dropped at the next start.
         """
         paths = (path for record in records for path in self._rank_paths(record))
-        undeleted = chunk_files.unlink(paths, sync=True)
+        undeleted = chunk_files.unlink(paths, sync=sync)
         self._removed.extend(record.chunk for record in records)
         return undeleted
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +175,29 @@ def test_without_room_on_disk_the_host_keeps_its_copy(make_tiers: MakeTiers) -> 
     assert matched(tiers, 1, 2) == 2 and tiers.totals.skipped_blocks == 2
 
 
+def test_the_file_system_does_not_hold_up_the_engine(make_tiers: MakeTiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop makes room on a full disk, and the files go in a thread."""
+    tiers = make_tiers(disk_blocks=2)
+    put_on_host(tiers, 1, 2)
+    may_go, unlink, threads = threading.Event(), os.unlink, set()
+
+    def slow(path: str) -> None:
+        threads.add(threading.get_ident())
+        may_go.wait()
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", slow)
+    tiers.drop_host()
+    (save,) = tiers.plan_save(make_keys(3, 4), (13, 14), TAG)
+    (write,) = end(tiers, save)
+    assert matched(tiers, 1) == 0 and tiers.disk is not None
+    end(tiers, write)
+    assert matched(tiers, 3, 4) == 2
+    may_go.set()
+    tiers.disk.close()
+    assert threads and threading.get_ident() not in threads
+
+
 def test_without_a_disk_nothing_is_written(make_tiers: MakeTiers) -> None:
     tiers = make_tiers(disk_blocks=None)
     (save,) = tiers.plan_save(make_keys(1), (11,), TAG)
@@ -207,7 +232,7 @@ def end_in_any_order(tiers: TierManager, operations: Sequence[Op], data: st.Data
 def test_eviction_shortens_a_prefix_of_many_chunks_from_its_end(data: st.DataObject, tier: str, source: str) -> None:
     """A whole prefix is saved or loaded in parts that end in any order; then one chunk more is saved."""
     with tempfile.TemporaryDirectory() as folder:
-        disk = DiskIndex(Path(folder), make_identity(), 100 * BLOCK_BYTES, 1)
+        disk = DiskIndex(Path(folder), make_identity(), len(PREFIX) * BLOCK_BYTES, 1)
         tiers = TierManager(SlotTable(len(PREFIX)), disk, 2, BLOCK_BYTES, 1)
         end_in_any_order(tiers, tiers.plan_save(make_keys(*PREFIX), PREFIX, TAG), data)
         if source != "save":
@@ -216,7 +241,6 @@ def test_eviction_shortens_a_prefix_of_many_chunks_from_its_end(data: st.DataObj
             elif source == "both":
                 tiers.slots.drop(make_keys(3, 4, 7, 8))
             end_in_any_order(tiers, tiers.plan_load(make_keys(*PREFIX), PREFIX), data)
-        disk.budget_bytes = disk.usage_bytes
         put_on_host(tiers, 10, 11)
         find = tiers.slots.lookup if tier == "host" else disk.lookup
         assert [find(key) is not None for key in make_keys(*PREFIX, 10)] == [True] * 6 + [False] * 2 + [True]
