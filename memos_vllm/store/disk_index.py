@@ -105,6 +105,7 @@ class DiskIndex:
         self._locations: dict[BlockKey, Location] = {}
         self._keys_in_writing: set[BlockKey] = set()
         self._pins: Counter[str] = Counter()
+        self._unread: set[str] = set()  # the last read of it failed
         self._touched: dict[str, None] = {}  # recency not yet in LMDB
         self._usage_bytes = 0
         self._lock_fd = _lock(self.root)
@@ -208,6 +209,18 @@ class DiskIndex:
         self._pins[chunk] -= 1
         if not self._pins[chunk]:
             del self._pins[chunk]
+
+    def read_failed(self, chunk: str) -> None:
+        """The file system refused to read a chunk. The second time in a row it is dropped, for as long as it is found
+        its blocks are not saved anew, and each request for them pays a load that fails."""
+        if chunk in self._unread:
+            self.drop(chunk)
+        elif chunk in self._ready:
+            self._unread.add(chunk)
+
+    def read_succeeded(self, chunk: str) -> None:
+        """Earlier failures do not count any more."""
+        self._unread.discard(chunk)
 
     def touch(self, chunk: str) -> None:
         """Counts as a use."""
@@ -358,6 +371,7 @@ class DiskIndex:
         for record in records:
             del self._ready[record.chunk]
             self._touched.pop(record.chunk, None)
+            self._unread.discard(record.chunk)
             self._usage_bytes -= record.size_bytes
             for key in record.keys:
                 self._locations.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -15,6 +16,9 @@ from memos_vllm.store.task_queue import Task
 logger = logging.getLogger(__name__)
 
 _EXPECTED = (KVFileError, OSError, MemoryError)
+
+_NOT_THE_FILE = {None, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+"""Of an OSError: this process ran short of something, or ends; the same file is as good as before."""
 
 
 class Job:
@@ -30,7 +34,7 @@ class Job:
         self._lock = threading.Lock()
         self._parts = num_tasks
         self._error: str | None = None
-        self._corrupt = self._checksum_failed = False
+        self._corrupt = self._checksum_failed = self._unreadable = False
         self._landed: set[int] = set()
         self._blocks = 0
         self._started: float | None = None
@@ -73,6 +77,7 @@ class Job:
         """A task or a piece ended."""
         corrupt = isinstance(error, KVFileError | FileNotFoundError)
         checksum_failed = isinstance(error, KVChecksumMismatch)
+        unreadable = isinstance(error, OSError) and error.errno not in _NOT_THE_FILE and not corrupt
         if isinstance(error, Exception):
             error = _describe(error, self.op)
         with self._lock:
@@ -80,13 +85,14 @@ class Job:
             self._error = self._error or error
             self._corrupt |= corrupt
             self._checksum_failed |= checksum_failed
+            self._unreadable |= unreadable
             if self._parts:
                 return
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         wanted = self.op.block_ids if isinstance(self.op, Load | Read) else ()
         failed = tuple(block for block in wanted if block not in self._landed) if self._error else ()
         nbytes = self._blocks * self._row_bytes
-        ok, damage = self._error is None, (self._corrupt, self._checksum_failed)
+        ok, damage = self._error is None, (self._corrupt, self._checksum_failed, self._unreadable)
         self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *damage))
 
 

@@ -82,6 +82,7 @@ class _Pending:
     errors: list[str] = field(default_factory=list)
     corrupt: bool = False
     checksum_failed: bool = False
+    unreadable: bool = False
     size_bytes: int = 0
     seconds: float = 0.0
     """Of the slowest rank so far."""
@@ -306,6 +307,7 @@ class TierManager:
                 pending.errors.append(result.error or "unknown error")
                 pending.corrupt |= result.corrupt
                 pending.checksum_failed |= result.checksum_failed
+                pending.unreadable |= result.unreadable
             if pending.ranks_left:
                 continue
             del self._pending[result.op_id]
@@ -386,7 +388,10 @@ class TierManager:
                 self._tag_host_copies(pending.keys, pending.tag)
         if pending.corrupt:
             self.disk.drop(read.chunk)  # it is built again
+        elif pending.unreadable:
+            self.disk.read_failed(read.chunk)
         elif not pending.errors:
+            self.disk.read_succeeded(read.chunk)
             self.totals.loaded_disk_blocks += len(pending.keys)
 
     def _tag_host_copies(self, keys: Sequence[BlockKey], tag: bytes) -> None:

@@ -77,6 +77,8 @@ class Result:
     """The file itself is damaged, foreign or gone; otherwise this attempt failed and another may not."""
     checksum_failed: bool = False
     """It is damaged in that a block's checksum does not match."""
+    unreadable: bool = False
+    """The file system refused to read it; perhaps it will the next time."""
 
 
 def path_for_rank(path: str, rank: int) -> str:

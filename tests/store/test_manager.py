@@ -183,7 +183,7 @@ def test_the_file_system_does_not_hold_up_the_engine(make_tiers: MakeTiers, monk
 
     def slow(path: str) -> None:
         threads.add(threading.get_ident())
-        may_go.wait()
+        assert may_go.wait(20), "a guard against a test that hangs"
         unlink(path)
 
     monkeypatch.setattr(os, "unlink", slow)
@@ -539,6 +539,33 @@ def test_a_failed_attempt_to_read_leaves_the_chunk(make_tiers: MakeTiers) -> Non
     assert tiers.match(make_keys(1, 2)) == Match(2, 0, Pending.NO), "another attempt may succeed"
     assert tiers.slots.state(make_key(1)) is SlotState.ABSENT
     assert tiers.totals.loaded_disk_blocks == 0 and tiers.totals.failed_ops == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_chunk_that_cannot_be_read_twice_in_a_row_is_dropped(make_tiers: MakeTiers, world_size: int) -> None:
+    tiers = make_tiers(world_size=world_size)
+    put_on_disk(tiers, 1, 2)
+
+    def read(**outcome: bool) -> None:
+        (operation,) = tiers.plan_load(make_keys(1, 2), (21, 22))
+        tiers.complete([result(operation)] * (world_size - 1))
+        tiers.complete([replace(result(operation, ok=not outcome), **outcome)])
+        tiers.drop_host()
+
+    for outcome in ("unreadable", "", "unreadable"):
+        read(**{outcome: True} if outcome else {})
+    assert matched(tiers, 1, 2) == 2, "a success in between"
+    for _ in range(3):
+        (operation,) = tiers.plan_load(make_keys(1, 2), (21, 22))
+        end(tiers, operation, ok=False)
+    assert matched(tiers, 1, 2) == 2, "the file is not to blame"
+    read(unreadable=True)
+    assert matched(tiers, 1, 2) == 0
+    put_on_host(tiers, 1, 2)
+    assert tiers.disk is not None and len(tiers.disk) == 2, "built again"
+    tiers.drop_host()
+    read(unreadable=True)
+    assert matched(tiers, 1, 2) == 2, "and counted anew"
 
 
 def test_a_corrupt_file_of_any_rank_drops_the_chunk_and_the_copy_it_began(make_tiers: MakeTiers) -> None:
