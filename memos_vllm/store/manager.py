@@ -47,7 +47,11 @@ class Pending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How much of a list of keys is off the GPU and ready, counted in blocks from the first key."""
+    """How much of a list of keys is off the GPU and ready, counted in blocks from the first key.
+
+    While a request loads the first key (``Pending.LOAD``), that one alone is counted: whoever asks has to wait, and
+    asks again in every step.
+    """
 
     num_blocks: int
     num_host_blocks: int
@@ -143,6 +147,7 @@ class TierManager:
         pending = Pending.NO
         if keys and keys[0] in self._loading:
             pending = Pending.LOAD
+            keys = keys[:1]
         elif keys and keys[0] in self._prefetching:
             pending = Pending.PREFETCH
         num_blocks = num_host = 0
@@ -199,7 +204,8 @@ class TierManager:
         """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks.
 
         Args:
-            prefetch: no request waits for them; the copies go behind those that one waits for.
+            prefetch: no request waits for them; the copies go behind those that one waits for, and evict nothing
+                from the host.
         """
         assert len(keys) == len(block_ids)
         operations: list[Op] = []
@@ -240,7 +246,8 @@ class TierManager:
         positions = tuple(location.position for location in locations if location is not None)
         # A key of an earlier part of this load may be on its way into the host already.
         absent = all(self.slots.state(key) is SlotState.ABSENT for key in keys)
-        promoted = self.slots.reserve(keys) if absent else None
+        # A guess takes free slots only: what is in the others may be what requests are about to load.
+        promoted = self.slots.reserve(keys, evict=not prefetch) if absent else None
         operation = Read(
             op_id=op_id,
             chunk=chunk,

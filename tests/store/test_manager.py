@@ -432,6 +432,19 @@ def test_a_read_without_room_on_the_host_goes_to_the_gpu_alone(make_tiers: MakeT
     assert tiers.match(make_keys(1, 2)) == Match(2, 1, Pending.NO)
 
 
+@pytest.mark.parametrize("num_free", [0, 2])
+def test_a_prefetch_from_disk_evicts_nothing_from_the_host(make_tiers: MakeTiers, num_free: int) -> None:
+    tiers = make_tiers(num_slots=2 + num_free, chunk_blocks=2)
+    put_on_disk(tiers, 1, 2)
+    put_on_host(tiers, 8, 9)
+    (prefetch,) = tiers.plan_load(make_keys(1, 2), (21, 22), prefetch=True)
+    end(tiers, prefetch)
+    assert tiers.match(make_keys(8, 9)).num_host_blocks == 2
+    assert tiers.match(make_keys(1, 2)) == Match(2, num_free, Pending.NO)
+    end_all(tiers, tiers.plan_load(make_keys(1, 2), (21, 22)))
+    assert tiers.match(make_keys(1, 2)).num_host_blocks == 2, "a request takes what it needs"
+
+
 def test_a_load_is_cut_where_the_source_changes_and_at_the_chunk_size(make_tiers: MakeTiers) -> None:
     tiers = make_tiers(chunk_blocks=2, num_slots=4)
     put_on_disk(tiers, 1, 2)
@@ -466,7 +479,7 @@ def test_a_block_that_is_being_loaded_is_pending(make_tiers: MakeTiers) -> None:
     put_on_host(tiers, 1, 2)
     assert tiers.match([]) == Match(0, 0, Pending.NO)
     (load,) = tiers.plan_load(make_keys(1), (21,))
-    assert tiers.match(make_keys(1, 2)) == Match(2, 2, Pending.LOAD)
+    assert tiers.match(make_keys(1, 2)) == Match(1, 1, Pending.LOAD), "the others are not looked at"
     assert tiers.match(make_keys(2)) == Match(1, 1, Pending.NO)
     end(tiers, load)
     assert tiers.match(make_keys(1, 2)) == Match(2, 2, Pending.NO)
