@@ -14,6 +14,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.integration.engine_metrics import COUNTERS, FIRST_TOKENS, GAUGES, MemosStats
@@ -24,6 +25,18 @@ from memos_vllm.store.ops import Load, Op, Read
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+
+@dataclass(slots=True)
+class _Admission:
+    """A request that was given its blocks."""
+
+    request: Request
+    num_asked: int
+    """Full blocks of its prompt."""
+    given: dict[str, int]
+    """Blocks by tier."""
+    source: Source
 
 
 class Accounting:
@@ -41,7 +54,7 @@ class Accounting:
         self._now = now
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
-        self._waiting: dict[str, tuple[Request, Source]] = {}
+        self._waiting: dict[str, _Admission] = {}
         """Requests that have their blocks and no token yet."""
         self._first_tokens: list[tuple[Source, float]] = []
         self._buckets = {source: [0] * (len(LATENCY_BUCKETS_S) + 1) for source in Source}
@@ -79,30 +92,38 @@ class Accounting:
             "host": sum(len(load.block_ids) for load in loads if isinstance(load, Load)),
             "disk": sum(len(load.block_ids) for load in loads if isinstance(load, Read)),
         }
-        num_missing = num_asked
-        for tier in TIERS:
-            num_missing -= given[tier]
-            self._hits[tier] += given[tier]
-            if tier != "disk" or self._tiers.disk is not None:
-                self._misses[tier] += num_missing
-        self._waiting[request.request_id] = request, _source(given, num_prefetched)
+        self._waiting[request.request_id] = _Admission(request, num_asked, given, _source(given, num_prefetched))
         self._changed = True
 
     def load_failed(self, request_id: str) -> None:
         """The request's blocks are computed instead."""
-        if request_id in self._waiting:
-            self._waiting[request_id] = self._waiting[request_id][0], Source.FAILED
+        if (admission := self._waiting.get(request_id)) is not None:
+            admission.source = Source.FAILED
+            admission.given = {"gpu": admission.given["gpu"]}
 
     def finished(self, request: Request) -> None:
         if request.request_id in self._waiting:
             self._take_first_token(request)
-            self._waiting.pop(request.request_id, None)  # it ended without a token
+        if (admission := self._waiting.pop(request.request_id, None)) is not None:  # it ended without a token
+            self._count_given(admission)
         self._changed = True
+
+    def _count_given(self, admission: _Admission) -> None:
+        """Not at once: a load may fail, and a counter never goes back."""
+        num_missing = admission.num_asked
+        for tier in TIERS:
+            num_given = admission.given.get(tier, 0)
+            num_missing -= num_given
+            self._hits[tier] += num_given
+            if tier != "disk" or self._tiers.disk is not None:
+                self._misses[tier] += num_missing
 
     def _take_first_token(self, request: Request) -> None:
         if not request.num_output_tokens:
             return
-        _, source = self._waiting.pop(request.request_id)
+        admission = self._waiting.pop(request.request_id)
+        self._count_given(admission)
+        source = admission.source
         seconds = max(0.0, self._now() - request.arrival_time)
         self._first_tokens.append((source, seconds))
         self._buckets[source][bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
@@ -113,8 +134,8 @@ class Accounting:
 
     def take(self) -> MemosStats | None:
         """What is new since the last call; at the end of every step."""
-        for request, _ in list(self._waiting.values()):
-            self._take_first_token(request)
+        for admission in list(self._waiting.values()):
+            self._take_first_token(admission.request)
         if not self._changed:
             return None
         self._changed = False

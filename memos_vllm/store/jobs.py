@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 _EXPECTED = (KVFileError, OSError, MemoryError)
 
+_NOT_THE_FILE = {None, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+"""Of an OSError: this process ran short of something, or ends; the same file is as good as before."""
+
 
 class Job:
     """Ends when each of its tasks has ended and each piece of it has landed or failed. Thread-safe.
@@ -31,7 +34,7 @@ class Job:
         self._lock = threading.Lock()
         self._parts = num_tasks
         self._error: str | None = None
-        self._corrupt = self._checksum_failed = self._no_space = False
+        self._corrupt = self._checksum_failed = self._no_space = self._unreadable = False
         self._landed: set[int] = set()
         self._blocks = 0
         self._started: float | None = None
@@ -75,6 +78,7 @@ class Job:
         corrupt = isinstance(error, KVFileError | FileNotFoundError)
         checksum_failed = isinstance(error, KVChecksumMismatch)
         no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        unreadable = isinstance(error, OSError) and error.errno not in _NOT_THE_FILE and not corrupt
         if isinstance(error, Exception):
             error = _describe(error, self.op)
         with self._lock:
@@ -83,14 +87,16 @@ class Job:
             self._corrupt |= corrupt
             self._checksum_failed |= checksum_failed
             self._no_space |= no_space
+            self._unreadable |= unreadable
             if self._parts:
                 return
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         wanted = self.op.block_ids if isinstance(self.op, Load | Read) else ()
         failed = tuple(block for block in wanted if block not in self._landed) if self._error else ()
         nbytes = self._blocks * self._row_bytes
-        ok, cause = self._error is None, (self._corrupt, self._checksum_failed, self._no_space)
-        self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *cause))
+        ok = self._error is None
+        causes = (self._corrupt, self._checksum_failed, self._no_space, self._unreadable)
+        self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *causes))
 
 
 class Steps(Task):

@@ -9,7 +9,8 @@ memory contents: it turns "these keys are in these GPU blocks" into operations f
     plan_save  reserve host slots, emit Save                   (state: WRITING in the host table)
     complete   of a Save: host READY, emit Write to disk; of a Write: on disk; of a Load: unpin
 
-Host slots are released last block first, so that eviction shortens a prefix from its end.
+Planning a load or a save is a use of all its blocks, also of those that a tier has already, and of a prefix the last
+block counts as used first. So eviction shortens a prefix from its end, in whatever order the copies end.
 
 Invariants: a copy that is being read or written is never reused; a block is visible to ``match``
 only after its copy finished on every rank; results are counted to ``world_size``.
@@ -46,7 +47,11 @@ class Pending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How much of a list of keys is off the GPU and ready, counted in blocks from the first key."""
+    """How much of a list of keys is off the GPU and ready, counted in blocks from the first key.
+
+    While a request loads the first key (``Pending.LOAD``), that one alone is counted: whoever asks has to wait, and
+    asks again in every step.
+    """
 
     num_blocks: int
     num_host_blocks: int
@@ -82,6 +87,7 @@ class _Pending:
     corrupt: bool = False
     checksum_failed: bool = False
     no_space: bool = False
+    unreadable: bool = False
     size_bytes: int = 0
     seconds: float = 0.0
     """Of the slowest rank so far."""
@@ -121,6 +127,8 @@ class TierManager:
         assert chunk_blocks >= 1 and world_size >= 1
         self.slots = slots
         self.disk = disk
+        if disk is not None:  # a chunk is as old as the host copies that it was written from
+            slots.clock = disk.clock
         self.totals = TransferTotals()
         self.copies: dict[Route, CopyTotals] = {route: CopyTotals() for route in ROUTES}
         self.chunk_blocks = chunk_blocks
@@ -140,6 +148,7 @@ class TierManager:
         pending = Pending.NO
         if keys and keys[0] in self._loading:
             pending = Pending.LOAD
+            keys = keys[:1]
         elif keys and keys[0] in self._prefetching:
             pending = Pending.PREFETCH
         num_blocks = num_host = 0
@@ -159,6 +168,16 @@ class TierManager:
         """Whether a copy of the block to the GPU is under way."""
         return key in self._loading or key in self._prefetching
 
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Counts as one use of a prefix, in every tier, the first block as the latest."""
+        touched = None
+        for key in reversed(keys):
+            self.slots.touch((key,))
+            location = None if self.disk is None else self.disk.lookup(key)
+            if self.disk is not None and location is not None and location.chunk != touched:
+                touched = location.chunk
+                self.disk.touch(touched)
+
     # -- load -----------------------------------------------------------------------------------
 
     @contextmanager
@@ -166,20 +185,28 @@ class TierManager:
         """Host copies of these keys stay until the end of the block.
 
         For several loads that were matched together: a ``Read`` of the first makes room in the host for its own
-        blocks, and could take it from the second.
+        blocks, and could take it from the second. They are one use, too, not one after the other.
         """
+        keys = list(keys)
+        with self._pinned(keys):
+            yield
+        self.touch(keys)
+
+    @contextmanager
+    def _pinned(self, keys: Iterable[BlockKey]) -> Iterator[None]:
         held = [key for key in keys if self.slots.lookup(key) is not None]
         self.slots.pin(held)
         try:
             yield
         finally:
-            self.slots.unpin(reversed(held))
+            self.slots.unpin(held)
 
     def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int], *, prefetch: bool = False) -> list[Op]:
         """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks.
 
         Args:
-            prefetch: no request waits for them; the copies go behind those that one waits for.
+            prefetch: no request waits for them; the copies go behind those that one waits for, and evict nothing
+                from the host.
         """
         assert len(keys) == len(block_ids)
         operations: list[Op] = []
@@ -194,6 +221,7 @@ class TierManager:
                 part_blocks = tuple(block for _, block in part)
                 operations.append(self._plan_part(source, part_keys, part_blocks, prefetch))
         (self._prefetching if prefetch else self._loading).update(keys)
+        self.touch(keys)
         return operations
 
     def _source(self, key: BlockKey) -> str:
@@ -210,20 +238,17 @@ class TierManager:
         operation: Op
         if not chunk:
             slots = tuple(slot for key in keys if (slot := self.slots.lookup(key)) is not None)
-            if self.disk is not None:  # the file that outlives the host's copy is as much in use
-                for used in {found.chunk for key in keys if (found := self.disk.lookup(key)) is not None}:
-                    self.disk.touch(used)
             operation = Load(op_id=op_id, slots=slots, block_ids=block_ids, prefetch=prefetch)
             self._start(_Pending(operation, keys))
             return operation
         assert self.disk is not None
         self.disk.pin(chunk)
-        self.disk.touch(chunk)
         locations = [self.disk.lookup(key) for key in keys]
         positions = tuple(location.position for location in locations if location is not None)
         # A key of an earlier part of this load may be on its way into the host already.
         absent = all(self.slots.state(key) is SlotState.ABSENT for key in keys)
-        promoted = self.slots.reserve(keys) if absent else None
+        # A guess takes free slots only: what is in the others may be what requests are about to load.
+        promoted = self.slots.reserve(keys, evict=not prefetch) if absent else None
         operation = Read(
             op_id=op_id,
             chunk=chunk,
@@ -242,13 +267,21 @@ class TierManager:
     def plan_save(self, keys: Sequence[BlockKey], block_ids: Sequence[int], tag: bytes) -> list[Op]:
         """Copies GPU blocks to the host, in prefix order, as far as there is room.
 
-        What a tier already holds is left out. The caller must hold the GPU blocks named by the
-        operations until ``complete`` releases them.
+        What a tier already holds is left out, and was used: requests find it on the GPU and ask no tier for it. The
+        caller must hold the GPU blocks named by the operations until ``complete`` releases them.
         """
         if self.disk is not None:
             self.disk.keep_reserve()
         if self.is_forgotten(tag):
             return []
+        self.touch(keys)  # what is held of the prefix leaves last when room is made for the rest
+        with self._pinned(key for key in keys if self.disk is None or self.disk.lookup(key) is None):
+            operations = self._plan_saves(keys, block_ids, tag)
+        if operations:
+            self.touch(keys)
+        return operations
+
+    def _plan_saves(self, keys: Sequence[BlockKey], block_ids: Sequence[int], tag: bytes) -> list[Op]:
         fresh = [
             (key, block)
             for key, block in dict(zip(keys, block_ids, strict=True)).items()
@@ -285,6 +318,7 @@ class TierManager:
                 pending.corrupt |= result.corrupt
                 pending.checksum_failed |= result.checksum_failed
                 pending.no_space |= result.no_space
+                pending.unreadable |= result.unreadable
             if pending.ranks_left:
                 continue
             del self._pending[result.op_id]
@@ -318,12 +352,13 @@ class TierManager:
         if pending.errors or self.is_forgotten(pending.tag):
             self.slots.abort(pending.keys)
             return []
-        self.slots.commit(reversed(pending.keys))
+        self.slots.commit(pending.keys)
         self._tag_host_copies(pending.keys, pending.tag)
         self.totals.saved_blocks += len(pending.keys)
         if self.disk is None:
             return []
-        planned = self.disk.plan_write(pending.keys, len(pending.keys) * self._block_bytes, pending.tag)
+        size_bytes, last_use = len(pending.keys) * self._block_bytes, self.slots.last_use(pending.keys[0])
+        planned = self.disk.plan_write(pending.keys, size_bytes, pending.tag, last_use)
         if planned is None:
             self.totals.skipped_blocks += len(pending.keys)
             return []
@@ -336,15 +371,16 @@ class TierManager:
 
     def _written(self, pending: _Pending) -> None:
         assert self.disk is not None and pending.planned is not None
-        self.slots.unpin(reversed(pending.keys))
+        last_use = self.slots.last_use(pending.keys[0])
+        self.slots.unpin(pending.keys)
         if pending.errors or self.is_forgotten(pending.tag):
             self.disk.abort(pending.planned.chunk, no_space=pending.no_space)
         else:
-            self.disk.commit(pending.planned.chunk)
+            self.disk.commit(pending.planned.chunk, last_use)
             self.totals.written_blocks += len(pending.keys)
 
     def _loaded(self, pending: _Pending, load: Load) -> None:
-        self.slots.unpin(reversed(pending.keys))
+        self.slots.unpin(pending.keys)
         self._not_loading(pending.keys, prefetch=load.prefetch)
         if pending.errors:
             self.slots.drop(pending.keys)
@@ -359,11 +395,14 @@ class TierManager:
             if pending.errors or self.is_forgotten(pending.tag):
                 self.slots.abort(pending.keys)
             else:
-                self.slots.commit(reversed(pending.keys))
+                self.slots.commit(pending.keys)
                 self._tag_host_copies(pending.keys, pending.tag)
         if pending.corrupt:
             self.disk.drop(read.chunk)  # it is built again
+        elif pending.unreadable:
+            self.disk.read_failed(read.chunk)
         elif not pending.errors:
+            self.disk.read_succeeded(read.chunk)
             self.totals.loaded_disk_blocks += len(pending.keys)
 
     def _tag_host_copies(self, keys: Sequence[BlockKey], tag: bytes) -> None:

@@ -79,6 +79,8 @@ class Result:
     """It is damaged in that a block's checksum does not match."""
     no_space: bool = False
     """It could not be written, since the disk is full."""
+    unreadable: bool = False
+    """The file system refused to read it; perhaps it will the next time."""
 
 
 def path_for_rank(path: str, rank: int) -> str:

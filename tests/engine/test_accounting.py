@@ -108,6 +108,8 @@ def test_a_load_that_fails_is_told_from_one_that_does_not(engine: Engine, engine
         engine.settle()
 
     assert seen.sources == [Source.FAILED]
+    assert all(seen["tier_hit_blocks", tier] == 0 for tier in ("gpu", "host", "disk"))
+    assert all(seen["tier_miss_blocks", tier] == NUM_BLOCKS for tier in ("gpu", "host", "disk"))
     assert seen["copy_failures", "disk_to_gpu", "request"] >= 1
     assert seen["checksum_failures"] == seen["corrupt_files"] >= 1
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memos_vllm.errors import DataDirError, DataDirInUse
-from memos_vllm.store.disk_index import DiskIndex, DropReport, Location
+from memos_vllm.store.disk_index import TOUCHES_PER_COMMIT, DiskIndex, DropReport, Location
 from memos_vllm.store.kv_file import write_chunk
 from memos_vllm.store.ops import path_for_rank
 from tests.store.store_factories import make_identity, make_key, make_keys, random_rows
@@ -59,6 +59,11 @@ def found(index, *numbers):
     return [index.lookup(make_key(number)) is not None for number in numbers]
 
 
+def removed(index):
+    """Waits until the thread has removed what was evicted so far."""
+    index._remover.submit(lambda: None).result()
+
+
 def files(root, suffix=".safetensors"):
     return sorted(path.name for path in root.rglob("*") if path.name.endswith(suffix))
 
@@ -98,6 +103,7 @@ def test_the_budget_evicts_least_recently_used_chunks_of_any_identity(open_index
     index.touch(first.chunk)
     write(index, 4, 5)
     assert found(index, 1, 2, 3, 4, 5) == [True, False, True, True, True]
+    removed(index)
     assert len(files(tmp_path)) == 6
     index.pin(first.chunk)
     index.pin(third.chunk)
@@ -106,6 +112,35 @@ def test_the_budget_evicts_least_recently_used_chunks_of_any_identity(open_index
     index.unpin(third.chunk)
     assert plan(index, 6, 7, 8) is not None
     assert found(index, 1, 3, 4, 5) == [True, False, False, False]
+
+
+def test_the_order_of_uses_is_written_with_new_chunks_some_at_a_time(open_index, monkeypatch):
+    index = open_index()
+    chunks = [write(index, number).chunk for number in range(TOUCHES_PER_COMMIT + 8)]
+    written = []
+    apply = index._records.apply
+    monkeypatch.setattr(index._records, "apply", lambda put, delete: written.append(len(put)) or apply(put, delete))
+    for chunk in reversed(chunks):
+        index.touch(chunk)
+    write(index, 99)
+    index.close()
+    assert written == [TOUCHES_PER_COMMIT + 1, 8]
+    assert found(open_index(budget_blocks=3), 99, *range(len(chunks))) == [True] * 3 + [False] * (len(chunks) - 2)
+
+
+def test_a_chunk_is_filed_by_the_use_of_its_keys(open_index):
+    index = open_index(budget_blocks=3)
+    older, newer = plan(index, 1), plan(index, 2)
+    write(index, 3)
+    uses = [index.clock.tick(), index.clock.tick()]
+    index.touch(index.lookup(make_key(3)).chunk)
+    index.commit(newer.chunk, uses[1])
+    index.commit(older.chunk, uses[0])
+    assert index.plan_write(make_keys(4), 2 * ROW_BYTES, b"", last_use=uses[0] - 1) is None
+    assert found(index, 1, 2, 3) == [True] * 3, "nothing goes for what is older"
+    for number in (4, 5):
+        assert plan(index, number) is not None
+        assert found(index, 1, 2, 3) == [False, number == 4, True]
 
 
 def test_more_than_the_budget_is_refused(open_index):
@@ -182,6 +217,71 @@ def test_files_go_in_a_thread_and_an_index_that_closes_waits_for_it(open_index, 
     may_go.set()
     index.close()
     assert removal.done() and files(tmp_path) == [] and threading.get_ident() not in threads
+
+
+class SlowDisk:
+    """``os.unlink`` of a chunk's file waits; then it works, or raises ``error``."""
+
+    def __init__(self, monkeypatch):
+        self.may_go, self.error, self._unlink = threading.Event(), None, os.unlink
+        monkeypatch.setattr(os, "unlink", self)
+
+    def __call__(self, path):
+        if not str(path).endswith(".safetensors"):
+            return self._unlink(path)
+        self.may_go.wait()
+        if self.error is not None:
+            raise self.error
+        self._unlink(path)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    yield disk
+    disk.may_go.set()
+
+
+def test_an_evicted_chunk_is_not_written_again_before_its_files_are_gone(open_index, slow_disk, tmp_path):
+    index = open_index(budget_blocks=2)
+    write(index, 1)
+    write(index, 2)
+    write(index, 3)
+    assert found(index, 1, 2, 3) == [False, True, True], "at once"
+    assert plan(index, 1) is None and found(index, 2, 3) == [True, True], "and nothing was evicted for it"
+    assert len(files(tmp_path)) == 6
+    slow_disk.may_go.set()
+    removed(index)
+    again = write(index, 1)
+    removed(index)
+    assert found(index, 1, 2, 3) == [True, False, True]
+    assert all(os.path.exists(path_for_rank(again.path, rank)) for rank in range(2))
+    assert found(open_index(budget_blocks=2), 1, 2, 3) == [True, False, True]
+
+
+def test_what_is_evicted_and_still_there_is_bounded(open_index, slow_disk, monkeypatch):
+    monkeypatch.setattr("memos_vllm.store.disk_index.MAX_LEAVING_BYTES", 4 * ROW_BYTES)
+    index = open_index(budget_blocks=1)
+    for number in range(4):
+        write(index, number)
+    assert plan(index, 4) is None, "three are evicted, for which there would be room without the third"
+    assert found(index, 3) == [True]
+    index.drop_tag(b"")
+    write(index, 4)
+    slow_disk.may_go.set()
+    removed(index)
+    write(index, 5)
+
+
+def test_a_deletion_removes_what_was_evicted_just_before(open_index, slow_disk):
+    index = open_index(budget_blocks=1)
+    chunk = write(index, 1, tag=b"alice")
+    write(index, 2)
+    slow_disk.error = OSError(errno.EIO, "I/O error")
+    dropped = index.drop_tag(b"alice")
+    assert dropped == DropReport(0, 0, 0, Future())
+    slow_disk.may_go.set()
+    assert dropped.removal.result() == [path_for_rank(chunk.path, rank) for rank in range(2)]
 
 
 def test_a_damaged_chunk_is_dropped_while_it_is_read(open_index, tmp_path):

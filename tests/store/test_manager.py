@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -173,6 +175,29 @@ def test_without_room_on_disk_the_host_keeps_its_copy(make_tiers: MakeTiers) -> 
     assert matched(tiers, 1, 2) == 2 and tiers.totals.skipped_blocks == 2
 
 
+def test_the_file_system_does_not_hold_up_the_engine(make_tiers: MakeTiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loop makes room on a full disk, and the files go in a thread."""
+    tiers = make_tiers(disk_blocks=2)
+    put_on_host(tiers, 1, 2)
+    may_go, unlink, threads = threading.Event(), os.unlink, set()
+
+    def slow(path: str) -> None:
+        threads.add(threading.get_ident())
+        assert may_go.wait(20), "a guard against a test that hangs"
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", slow)
+    tiers.drop_host()
+    (save,) = tiers.plan_save(make_keys(3, 4), (13, 14), TAG)
+    (write,) = end(tiers, save)
+    assert matched(tiers, 1) == 0 and tiers.disk is not None
+    end(tiers, write)
+    assert matched(tiers, 3, 4) == 2
+    may_go.set()
+    tiers.disk.close()
+    assert threads and threading.get_ident() not in threads
+
+
 def test_without_a_disk_nothing_is_written(make_tiers: MakeTiers) -> None:
     tiers = make_tiers(disk_blocks=None)
     (save,) = tiers.plan_save(make_keys(1), (11,), TAG)
@@ -189,6 +214,95 @@ def test_eviction_shortens_a_prefix_from_its_end(make_tiers: MakeTiers) -> None:
     assert matched(tiers, 1, 2, 3) == 3, "what was loaded last goes last"
     put_on_host(tiers, 11)
     assert matched(tiers, 1, 2, 3) == 2, "and of a load, the last block first"
+
+
+PREFIX = range(1, 9)
+"""Of four chunks of two blocks."""
+
+
+def end_in_any_order(tiers: TierManager, operations: Sequence[Op], data: st.DataObject) -> None:
+    """All of them, and what follows from them."""
+    under_way = list(operations)
+    while under_way:
+        under_way += end(tiers, under_way.pop(data.draw(st.integers(0, len(under_way) - 1))))
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), tier=st.sampled_from(["host", "disk"]), source=st.sampled_from(["save", "host", "disk", "both"]))
+def test_eviction_shortens_a_prefix_of_many_chunks_from_its_end(data: st.DataObject, tier: str, source: str) -> None:
+    """A whole prefix is saved or loaded in parts that end in any order; then one chunk more is saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        disk = DiskIndex(Path(folder), make_identity(), len(PREFIX) * BLOCK_BYTES, 1)
+        tiers = TierManager(SlotTable(len(PREFIX)), disk, 2, BLOCK_BYTES, 1)
+        end_in_any_order(tiers, tiers.plan_save(make_keys(*PREFIX), PREFIX, TAG), data)
+        if source != "save":
+            if source == "disk":
+                tiers.drop_host()
+            elif source == "both":
+                tiers.slots.drop(make_keys(3, 4, 7, 8))
+            end_in_any_order(tiers, tiers.plan_load(make_keys(*PREFIX), PREFIX), data)
+        put_on_host(tiers, 10, 11)
+        find = tiers.slots.lookup if tier == "host" else disk.lookup
+        assert [find(key) is not None for key in make_keys(*PREFIX, 10)] == [True] * 6 + [False] * 2 + [True]
+        check_idle(tiers)
+        disk.close()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_what_requests_find_on_the_gpu_stays_in_the_tiers(make_tiers: MakeTiers, tier: str) -> None:
+    """Turn after turn the head of a conversation is in vLLM's prefix cache, and no tier is asked for it."""
+    tiers = make_tiers(num_slots=8, disk_blocks=8 if tier == "disk" else None, chunk_blocks=2)
+    put_on_host(tiers, 1, 2)
+    for turn in range(10):
+        put_on_host(tiers, 20 + 2 * turn, 21 + 2 * turn, tag=OTHER_TAG)
+        if tier == "disk":
+            tiers.drop_host()
+        assert tiers.plan_save(make_keys(1, 2), (11, 12), TAG) == [], "it is there still"
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_prefix_too_long_for_a_tier_keeps_its_head(make_tiers: MakeTiers, tier: str) -> None:
+    tiers = make_tiers(num_slots=8 if tier == "disk" else 4, disk_blocks=4 if tier == "disk" else None, chunk_blocks=2)
+    put_on_host(tiers, 1, 2, 3, 4)
+    for last in (6, 8):
+        numbers = range(1, last + 1)
+        end_all(tiers, tiers.plan_save(make_keys(*numbers), numbers, TAG))
+    if tier == "disk":
+        tiers.drop_host()
+    assert [matched(tiers, number) for number in range(1, 9)] == [1] * 4 + [0] * 4
+
+
+def test_a_prefix_that_outgrows_the_host_is_saved_to_disk_through_it(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers(num_slots=2, chunk_blocks=2)
+    for last in (2, 4, 6):
+        numbers = range(1, last + 1)
+        end_all(tiers, tiers.plan_save(make_keys(*numbers), numbers, TAG))
+    assert matched(tiers, *range(1, 7)) == 6
+
+
+def test_a_chunk_that_is_written_late_is_as_old_as_its_save(make_tiers: MakeTiers) -> None:
+    """A slow write of one prefix does not make it younger than what was used since."""
+    tiers = make_tiers(disk_blocks=4, chunk_blocks=2)
+    (save,) = tiers.plan_save(make_keys(1, 2), (11, 12), TAG)
+    (write,) = end(tiers, save)
+    put_on_host(tiers, 3, 4)
+    end(tiers, write)
+    put_on_host(tiers, 5, 6)
+    tiers.drop_host()
+    assert [matched(tiers, number) for number in (1, 3, 5)] == [0, 1, 1]
+
+
+def test_loads_that_are_planned_together_are_one_use(make_tiers: MakeTiers) -> None:
+    tiers = make_tiers(num_slots=4, disk_blocks=None, chunk_blocks=2)
+    put_on_host(tiers, 1, 2, 3, 4)
+    with tiers.keeping(make_keys(1, 2, 3, 4)):
+        loads = [
+            *tiers.plan_load(make_keys(1, 2), (11, 12), prefetch=True),
+            *tiers.plan_load(make_keys(3, 4), (13, 14), prefetch=True),
+        ]
+    end_all(tiers, loads)
+    put_on_host(tiers, 9)
+    assert matched(tiers, 1, 2, 3, 4) == 3
 
 
 # -- ranks ----------------------------------------------------------------------------------------
@@ -318,6 +432,19 @@ def test_a_read_without_room_on_the_host_goes_to_the_gpu_alone(make_tiers: MakeT
     assert tiers.match(make_keys(1, 2)) == Match(2, 1, Pending.NO)
 
 
+@pytest.mark.parametrize("num_free", [0, 2])
+def test_a_prefetch_from_disk_evicts_nothing_from_the_host(make_tiers: MakeTiers, num_free: int) -> None:
+    tiers = make_tiers(num_slots=2 + num_free, chunk_blocks=2)
+    put_on_disk(tiers, 1, 2)
+    put_on_host(tiers, 8, 9)
+    (prefetch,) = tiers.plan_load(make_keys(1, 2), (21, 22), prefetch=True)
+    end(tiers, prefetch)
+    assert tiers.match(make_keys(8, 9)).num_host_blocks == 2
+    assert tiers.match(make_keys(1, 2)) == Match(2, num_free, Pending.NO)
+    end_all(tiers, tiers.plan_load(make_keys(1, 2), (21, 22)))
+    assert tiers.match(make_keys(1, 2)).num_host_blocks == 2, "a request takes what it needs"
+
+
 def test_a_load_is_cut_where_the_source_changes_and_at_the_chunk_size(make_tiers: MakeTiers) -> None:
     tiers = make_tiers(chunk_blocks=2, num_slots=4)
     put_on_disk(tiers, 1, 2)
@@ -352,7 +479,7 @@ def test_a_block_that_is_being_loaded_is_pending(make_tiers: MakeTiers) -> None:
     put_on_host(tiers, 1, 2)
     assert tiers.match([]) == Match(0, 0, Pending.NO)
     (load,) = tiers.plan_load(make_keys(1), (21,))
-    assert tiers.match(make_keys(1, 2)) == Match(2, 2, Pending.LOAD)
+    assert tiers.match(make_keys(1, 2)) == Match(1, 1, Pending.LOAD), "the others are not looked at"
     assert tiers.match(make_keys(2)) == Match(1, 1, Pending.NO)
     end(tiers, load)
     assert tiers.match(make_keys(1, 2)) == Match(2, 2, Pending.NO)
@@ -447,6 +574,33 @@ def test_a_failed_attempt_to_read_leaves_the_chunk(make_tiers: MakeTiers) -> Non
     assert tiers.match(make_keys(1, 2)) == Match(2, 0, Pending.NO), "another attempt may succeed"
     assert tiers.slots.state(make_key(1)) is SlotState.ABSENT
     assert tiers.totals.loaded_disk_blocks == 0 and tiers.totals.failed_ops == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_chunk_that_cannot_be_read_twice_in_a_row_is_dropped(make_tiers: MakeTiers, world_size: int) -> None:
+    tiers = make_tiers(world_size=world_size)
+    put_on_disk(tiers, 1, 2)
+
+    def read(**outcome: bool) -> None:
+        (operation,) = tiers.plan_load(make_keys(1, 2), (21, 22))
+        tiers.complete([result(operation)] * (world_size - 1))
+        tiers.complete([replace(result(operation, ok=not outcome), **outcome)])
+        tiers.drop_host()
+
+    for outcome in ("unreadable", "", "unreadable"):
+        read(**{outcome: True} if outcome else {})
+    assert matched(tiers, 1, 2) == 2, "a success in between"
+    for _ in range(3):
+        (operation,) = tiers.plan_load(make_keys(1, 2), (21, 22))
+        end(tiers, operation, ok=False)
+    assert matched(tiers, 1, 2) == 2, "the file is not to blame"
+    read(unreadable=True)
+    assert matched(tiers, 1, 2) == 0
+    put_on_host(tiers, 1, 2)
+    assert tiers.disk is not None and len(tiers.disk) == 2, "built again"
+    tiers.drop_host()
+    read(unreadable=True)
+    assert matched(tiers, 1, 2) == 2, "and counted anew"
 
 
 def test_a_corrupt_file_of_any_rank_drops_the_chunk_and_the_copy_it_began(make_tiers: MakeTiers) -> None:

@@ -1,6 +1,7 @@
 """The transfer worker on CPU blocks: bytes, failures, order, shutdown."""
 
 import dataclasses
+import errno
 import os
 import pickle
 import threading
@@ -230,6 +231,32 @@ def test_a_file_that_does_not_fit_fails_the_read(make_rig, tmp_path, harm):
     result = rig.read(range(4), range(10, 14), keys=make_keys(0, 1, 9, 3) if harm == "key" else None)
     assert not result.ok and result.failed_blocks == (10, 11, 12, 13) and result.nbytes == 0
     assert torch.equal(rig.content(range(BLOCKS)), before)
+
+
+@pytest.mark.parametrize(
+    ("number", "unreadable"),
+    [
+        (errno.EIO, True),
+        (errno.EACCES, True),
+        (errno.ESTALE, True),
+        (errno.EMFILE, False),
+        (errno.ENOMEM, False),
+        (errno.ENOENT, False),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_from_a_process_that_runs_short(make_rig, monkeypatch, number, unreadable):
+    rig = make_rig()
+    rig.save(range(4), range(4))
+    rig.write(range(4), range(4))
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    result = rig.read(range(4), range(4))
+    monkeypatch.undo()
+    assert not result.ok and result.unreadable == unreadable
+    assert result.corrupt == (number == errno.ENOENT)
 
 
 def test_a_write_that_fails_is_a_result_and_leaves_no_file(make_rig, tmp_path, monkeypatch):
