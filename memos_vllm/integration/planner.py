@@ -47,6 +47,9 @@ LIKELY = 0.5
 """From this probability of a use within the horizon on, a scene's adapter is brought: loading one costs the engine
 time, and takes a place from another. A scene's KV may be brought at less; blocks that nobody needs are many."""
 
+OWNER_SHARE = 0.25
+"""Share of the told scenes that one user's may be while others have such, however much is announced for him."""
+
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
 
@@ -261,7 +264,8 @@ class ScenePlanner:
             await self._tell(self._told)
             return
         self._held_since = None
-        predictions = self._predictor.rank(self._now(), self._max_scenes)
+        of_one = max(1, int(OWNER_SHARE * self._max_scenes))
+        predictions = self._predictor.rank(self._now(), self._max_scenes, of_one=of_one)
         ranked = [(each.value, each.scene_id) for each in predictions]
         likely = [each.scene_id for each in predictions if each.probability >= LIKELY]
         if not happened and [scene_id for _, scene_id in ranked] == self.told and likely == self.likely:

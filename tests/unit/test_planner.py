@@ -398,3 +398,19 @@ def test_an_adapter_is_brought_when_its_scene_becomes_likely_with_time_alone(run
         assert len(brought) == 2, "once"
 
     run(body)
+
+
+def test_one_user_does_not_fill_what_the_engine_is_told_to_expect(run: Any, clock: Clock) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        sessions = [f"tab {number}" for number in range(planner._max_scenes)]
+        for session in sessions:
+            a_turn(planner, 7, session)
+        for _ in range(3):
+            clock.now += 1.0
+            for session in sessions:
+                planner.observe(Typing(planner.scene_id(user(7), session)))
+        await planner._replan(True)
+        told_of_one = set(planner.told) & {planner.scene_id(user(7), session) for session in sessions}
+        assert len(planner.told) == planner._max_scenes and 0 < len(told_of_one) <= planner._max_scenes // 4
+
+    run(body)
