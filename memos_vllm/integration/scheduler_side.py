@@ -9,6 +9,7 @@ take_metadata / complete     to the workers and back, every step
 from __future__ import annotations
 
 import logging
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_FURTHER_CHOICE = re.compile(r"[1-9][0-9]*_")
+"""How vLLM begins the ids of a request's further choices (``n`` > 1), each a request of its own in the engine. Chat
+requests, which alone name scenes, have ids that begin otherwise, whatever the client calls them."""
 
 PREFETCH_PATIENCE_S = 0.05
 """How long a request waits for a prefetch of its own blocks before it loads them itself.
@@ -117,9 +122,11 @@ class SchedulerSide:
         return num_tokens, True
 
     def _note_arrival(self, memory: ActivationMemory, request: Request, num_resident_blocks: int) -> None:
-        """Tells the scene table, once per request, how much of its scene was on the GPU."""
+        """Tells the scene table, once per request of a client, how much of its scene was on the GPU."""
         if memory.scenes is None or request.request_id in self._arrived or _scene_of(request) is None:
             return
+        if _FURTHER_CHOICE.match(request.request_id):
+            return  # it finds what the first one has, or waits for
         self._arrived.add(request.request_id)
         named = [scene_id for param in (SCENE_PARAM, START_PARAM) if (scene_id := _scene_of(request, param))]
         memory.arrived(named, request, num_resident_blocks)
