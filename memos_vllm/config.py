@@ -262,7 +262,8 @@ class PredictionConfig(Section):
     """Whether predicted prefixes are brought into, and kept in, the GPU's prefix cache."""
 
     max_scenes: int = Field(default=64, ge=1, le=10_000)
-    """How many scenes are expected at a time at most; the GPU's size limits them further."""
+    """How many scenes are expected at a time at most; the GPU's size limits them further. One user has at most a
+    quarter of them, as long as others need the rest."""
 
     build: BuildConfig = BuildConfig()
 

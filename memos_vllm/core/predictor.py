@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ NEARER = (1.0, 1 / 16)
 one is worth more: the other can still be brought when that one has been used, as Belady would have it."""
 
 MAX_SCENES = 200_000
+LOOKED_AT = 16
+"""How many times as many scenes as are wanted a ranking by owner looks at, in the loop that serves requests."""
 _MAX_TRIGGERS = 4
 _MIN_PROBABILITY = 0.5
 """Whose turn is next is acted on where that is more often right than wrong. What it would bring takes the place of
@@ -128,7 +131,8 @@ class Predictor:
     def owners(self) -> set[str]:
         """Of whom anything is known."""
         of_scenes = {wait.scene.owner for wait in self._waits.values() if wait.scene.owner is not None}
-        return of_scenes | {owner for owner in self._last_use if owner} | self._returns.hazard.owners()
+        of_uses = {owner for owner in self._last_use if owner}
+        return of_scenes | of_uses | self._returns.hazard.owners() | self._hints.owners()
 
     def forget_owner(self, owner: str) -> None:
         """Removes the owner's scenes and habits."""
@@ -142,6 +146,7 @@ class Predictor:
                 wait.turn = None
         self._turn_order.forget(theirs)
         self._returns.hazard.forget_owner(owner)
+        self._hints.forget_owner(owner)
         self._last_use.pop(owner, None)
 
     def observe(self, event: Event, now: float) -> None:
@@ -162,10 +167,9 @@ class Predictor:
                 self._end_hint(wait, False, now)
                 wait.closed, wait.trigger, wait.turn = True, None, None
             case _:
-                self._end_hint(wait, None, now)
                 if wait.closed:
                     wait.closed, wait.counted_s = False, wait.elapsed_s(now)
-                wait.hint = self._hints.open(event, now)
+                wait.hint = self._hints.open(event, wait.scene.owner, now, wait.hint)
         self._visit(wait, now)
 
     def advance(self, now: float) -> None:
@@ -177,17 +181,37 @@ class Predictor:
             if wait is not None and wait.version == version:
                 self._visit(wait, now)
 
-    def rank(self, now: float, limit: int, kinds: Iterable[SceneKind] | None = None) -> list[Expected]:
-        """The most valuable scenes that no request is using, best first."""
+    def rank(
+        self, now: float, limit: int, kinds: Iterable[SceneKind] | None = None, of_one: int | None = None
+    ) -> list[Expected]:
+        """The most valuable scenes that no request is using, best first.
+
+        Args:
+            of_one: more than so many scenes of one owner are in it only where others have too few, among the
+                ``LOOKED_AT * limit`` most valuable.
+        """
         self.advance(now)
         wanted = None if kinds is None else set(kinds)
         out: list[Expected] = []
-        for scene_id in self._ranking.best():
-            if len(out) == limit:
+        beyond: list[Expected] = []
+        num_of: Counter[str] = Counter()
+        for place, scene_id in enumerate(self._ranking.best()):
+            if len(out) == limit or (place >= LOOKED_AT * limit and len(out) + len(beyond) >= limit):
                 break
             wait = self._waits[scene_id]
-            if not wait.busy and (wanted is None or wait.scene.kind in wanted):
-                out.append(Expected(scene_id, wait.probability, wait.value))
+            if wait.busy or (wanted is not None and wait.scene.kind not in wanted):
+                continue
+            expected = Expected(scene_id, wait.probability, wait.value)
+            owner = wait.scene.owner
+            if of_one is not None and owner is not None:
+                num_of[owner] += 1
+                if num_of[owner] > of_one:
+                    beyond.append(expected)
+                    continue
+            out.append(expected)
+        if beyond and len(out) < limit:
+            out += beyond[: limit - len(out)]
+            out.sort(key=lambda each: (-each.value, each.scene_id))
         return out
 
     def predict(self, scene_id: str, now: float) -> Prediction | None:
@@ -212,7 +236,7 @@ class Predictor:
             "version": STATE_VERSION,
             "now": self._now if math.isfinite(self._now) else None,
             "hazard": self._returns.hazard.state(),
-            "hints": self._hints.state(),
+            "trust": self._hints.state(),
             "transitions": self._transitions.state(),
             "turn_order": self._turn_order.state(),
             "last_use": ([owner, *use] for owner, use in self._last_use.items()),
@@ -240,7 +264,10 @@ class Predictor:
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} of the predictor's state, not {STATE_VERSION}")
             predictor._returns.hazard.restore(state["hazard"])
-            predictor._hints.restore(state["hints"])
+            if "trust" in state:
+                predictor._hints.restore(state["trust"])
+            else:
+                predictor._hints.restore_whole(state["hints"])
             predictor._transitions.restore(state["transitions"])
             predictor._turn_order.restore(state["turn_order"])
             predictor._last_use = {owner: (scene_id, at) for owner, scene_id, at in state["last_use"]}
@@ -333,10 +360,9 @@ class Predictor:
             target.trigger = trigger
             self._visit(target, trigger.since)
 
-    def _end_hint(self, wait: Wait, used: bool | None, now: float) -> None:
-        """``used`` None: another hint takes its place, which says nothing about this one."""
-        if wait.hint is not None and used is not None:
-            self._hints.close(wait.hint, used, now)
+    def _end_hint(self, wait: Wait, used: bool, now: float) -> None:
+        if wait.hint is not None:
+            self._hints.close(wait.hint, wait.scene.owner, used, now)
         wait.hint = None
 
     # -- probability -------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ class ActivationMemory:
     """None without prediction or without building at idle."""
     fault: str | None = None
     """Why prediction was given up."""
+    _outdated_cache: Any = None
+    """The GPU's prefix cache that may hold KV of other weights; a reset puts another one in its place."""
     _last_loads: SceneLoads | None = None
     """Prefetches that were under way then."""
     _last_planned: list[Op] = field(default_factory=list)
@@ -159,6 +161,19 @@ class ActivationMemory:
         self.building(lambda builds: builds.clear(), None)
         return before
 
+    def weights_changed(self) -> set[str]:
+        """``reset``, and what is in the GPU's prefix cache now is left to vLLM, which may go on using it."""
+        before = self.reset()
+        if before or any(block.block_hash is not None for block in self.pool.blocks):
+            self._outdated_cache = self.pool.cached_block_hash_to_block
+        return before
+
+    @property
+    def gpu_is_outdated(self) -> bool:
+        """Whether a request may find KV of other weights on the GPU. What it has is then not saved: it would be found
+        when the GPU's prefix cache was reset, and after that nothing may be of those weights."""
+        return self._outdated_cache is self.pool.cached_block_hash_to_block
+
     def take_stats(self) -> MemosStats | None:
         """What is new since the last call; at the end of every step."""
         if self.guarded(lambda scenes: scenes.count_wasted(SWEEP_BLOCKS), 0):
@@ -172,6 +187,7 @@ class ActivationMemory:
             "block_size": self.block_size,
             "in_flight": self.tiers.num_in_flight,
             "held_blocks": len(self.held),
+            "awaits_prefix_cache_reset": self.gpu_is_outdated,
             "host": {"blocks": len(slots), "capacity_blocks": slots.num_slots},
             "disk": {"blocks": len(disk), "bytes": disk.usage_bytes} if disk else {"blocks": 0, "bytes": 0},
             "totals": asdict(self.tiers.totals),

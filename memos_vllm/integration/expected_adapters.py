@@ -33,6 +33,8 @@ class ExpectedAdapters:
         self._registry = registry
         self._loader = loader
         self._scenes: OrderedDict[str, tuple[Principal, str]] = OrderedDict()
+        self._brought: list[int] = []
+        """By the last ``prefetch``, most valuable first; as far as the engine took them."""
 
     def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
         """The next request of a scene will use this adapter; None: no adapter."""
@@ -72,7 +74,7 @@ class ExpectedAdapters:
         """Loads the adapters of scenes, most valuable first, into the slots that no running request holds.
 
         Every use counts for vLLM's eviction. So all of them are used once more in the end, the most valuable one
-        last.
+        last; unless they were so the last time, and vLLM has nothing else that was used since.
         """
         if self._loader.lora_config is None or not any(scene_id in self._scenes for scene_id in scene_ids):
             return
@@ -80,17 +82,20 @@ class ExpectedAdapters:
         in_use = {number for reply in replies for number in reply.get("in_use", ())}
         wanted = self._wanted(scene_ids, in_use, self._loader.lora_config.max_loras - len(in_use))
         present = set(await self._loader.engine.list_loras())
+        if list(wanted) == self._brought and present - in_use == wanted.keys():
+            return
+        self._brought = []
         with ExitStack() as files:
-            brought = [await self._bring(files, who, reference, present) for who, reference in wanted]
+            brought = [await self._bring(files, who, reference, present) for who, reference in wanted.values()]
             for used in reversed(brought[:-1]):
                 if used is not None:
                     with suppress(AdapterUnavailable):
                         await self._loader.load(lora_request(used), used.reference)
+        self._brought = [used.version.lora_int_id for used in brought if used is not None]
 
-    def _wanted(self, scene_ids: Sequence[str], in_use: Collection[int], room: int) -> list[tuple[Principal, str]]:
-        """The scenes' adapters, each once, without those that are in use, as far as there is room."""
-        taken = set(in_use)
-        wanted: list[tuple[Principal, str]] = []
+    def _wanted(self, scene_ids: Sequence[str], in_use: Collection[int], room: int) -> dict[int, tuple[Principal, str]]:
+        """The scenes' adapters, by number, without those that are in use, as far as there is room."""
+        wanted: dict[int, tuple[Principal, str]] = {}
         for scene_id in scene_ids:
             if len(wanted) >= room:
                 break
@@ -101,9 +106,8 @@ class ExpectedAdapters:
             except NotFound:
                 del self._scenes[scene_id]
                 continue
-            if version.lora_int_id not in taken:
-                taken.add(version.lora_int_id)
-                wanted.append(known)
+            if version.lora_int_id not in in_use:
+                wanted.setdefault(version.lora_int_id, known)
         return wanted
 
     async def _bring(self, files: ExitStack, who: Principal, reference: str, present: Collection[int]) -> InUse | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
 
 from memos_vllm.integration import salts
-from memos_vllm.store import tags
+from memos_vllm.integration.tag_index import TagIndex
 from memos_vllm.types import BlockKey
 
 if TYPE_CHECKING:
@@ -65,14 +65,12 @@ class Scene:
     """One per full block."""
     hashes: list[bytes]
     """vLLM's hashes with group id, one per full block."""
+    tag: bytes
+    """Whose it is (``store.tags``)."""
 
     @property
     def num_blocks(self) -> int:
         return len(self.keys)
-
-    def tags(self) -> frozenset[bytes]:
-        """By whose deletion it goes."""
-        return tags.parts(salts.tag_of(self.request.cache_salt, self.request.lora_request))
 
     def num_shared_blocks(self, request: Request) -> int:
         """Leading blocks that a request has in common with the scene."""
@@ -97,6 +95,7 @@ class KnownScenes:
     max_blocks: int = MAX_KNOWN_BLOCKS
     num_blocks: int = 0
     _scenes: OrderedDict[str, Scene] = field(default_factory=OrderedDict)
+    _by_tag: TagIndex = field(default_factory=TagIndex)
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -116,13 +115,20 @@ class KnownScenes:
         block_hashes = list(request.block_hashes[: len(keys)])
         shown = request if self.keep_requests else Shown(block_hashes, request.cache_salt, request.lora_request)
         hashes = [make_block_hash_with_group_id(of, 0) for of in block_hashes]
-        scene = self._scenes[scene_id] = Scene(scene_id, shown, list(keys), hashes)
+        tag = salts.tag_of(request.cache_salt, request.lora_request)
+        scene = self._scenes[scene_id] = Scene(scene_id, shown, list(keys), hashes, tag)
+        self._by_tag.add(scene_id, tag)
         self.num_blocks += scene.num_blocks
         return scene
 
     def remove(self, scene_id: str) -> None:
         if (scene := self._scenes.pop(scene_id, None)) is not None:
             self.num_blocks -= scene.num_blocks
+            self._by_tag.remove(scene_id, scene.tag)
+
+    def with_tag(self, part: bytes) -> list[Scene]:
+        """Those that go when an owner or an adapter is deleted."""
+        return [self._scenes[scene_id] for scene_id in self._by_tag.find(part)]
 
     def overdue(self) -> str | None:
         """The scene to forget next, if there are too many blocks."""

@@ -27,6 +27,7 @@ from memos_vllm.core import snapshot
 from memos_vllm.core.scenes import Event, Scene, SceneKind, TurnEnded, TurnStarted
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.event_exchange import Heard
+from memos_vllm.integration.latest_only import LatestOnly
 from memos_vllm.integration.predictor_file import PredictorFile
 from memos_vllm.types import Principal
 
@@ -47,6 +48,9 @@ LIKELY = 0.5
 """From this probability of a use within the horizon on, a scene's adapter is brought: loading one costs the engine
 time, and takes a place from another. A scene's KV may be brought at less; blocks that nobody needs are many."""
 
+OWNER_SHARE = 0.25
+"""Share of the told scenes that one user's may be while others have such, however much is announced for him."""
+
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
 
@@ -60,7 +64,8 @@ class ScenePlanner:
     Args:
         file: where what was learned is kept, over restarts.
         now: wall-clock seconds; habits follow the hour of the day.
-        on_expected: told ``likely`` after each event, and when time alone has changed it.
+        on_expected: told ``likely`` after each event, and when time alone has changed it. It may take its time: it is
+            called in a task of its own, and what happens meanwhile is one more call.
         on_event: told every event of this process, its time, and the kind of its scene.
     """
 
@@ -81,7 +86,8 @@ class ScenePlanner:
         self.name = f"{os.getpid()}"
         self.on_told: Callable[[], None] = lambda: None
         """Called when an event has changed what the engine expects."""
-        self._on_expected, self._on_event = on_expected, on_event
+        self._bringing = None if on_expected is None else LatestOnly(on_expected, "memos-expected")
+        self._on_event = on_event
         self._predictor = file.restore(now())
         self._told: list[tuple[float, str]] = []
         self.likely: list[str] = []
@@ -120,8 +126,9 @@ class ScenePlanner:
 
     @property
     def busy(self) -> bool:
-        """Whether the engine has yet to hear of something that happened."""
-        return self._changed.is_set() or self._telling or self._held_since is not None
+        """Whether the engine has yet to hear of something that happened, or ``on_expected`` to end."""
+        is_bringing = self._bringing is not None and self._bringing.busy
+        return self._changed.is_set() or self._telling or self._held_since is not None or is_bringing
 
     @property
     def told(self) -> list[str]:
@@ -261,7 +268,8 @@ class ScenePlanner:
             await self._tell(self._told)
             return
         self._held_since = None
-        predictions = self._predictor.rank(self._now(), self._max_scenes)
+        of_one = max(1, int(OWNER_SHARE * self._max_scenes))
+        predictions = self._predictor.rank(self._now(), self._max_scenes, of_one=of_one)
         ranked = [(each.value, each.scene_id) for each in predictions]
         likely = [each.scene_id for each in predictions if each.probability >= LIKELY]
         if not happened and [scene_id for _, scene_id in ranked] == self.told and likely == self.likely:
@@ -269,8 +277,8 @@ class ScenePlanner:
         await self._tell(ranked)
         self.likely = likely
         self.on_told()
-        if self._on_expected is not None:
-            await self._on_expected(likely)
+        if self._bringing is not None:
+            self._bringing.ask(likely)
 
     async def _tell(self, ranked: list[tuple[float, str]]) -> None:
         payload = {"planner": self.name, "scenes": ranked, "busy": list(self._busy)}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from memos_vllm.integration import salts
 from memos_vllm.integration.known_scenes import Scene
 from memos_vllm.integration.scene_table import SceneTable
-from memos_vllm.store import tags
+from memos_vllm.integration.tag_index import TagIndex
 from memos_vllm.store.ops import Op
 
 if TYPE_CHECKING:
@@ -47,12 +47,11 @@ class _Content:
     token_ids: array[int]
     salt: str
     lora_request: LoRARequest | None
+    tag: bytes
+    """Whose it is (``store.tags``)."""
     num_built_blocks: int = 0
     """Since the scene was shown, or a request used it. A scene is computed once for a use that may never come,
     not again and again where no tier has room to keep it."""
-
-    def tags(self) -> frozenset[bytes]:
-        return tags.parts(salts.tag_of(self.salt, self.lora_request))
 
 
 @dataclass(slots=True)
@@ -89,6 +88,7 @@ class SceneBuilds:
     now: Callable[[], float] = time.monotonic
     totals: BuildTotals = field(default_factory=BuildTotals)
     _contents: OrderedDict[str, _Content] = field(default_factory=OrderedDict)
+    _by_tag: TagIndex = field(default_factory=TagIndex)
     _num_token_ids: int = 0
     _claim: _Claim | None = None
     _live: set[str] = field(default_factory=set)
@@ -103,7 +103,9 @@ class SceneBuilds:
             return  # token ids alone would compute something else
         assert request.cache_salt is not None
         token_ids = array("I", request.all_token_ids[: num_blocks * self.block_size])
-        self._contents[scene_id] = _Content(token_ids, request.cache_salt, request.lora_request)
+        tag = salts.tag_of(request.cache_salt, request.lora_request)
+        self._contents[scene_id] = _Content(token_ids, request.cache_salt, request.lora_request, tag)
+        self._by_tag.add(scene_id, tag)
         self._num_token_ids += len(token_ids)
         while self._num_token_ids > MAX_TOKEN_IDS and len(self._contents) > 1:
             self._drop(next(iter(self._contents)))
@@ -115,15 +117,15 @@ class SceneBuilds:
 
     def forget(self, tag: bytes) -> None:
         """What a deleted salt or adapter made is not computed again: of what is not here no piece is claimed."""
-        for scene_id in [each for each, content in self._contents.items() if tag in content.tags()]:
+        for scene_id in self._by_tag.find(tag):
             self._drop(scene_id)
 
     def give_up(self, tag: bytes) -> None:
         """What cannot be computed now counts as built: no piece of it is claimed until its scene is shown anew, or
         a request used it."""
-        for content in self._contents.values():
-            if tag in content.tags():
-                content.num_built_blocks = len(content.token_ids) // self.block_size
+        for scene_id in self._by_tag.find(tag):
+            content = self._contents[scene_id]
+            content.num_built_blocks = len(content.token_ids) // self.block_size
 
     def clear(self) -> None:
         for scene_id in list(self._contents):
@@ -132,6 +134,7 @@ class SceneBuilds:
     def _drop(self, scene_id: str) -> None:
         if (old := self._contents.pop(scene_id, None)) is not None:
             self._num_token_ids -= len(old.token_ids)
+            self._by_tag.remove(scene_id, old.tag)
 
     # -- claims ---------------------------------------------------------------------------------
 

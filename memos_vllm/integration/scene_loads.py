@@ -7,8 +7,8 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from memos_vllm.integration import salts
 from memos_vllm.integration.known_scenes import Scene
+from memos_vllm.store import tags
 from memos_vllm.store.manager import TierManager
 from memos_vllm.store.ops import Op
 
@@ -36,7 +36,7 @@ class SceneLoad:
     @property
     def tag(self) -> bytes:
         """Whose the blocks are."""
-        return salts.tag_of(self.scene.request.cache_salt, self.scene.request.lora_request)
+        return self.scene.tag
 
 
 class SceneLoads:
@@ -73,7 +73,7 @@ class SceneLoads:
     def fail(self, tag: bytes | None = None) -> None:
         """What is under way will not be published: all of it, or what a deletion names."""
         for load in self._loads:
-            load.failed |= tag is None or tag in load.scene.tags()
+            load.failed |= tag is None or tag in tags.parts(load.scene.tag)
 
     def ended(self, finished_ops: Collection[int], failed_ops: Collection[int]) -> Iterator[SceneLoad]:
         """Chunks whose last copy ended. Each has its blocks until the caller releases it."""

@@ -178,7 +178,7 @@ class SceneTable:
 
     def forget(self, tag: bytes) -> int:
         """Forgets the scenes of a deleted salt or adapter; how many there were. ``owned`` knows their blocks."""
-        gone = [scene for scene in self.known if tag in scene.tags()]
+        gone = self.known.with_tag(tag)
         for scene in gone:
             self._remove(scene.scene_id)
         self._refile()

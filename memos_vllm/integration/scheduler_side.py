@@ -8,9 +8,12 @@ take_metadata / complete     to the workers and back, every step
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
+from memos_vllm.compat import weight_updates
 from memos_vllm.config import MemosConfig
 from memos_vllm.integration import engine_channel, engine_operations, salts
 from memos_vllm.integration.activation_memory import ActivationMemory, open_memory
@@ -28,6 +31,12 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+_FURTHER_CHOICE = re.compile(r"[1-9][0-9]*_")
+"""How vLLM begins the ids of a request's further choices (``n`` > 1), each a request of its own in the engine. Chat
+requests, which alone name scenes, have ids that begin otherwise, whatever the client calls them."""
 
 PREFETCH_PATIENCE_S = 0.05
 """How long a request waits for a prefetch of its own blocks before it loads them itself.
@@ -67,6 +76,7 @@ class SchedulerSide:
         self._failed: set[str] = set()
         self._stale: set[str] = set()
         engine_channel.serve(self.handle)
+        weight_updates.watch(self.weights_changed)
 
     def bind_block_pool(self, pool: BlockPool) -> None:
         self._pool = pool
@@ -95,6 +105,8 @@ class SchedulerSide:
             return 0, False
         if memory.building(lambda builds: builds.must_wait(request), False):
             return None, False
+        if memory.gpu_is_outdated:
+            self._stale.add(request.request_id)
         first = num_computed_tokens // self._block_size
         last = (request.num_tokens - 1) // self._block_size
         self._note_arrival(memory, request, first)
@@ -118,9 +130,11 @@ class SchedulerSide:
         return num_tokens, True
 
     def _note_arrival(self, memory: ActivationMemory, request: Request, num_resident_blocks: int) -> None:
-        """Tells the scene table, once per request, how much of its scene was on the GPU."""
+        """Tells the scene table, once per request of a client, how much of its scene was on the GPU."""
         if memory.scenes is None or request.request_id in self._arrived or _scene_of(request) is None:
             return
+        if _FURTHER_CHOICE.match(request.request_id):
+            return  # it finds what the first one has, or waits for
         self._arrived.add(request.request_id)
         named = [scene_id for param in (SCENE_PARAM, START_PARAM) if (scene_id := _scene_of(request, param))]
         memory.arrived(named, request, num_resident_blocks)
@@ -242,10 +256,22 @@ class SchedulerSide:
         return self.holds_blocks and time.monotonic() - self._progress_at < COPY_PATIENCE_S
 
     def reset_cache(self) -> None:
-        """The weights changed, or the operator wants no older KV: nothing saved so far is found again."""
+        """The operator, or vLLM itself, wants no older KV: nothing saved so far is found again."""
         self._matched.clear()
         if self.memory is not None:
-            self._stale |= self.memory.reset()  # what runs has KV of the old weights
+            self._stale |= self.memory.reset()
+
+    def weights_changed(self, called: str) -> None:
+        """The same after a call that may have changed the weights; see ``ActivationMemory.weights_changed``."""
+        self._matched.clear()
+        if (memory := self.memory) is None:
+            return
+        self._stale |= memory.weights_changed()
+        logger.warning(
+            "%r may have changed the weights: KV that was saved before is not used any more%s", called,
+            ", and none is saved until the prefix cache was reset (POST /reset_prefix_cache)"
+            if memory.gpu_is_outdated else "",
+        )  # fmt: skip
 
     # -- operator -------------------------------------------------------------------------------
 

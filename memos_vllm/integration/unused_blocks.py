@@ -18,12 +18,17 @@ class UnusedBlocks:
         self._pool = pool
         self._hashes: dict[bytes, None] = {}
         """Those looked at last are at the end."""
+        self._num_gone_before = 0
+        """Found gone since the last ``take_gone``, without a look."""
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def add(self, hashes: Iterable[bytes]) -> None:
-        self._hashes.update(dict.fromkeys(hashes))
+        """These were not on the GPU, and are: one that was brought before has gone meanwhile, unused."""
+        for block_hash in hashes:
+            self._num_gone_before += block_hash in self._hashes
+            self._hashes[block_hash] = None
 
     def use(self, request: Request, num_blocks: int) -> int:
         """A request was given its leading blocks on the GPU; how many of them were unused until then."""
@@ -36,8 +41,8 @@ class UnusedBlocks:
         return num_used
 
     def take_gone(self, limit: int | None = None) -> int:
-        """Looks which are no longer on the GPU, of all or of the next ``limit``; how many are not."""
-        num_gone = 0
+        """Looks which are no longer on the GPU, of all or of the next ``limit``; how many left it, each time."""
+        num_gone, self._num_gone_before = self._num_gone_before, 0
         for block_hash in list(itertools.islice(self._hashes, limit)):
             del self._hashes[block_hash]
             if self._pool.cached_block_hash_to_block.get_one_block(block_hash) is None:

@@ -346,7 +346,8 @@ class DiskIndex:
             logger.info(
                 "KV directory %s: %d chunks without files dropped, %d adopted", self.root, len(lost), len(adopted)
             )
-        self.keep_reserve()
+        self._room.look(self._held_bytes, 0)
+        self._remove(self._oldest(self._usage_bytes - self.budget_bytes))
 
     def _victims(self, size_bytes: int) -> list[ChunkRecord] | None:
         """The least recently used chunks whose removal makes room for ``size_bytes``; None if there are not enough."""

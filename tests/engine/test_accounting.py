@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from memos_vllm.integration import activation_memory
 from memos_vllm.integration.engine_metrics import COUNTERS, FIRST_TOKENS, GAUGES
 from memos_vllm.integration.metrics import ENGINE_METRICS, Kind, Source, series_key
+from memos_vllm.integration.scene_table import SCENE_PARAM
 from tests.engine.conftest import Engine
-from tests.engine.test_kv_tiers import flip_bit_in_data, prompt
-from tests.engine.test_scenes import NUM_BLOCKS, ask, expect
+from tests.engine.test_kv_tiers import SALT, flip_bit_in_data, prompt
+from tests.engine.test_scenes import NUM_BLOCKS, ask, expect, totals
 
 
 class Counted:
@@ -151,6 +153,41 @@ def test_a_prefetch_that_leaves_before_it_is_used_is_wasted(engine: Engine) -> N
     assert seen["prefetch_wasted_blocks"] == NUM_BLOCKS and not seen["prefetch_used_blocks"]
     assert seen["prefetch_wasted_bytes"] == NUM_BLOCKS * engine.tiers.block_bytes
     assert seen["scene_arrivals", "missed"] == 1
+
+
+def test_blocks_that_are_prefetched_again_before_a_step_found_them_gone_were_wasted_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_memory, "SWEEP_BLOCKS", 0)
+    token_ids = prompt(324)
+    ask(engine, "s", token_ids)
+    engine.settle()
+    engine.drop_gpu()
+    with counted(engine) as seen:
+        expect(engine, "s")
+        engine.drop_gpu()
+        expect(engine, "s")
+        ask(engine, "s", token_ids)
+    assert seen["prefetched_blocks"] == 2 * NUM_BLOCKS
+    assert seen["prefetch_used_blocks"] == seen["prefetch_wasted_blocks"] == NUM_BLOCKS
+
+
+def test_a_request_for_several_choices_arrives_once(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    token_ids = prompt(325)
+    ask(engine, "s", token_ids)
+    engine.settle()
+    before = Counter(totals(engine))
+    params = SamplingParams(
+        n=12, max_tokens=2, ignore_eos=True, detokenize=False, extra_args={"kv_transfer_params": {SCENE_PARAM: "s"}}
+    )
+    done = engine.llm.generate([{"prompt_token_ids": token_ids, "cache_salt": SALT}], params, use_tqdm=False)[0]
+    assert len(done.outputs) == 12
+    after = Counter(totals(engine))
+    assert {name: after[name] - before[name] for name in ("ready", "late", "missed", "other")} == {
+        "ready": 1, "late": 0, "missed": 0, "other": 0,
+    }  # fmt: skip
 
 
 def test_what_steps_send_adds_up_to_the_status(engine: Engine) -> None:

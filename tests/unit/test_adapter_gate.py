@@ -228,8 +228,18 @@ def test_prefetch_takes_the_free_slots_loads_the_best_first_and_uses_it_last(eng
     assert engine.loaded == [a0, a2, a0], "one of three slots is in use"
     assert gate.totals.prefetches == 2 and registry.files.num_held == 0
     run(lambda: gate.expected.prefetch(scenes))
-    assert engine.loaded[3:] == [a0, a2, a0], "they are used again, and stay"
+    assert engine.loaded[3:] == [], "nothing was used since that would be evicted later than they"
+    a5 = number(registry, "a5")
+    engine.loaded.append(a5)
+    run(lambda: gate.expected.prefetch(scenes))
+    assert engine.loaded[4:] == [a0, a2, a0], "they are used again, and stay"
     assert gate.totals.prefetches == 2, "what is there is not brought"
+    engine.loaded = [a0, a2]
+    run(lambda: gate.expected.prefetch(["scene-2", "scene-0"]))
+    assert engine.loaded[2:] == [a2, a0, a2], "another order, so another one is to leave first"
+    engine.loaded = [a0]
+    run(lambda: gate.expected.prefetch(["scene-2", "scene-0"]))
+    assert gate.totals.prefetches == 3, "vLLM has evicted one"
 
 
 def test_what_the_next_request_will_have_is_known_and_whether_it_is_loaded(engine: FakeEngine, registry: Any) -> None:

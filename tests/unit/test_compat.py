@@ -11,7 +11,7 @@ import vllm
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from memos_vllm.compat import cpu_lora, hashing, sleep_mode
+from memos_vllm.compat import cpu_lora, hashing, sleep_mode, weight_updates
 from memos_vllm.integration import activation_memory
 from tests.conftest import ROOT
 
@@ -109,3 +109,44 @@ def test_tokens_without_adapter_get_none(plain_lora_ops: None) -> None:
         cpu_lora.skip_tokens_without_adapter()
     assert shrink([0, -1, 2]).tolist() == [[4, 4], [0, 0], [4, 4]]
     assert not shrink([-1, -1]).any()
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def changed(self, called: str) -> None:
+        self.told.append(called)
+
+
+class Executor:
+    def collective_rpc(self, method: object, timeout: object, args: object, kwargs: object) -> list[object]:
+        return [method, timeout, args, kwargs]
+
+
+def test_a_call_of_the_workers_is_passed_on_as_it_is_and_told_where_it_may_change_weights() -> None:
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    watcher, gone = Watcher(), Watcher()
+    for each in (watcher, gone, Watcher()):
+        weight_updates.watch(each.changed)
+    told_before_it_went = gone.told
+    del gone, each
+    core = EngineCore.__new__(EngineCore)
+    core.model_executor = Executor()
+    sent = ["update_weights", 3.0, (1,), {"two": 2}]
+    assert core.collective_rpc(*EngineCoreProc._convert_msgspec_args(core.collective_rpc, sent)) == sent
+    assert core.collective_rpc("check_health", kwargs=None) == ["check_health", None, (), None]
+    core.collective_rpc(method=b"a pickled function")
+    assert watcher.told == ["update_weights", "a function"], "once each, however many engines were made"
+    assert told_before_it_went == [], "an engine that is gone is not told"
+
+
+@pytest.mark.parametrize(
+    "method", ["start_weight_update", "update_weights", "finish_weight_update", "reload_weights", "reset_weights"]
+)
+def test_vllms_own_ways_to_change_weights_count_as_such(method: str) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert method not in weight_updates.LEAVES_WEIGHTS_ALONE
+    assert hasattr(Worker, method) or Version(vllm.__version__) < Version("0.32"), "vLLM calls it otherwise now"

@@ -18,6 +18,7 @@ from memos_vllm.config import PredictionConfig
 from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import TurnEnded, Typing, WillUse
+from memos_vllm.integration.latest_only import LatestOnly
 from memos_vllm.integration.planner import FIRST_TOKEN_S, ScenePlanner
 from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
 from memos_vllm.types import Principal
@@ -365,8 +366,13 @@ def brought_by(planner: ScenePlanner) -> list[list[str]]:
     async def bring(scene_ids: list[str]) -> None:
         brought.append(list(scene_ids))
 
-    planner._on_expected = bring
+    planner._bringing = LatestOnly(bring, "bring")
     return brought
+
+
+async def after_bringing(planner: ScenePlanner) -> None:
+    while planner._bringing is not None and planner._bringing.busy:
+        await asyncio.sleep(0)
 
 
 def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expected(run: Any, clock: Clock) -> None:
@@ -376,6 +382,7 @@ def test_adapters_are_brought_for_likely_scenes_and_not_for_all_that_are_expecte
         hinted = planner.scene_id(user(7), "session 1")
         planner.observe(Typing(hinted))
         await planner._replan(True)
+        await after_bringing(planner)
         assert brought == [[hinted]] and len(planner.told) > 1
 
     run(body)
@@ -389,12 +396,82 @@ def test_an_adapter_is_brought_when_its_scene_becomes_likely_with_time_alone(run
         announced = planner.scene_id(user(7), "session 1")
         planner.observe(WillUse(announced, in_s=60.0))
         await planner._replan(True)
+        await after_bringing(planner)
         before = planner.told
         clock.now += 55.0
         await planner._replan(False)
+        await after_bringing(planner)
         assert planner.told == before == [announced], "the order is as it was"
         assert brought == [[], [announced]] and planner.likely == [announced]
         await planner._replan(False)
+        await after_bringing(planner)
         assert len(brought) == 2, "once"
 
     run(body)
+
+
+def test_one_user_does_not_fill_what_the_engine_is_told_to_expect(run: Any, clock: Clock) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        sessions = [f"tab {number}" for number in range(planner._max_scenes)]
+        for session in sessions:
+            a_turn(planner, 7, session)
+        for _ in range(3):
+            clock.now += 1.0
+            for session in sessions:
+                planner.observe(Typing(planner.scene_id(user(7), session)))
+        await planner._replan(True)
+        told_of_one = set(planner.told) & {planner.scene_id(user(7), session) for session in sessions}
+        assert len(planner.told) == planner._max_scenes and 0 < len(told_of_one) <= planner._max_scenes // 4
+
+    run(body)
+
+
+def test_a_hint_reaches_the_engine_while_adapters_are_being_brought(run: Any, clock: Clock) -> None:
+    """However long that takes; what came meanwhile is one more call, and nothing is settled before its end."""
+    begun, may_end = [], asyncio.Event()
+
+    async def bring(scene_ids: list[str]) -> None:
+        begun.append(list(scene_ids))
+        await may_end.wait()
+
+    async def body(planner: ScenePlanner) -> None:
+        planner._bringing = LatestOnly(bring, "bring")
+        planner._task = None  # its own loop runs, as in a server
+        clock.now += 30 * 86400.0
+        hinted = [planner.scene_id(user(number), "session 1") for number in (7, 8, 9)]
+        for scene_id in hinted:
+            planner.observe(Typing(scene_id))
+            while scene_id not in planner.likely:
+                await asyncio.sleep(0)
+            assert scene_id in [each for _, each in told(planner)["scenes"]]
+        assert begun == [hinted[:1]]
+        while planner._changed.is_set() or planner._telling:
+            await asyncio.sleep(0)
+        assert planner.busy
+        may_end.set()
+        while planner.busy:
+            await asyncio.sleep(0)
+        assert len(begun) == 2 and set(begun[1]) == set(hinted)
+        planner._task.cancel()  # type: ignore[attr-defined]
+
+    run(lambda planner: asyncio.wait_for(body(planner), 60))
+
+
+def test_what_is_asked_for_after_a_failure_is_done() -> None:
+    done = []
+
+    async def work(what: int) -> None:
+        done.append(what)
+        if what == 1:
+            raise OSError("not now")
+
+    async def body() -> None:
+        latest = LatestOnly(work, "work")
+        for what in (1, 2):
+            latest.ask(what)
+            assert latest.busy
+            while latest.busy:
+                await asyncio.sleep(0)
+
+    asyncio.run(body())
+    assert done == [1, 2]
