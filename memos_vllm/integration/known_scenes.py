@@ -22,6 +22,10 @@ MAX_KNOWN_BLOCKS = 1_000_000
 """Blocks over all known scenes; about 200 bytes each. The scenes used least recently are forgotten first."""
 
 
+_TAILS = 2
+"""One alone may be an answer that was generated anew."""
+
+
 class SceneState(StrEnum):
     UNKNOWN = "unknown"
     """No finished request has shown what the scene is."""
@@ -67,19 +71,27 @@ class Scene:
     """vLLM's hashes with group id, one per full block."""
     tag: bytes
     """Whose it is (``store.tags``)."""
+    num_shown_blocks: int
+    """With the tail that was left out of ``keys``, since no later request is expected to have it."""
+    tails: tuple[int, ...] = ()
+    """Blocks at the end of what was shown that the next request did not have, of the last two that came."""
 
     @property
     def num_blocks(self) -> int:
         return len(self.keys)
 
     def num_shared_blocks(self, request: Request) -> int:
-        """Leading blocks that a request has in common with the scene."""
+        """Leading blocks that a request has in common with what was shown."""
         num_shared = 0
-        for ours, theirs in zip(self.request.block_hashes[: self.num_blocks], request.block_hashes, strict=False):
+        for ours, theirs in zip(self.request.block_hashes[: self.num_shown_blocks], request.block_hashes, strict=False):
             if ours != theirs:
                 break
             num_shared += 1
         return num_shared
+
+    def arrived(self, num_shared_blocks: int) -> None:
+        """A request has so many blocks of it."""
+        self.tails = (*self.tails[1 - _TAILS :], self.num_shown_blocks - num_shared_blocks)
 
 
 @dataclass(slots=True)
@@ -110,13 +122,21 @@ class KnownScenes:
         return self._scenes.get(scene_id)
 
     def show(self, scene_id: str, request: Request, keys: Sequence[BlockKey]) -> Scene:
-        """The request's full blocks are what the scene is from now on."""
+        """The request's full blocks are what the scene is from now on, without a tail that never comes again.
+
+        What was recalled for one question stands before it in the prompt, and in no later one: all behind it is
+        then other blocks. The length of such a tail is taken to be that of the last two, the shorter one.
+        """
+        known = self._scenes.get(scene_id)
+        tails = () if known is None else known.tails
         self.remove(scene_id)
         block_hashes = list(request.block_hashes[: len(keys)])
         shown = request if self.keep_requests else Shown(block_hashes, request.cache_salt, request.lora_request)
-        hashes = [make_block_hash_with_group_id(of, 0) for of in block_hashes]
+        num_blocks = max(1, len(keys) - min(tails)) if len(tails) == _TAILS else len(keys)
+        hashes = [make_block_hash_with_group_id(of, 0) for of in block_hashes[:num_blocks]]
         tag = salts.tag_of(request.cache_salt, request.lora_request)
-        scene = self._scenes[scene_id] = Scene(scene_id, shown, list(keys), hashes, tag)
+        scene = Scene(scene_id, shown, list(keys[:num_blocks]), hashes, tag, len(keys), tails)
+        self._scenes[scene_id] = scene
         self._by_tag.add(scene_id, tag)
         self.num_blocks += scene.num_blocks
         return scene

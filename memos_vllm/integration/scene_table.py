@@ -159,6 +159,7 @@ class SceneTable:
         if scene is None:
             return
         num_shared = scene.num_shared_blocks(request)
+        scene.arrived(num_shared)
         self._num_arrivals += 1
         self._policy.used(scene_id, num_shared, self._num_arrivals)
         if not num_shared:

@@ -891,6 +891,37 @@ def test_an_aborted_prefill_does_not_cut_its_scene_short() -> None:
         machine.teardown()
 
 
+def test_a_tail_that_no_later_request_has_is_left_out() -> None:
+    """What is recalled for one question stands before it, and is gone in the next turn's history."""
+    machine = SceneMachine()
+    try:
+        shown = []
+        for path in ([5, 5, 5, 1, 1], [5, 5, 5, 2, 2, 2], [5, 5, 5, 3, 3], [5, 5, 5, 3, 3, 4], [5, 5, 5, 3, 3, 4, 4]):
+            machine.turn(0, path, SCENES[0])
+            shown.append(machine.scenes.known.get(SCENES[0]).num_blocks)
+            machine.settle()
+        assert shown == [5, 6, 5 - 2, 6, 7], "of two turns the shorter tail; none once a request had all of it"
+
+        for path in ([5, 5, 1, 1, 1], [5, 5, 2, 2, 2], [5, 5, 3, 3, 3]):
+            machine.turn(0, path, SCENES[0])
+        machine.empty_the_gpu()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.settle()
+        state = machine.side.handle("scene", {"scene": SCENES[0]})
+        assert (state["state"], state["blocks"]) == ("ready", 2)
+        before = machine.side.handle("status", {})["prediction"]
+        machine.turn(0, [5, 5, 4, 4], SCENES[0])
+        assert machine.side.handle("status", {})["prediction"]["ready"] == before["ready"] + 1
+        machine.empty_the_gpu()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0])]})
+        machine.settle()
+        turn_from_the_tiers(machine, [5, 5, 4, 4, 4], SCENES[0])
+        after = machine.side.handle("status", {})["prediction"]
+        assert after["ready"] == before["ready"] + 1, "it shared more than was brought, and is not counted as ready"
+    finally:
+        machine.teardown()
+
+
 @pytest.mark.parametrize(
     ("value", "waited_s", "comes"), [(1e-6, 0, False), (0.01, 0, False), (0.01, 3600, True), (0.9, 60, True)]
 )
