@@ -40,6 +40,18 @@ def test_the_verdict_needs_prefetches(gap_s: float, blocks: int, word: str) -> N
     assert word in lines(rows("model", [window(OFF, 0.010), window(ON, gap_s, blocks=blocks)]))[-1]
 
 
+@pytest.mark.parametrize(
+    ("off_ms", "on_ms", "word"),
+    [((10, 12, 14), (12.9, 10, 14.2), "[green]met"), ((10, 12, 14), (10.8, 13, 10), "[yellow]missed")],
+)
+def test_each_window_is_compared_with_the_one_beside_it(
+    off_ms: tuple[float, ...], on_ms: tuple[float, ...], word: str
+) -> None:
+    """The machine may be slower for a while; the medians of all windows would say the opposite in both cases."""
+    windows = [window(OFF, each / 1000) for each in off_ms] + [window(ON, each / 1000, blocks=1) for each in on_ms]
+    assert word in lines(rows("model", windows))[-1]
+
+
 def test_another_text_beside_prefetches_is_an_error() -> None:
     found = rows("model", [window(OFF, 0.010), window(ON, 0.010, text="coffee", blocks=1)])
     assert [row["equal"] for row in found] == [True, False]
