@@ -107,10 +107,9 @@ async def create_chat_completion(request: ChatCompletionRequest, raw_request: Re
         turn = read_turn(request, raw_request, state)
         if turn is None:
             return await stock.create_chat_completion(request, raw_request)
-        turn = await begin(turn, state)
         state.homes.route(raw_request, turn.who)
         start = next_start(turn, request, raw_request, state)
-        recall, salt = await recall_for(turn, state)
+        turn, (recall, salt) = await asyncio.gather(begin(turn, state), recall_for(turn, state))
         serving = raw_request.app.state.openai_serving_chat
         adapter = await state.adapters.use(turn.who, turn.options.adapter, serving, request.model, recall.long_lived)
     except MemosError as error:
