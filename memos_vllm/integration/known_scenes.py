@@ -90,8 +90,9 @@ class Scene:
         return num_shared
 
     def arrived(self, num_shared_blocks: int) -> None:
-        """A request has so many blocks of it."""
-        self.tails = (*self.tails[1 - _TAILS :], self.num_shown_blocks - num_shared_blocks)
+        """A request has so many blocks of it. Without any it is about something else, and says nothing of the tail."""
+        if num_shared_blocks:
+            self.tails = (*self.tails[1 - _TAILS :], self.num_shown_blocks - num_shared_blocks)
 
 
 @dataclass(slots=True)

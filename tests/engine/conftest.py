@@ -134,8 +134,9 @@ def shared_engine(recall_model: Path, engine_data_dir: Path) -> Iterator[Engine]
 
 @pytest.fixture
 def engine(shared_engine: Engine) -> Iterator[Engine]:
-    """The shared engine with nothing in any tier; afterwards every block must be back."""
+    """The shared engine with nothing in any tier and no scene; afterwards every block must be back."""
     shared_engine.drop_gpu()
+    shared_engine.side.memory.scenes.clear()
     shared_engine.tiers.drop_host()
     before = shared_engine.free_blocks()
     yield shared_engine

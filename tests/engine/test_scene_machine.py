@@ -901,6 +901,10 @@ def test_a_tail_that_no_later_request_has_is_left_out() -> None:
             shown.append(machine.scenes.known.get(SCENES[0]).num_blocks)
             machine.settle()
         assert shown == [5, 6, 5 - 2, 6, 7], "of two turns the shorter tail; none once a request had all of it"
+        for branch in (6, 7, 8, 9):
+            machine.turn(0, [branch] * 5, SCENES[1])
+            assert machine.scenes.known.get(SCENES[1]).num_blocks == 5, "about something else each time"
+            machine.settle()
 
         for path in ([5, 5, 1, 1, 1], [5, 5, 2, 2, 2], [5, 5, 3, 3, 3]):
             machine.turn(0, path, SCENES[0])
