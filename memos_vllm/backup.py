@@ -70,7 +70,7 @@ def back_up(root: Path, target: Path, memory: MemoryConfig) -> list[str]:
         left_out = _fill(root, work, memory)
         _sync_tree(work)
         os.rename(work, target)
-        _sync(target.parent)
+        maintenance.sync(target.parent)
     except BaseException as error:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -111,15 +111,7 @@ def _fill(root: Path, work: Path, memory: MemoryConfig) -> list[str]:
 def _sync_tree(path: Path) -> None:
     for folder, _, names in os.walk(path):
         for name in [*names, "."]:
-            _sync(Path(folder) / name)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            maintenance.sync(Path(folder) / name)
 
 
 if __name__ == "__main__":

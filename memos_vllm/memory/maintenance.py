@@ -116,7 +116,7 @@ def copy(path: Path, target: Path) -> Path:
             env.copy(str(target), compact=True)
             new = target / environment.DATA_FILE
             os.chmod(new, 0o600)
-            _sync(new)
+            sync(new)
         except (lmdb.Error, OSError) as error:
             shutil.rmtree(target, ignore_errors=True)
             raise environment.unusable(path, error) from error
@@ -140,7 +140,7 @@ def compact(path: Path) -> tuple[int, int]:
     try:
         before, after = data.stat().st_size, new.stat().st_size
         os.replace(new, data)
-        _sync(path)
+        sync(path)
     except OSError as error:
         raise DataDirError(f"the compacted copy could not be put in place of {data}: {error.strerror}") from error
     finally:
@@ -157,10 +157,11 @@ def _write_synced(path: Path, lines: list[str]) -> None:
         file.write("\n".join(lines) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Makes a file's content, or the entries of a directory, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

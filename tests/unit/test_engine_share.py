@@ -36,7 +36,7 @@ def budgets(beside=False, **options):
     noted = str(config.kv_transfer_config.kv_connector_extra_config)
     note_engines(config)
     assert str(config.kv_transfer_config.kv_connector_extra_config) == noted, "a second time changes nothing"
-    config = pickle.loads(pickle.dumps(config))
+    config = pickle.loads(pickle.dumps(config))  # as vLLM itself sends it to an engine's process
     parallel = config.parallel_config
     if hasattr(parallel, "reconfigure_for_independent_dp_rank"):
         parallel.reconfigure_for_independent_dp_rank()
