@@ -60,7 +60,6 @@ class Server:
         base_url: ``http://127.0.0.1:PORT``, the same after ``restart``.
         log_path: standard output and error of every start, appended.
         flags: command-line flags, in vLLM's spelling.
-        start_s: how long the last start took until ``/health`` answered, in seconds.
     """
 
     def __init__(
@@ -87,7 +86,6 @@ class Server:
             os.close(handle)
         self.log_path = Path(log_path)
         self.flags: list[str] = []
-        self.start_s = 0.0
         self.process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
 
@@ -122,7 +120,6 @@ class Server:
             self.check_alive()
             try:
                 if httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200:
-                    self.start_s = time.monotonic() - self._started
                     return
             except httpx.TransportError:
                 pass

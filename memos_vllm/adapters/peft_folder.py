@@ -57,7 +57,6 @@ class CheckedAdapter:
     config: dict[str, Any]
     rank: int
     size_bytes: int
-    num_modules: int
     dtype: str
     _weights: BinaryIO
     _data_begin: int
@@ -129,7 +128,6 @@ def check(folder: Path, model: BaseModel, max_bytes: int) -> CheckedAdapter:
         config=peft_config.canonical(config, list(ranks)),
         rank=max(ranks.values()),
         size_bytes=size_bytes - data_begin,
-        num_modules=len(ranks),
         dtype="+".join(dtypes),
         _weights=weights,
         _data_begin=data_begin,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memos_vllm.core.scenes import Retrieved, SessionOpened, ToolRunning, Typing, WillUse
+from memos_vllm.core.scenes import SessionOpened, ToolRunning, Typing, WillUse
 from memos_vllm.core.trust import Record, Trust
 
 IMMINENT_S = 5.0
@@ -19,7 +19,7 @@ PATIENCE = 16.0
 REPEATED_S = 600.0
 """After so long of hints that follow each other a use is overdue: nobody types for longer."""
 
-HintEvent = SessionOpened | Typing | WillUse | Retrieved | ToolRunning
+HintEvent = SessionOpened | Typing | WillUse | ToolRunning
 
 
 def _first_beliefs() -> dict[str, Record]:
@@ -28,7 +28,6 @@ def _first_beliefs() -> dict[str, Record]:
         "opened": _belief(7.0, 3.0, math.log(15.0)),
         "typing": _belief(19.0, 1.0, math.log(4.0)),
         "will-use": _belief(19.0, 1.0, math.log(2.0)),
-        "retrieved": _belief(19.0, 1.0, math.log(0.5)),
         "tool": _belief(19.0, 1.0, math.log(5.0)),
     }
 
@@ -41,7 +40,6 @@ _KIND = {
     SessionOpened: "opened",
     Typing: "typing",
     WillUse: "will-use",
-    Retrieved: "retrieved",
     ToolRunning: "tool",
 }
 

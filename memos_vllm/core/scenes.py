@@ -19,10 +19,8 @@ class SceneKind(StrEnum):
     """What a user's next session starts with: system prompt and long-lived memory."""
     PREFIX = "prefix"
     """Shared by many requests that differ behind it."""
-    DOCUMENT = "document"
     ADAPTER = "adapter"
-    TEXT = "text"
-    """Plaintext that is recalled ahead; takes no KV block."""
+    """Of which nothing is known but the adapter that its first request will have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +88,6 @@ class WillUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieved:
-    """Retrieval for a query found what the scene stands for; the request follows at once."""
-
-    scene_id: str
-
-
-@dataclass(frozen=True, slots=True)
 class ToolRunning:
     """The model called a tool; the conversation goes on when it returns."""
 
@@ -111,5 +102,5 @@ class Closed:
     scene_id: str
 
 
-Event = TurnStarted | TurnEnded | SessionOpened | Typing | WillUse | Retrieved | ToolRunning | Closed
+Event = TurnStarted | TurnEnded | SessionOpened | Typing | WillUse | ToolRunning | Closed
 """Time that passes without an event needs none: see ``Predictor.advance``."""

@@ -73,9 +73,6 @@ class KeepingFreeQueue(FreeKVCacheBlockQueue):
             yield self.plain.worth(block)
             block = block.next_free_block
 
-    def is_kept(self, block: KVCacheBlock) -> bool:
-        return block.block_id in self._hash_of
-
     def keeps(self, block_hash: bytes) -> bool:
         return block_hash in self._kept
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-MAX_SLOTS = 1 << 24
 _MAX_FREQUENCY = 255
 _NONE = np.empty(0, np.uint32)
 

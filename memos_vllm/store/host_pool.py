@@ -74,8 +74,6 @@ class SlotTable:
         self.num_slots = num_slots
         self.clock = UseClock()
         """Of the disk tier too, where there is one: the manager puts that in its place."""
-        self.num_evicted = 0
-        """Slots taken from READY blocks so far."""
         self._free = list(range(num_slots - 1, -1, -1))
         self._entries: dict[BlockKey, _Entry] = {}
         self._num_evictable = 0
@@ -119,7 +117,6 @@ class SlotTable:
             return None
         for _ in range(missing):
             self._release(self._oldest())
-            self.num_evicted += 1
         entries = [_Entry(key, self._free.pop(), self.clock.tick()) for key in keys]
         self._entries.update((entry.key, entry) for entry in entries)
         return [entry.slot for entry in entries]
@@ -187,12 +184,10 @@ class SlotTable:
                 freed += 1
         return DropOutcome(freed, doomed)
 
-    def clear(self) -> int:
-        """Drops every READY block that nothing reads; returns how many."""
-        entries = [entry for entry in self._entries.values() if entry.evictable]
-        for entry in entries:
+    def clear(self) -> None:
+        """Drops every READY block that nothing reads."""
+        for entry in [entry for entry in self._entries.values() if entry.evictable]:
             self._release(entry)
-        return len(entries)
 
     def check_integrity(self) -> SlotCounts:
         """Asserts that every slot is free or has one key, and that states, pins and the queue agree."""

@@ -64,27 +64,19 @@ class Header:
     data_offset: int
 
 
-def write_chunk(
+def write_chunk_in_pieces(
     path: str | os.PathLike[str], blocks: Rows, keys: Sequence[BlockKey], identity: KVIdentity, rank: int
-) -> None:
-    """Writes a chunk so that it is visible whole or not at all, and on disk when this returns.
+) -> Generator[int, None, None]:
+    """Writes a chunk so that it is visible whole or not at all, and on disk when the iterator ends.
+
+    Yields after every piece the number of its blocks, which are synced then. Closing the iterator early removes the
+    temporary file.
 
     Args:
         blocks: rows, one per key.
 
     Raises:
         OSError: disk full, say. Nothing is left behind.
-    """
-    for _ in write_chunk_in_pieces(path, blocks, keys, identity, rank):
-        pass
-
-
-def write_chunk_in_pieces(
-    path: str | os.PathLike[str], blocks: Rows, keys: Sequence[BlockKey], identity: KVIdentity, rank: int
-) -> Generator[int, None, None]:
-    """``write_chunk`` that yields after every piece the number of its blocks, which are synced then.
-
-    Closing the iterator early removes the temporary file.
     """
     path = Path(path)
     rows = _buffers(blocks)
@@ -112,32 +104,19 @@ def write_chunk_in_pieces(
     sync_directory(path.parent)
 
 
-def read_blocks(
-    path: str | os.PathLike[str],
-    positions: Sequence[int],
-    keys: Sequence[BlockKey],
-    out: Rows,
-    identity: KVIdentity,
-    rank: int,
-) -> None:
-    """Reads the blocks at ``positions`` into the rows of ``out``; on an error their content is undefined.
-
-    Raises:
-        KVFileMismatch: another identity or rank wrote the file, or other keys stand at ``positions``.
-        KVFileCorrupt: truncated, malformed, or a checksum does not match.
-        OSError: the file cannot be opened or read.
-    """
-    with ChunkReader(path, identity, rank) as reader:
-        reader.read(positions, keys, rows_of(out))
-
-
 def rows_of(rows: Rows) -> list[Row]:
     """Each row as one part."""
     return [[row.numpy()] for row in rows]
 
 
 class ChunkReader:
-    """An open chunk file whose header fits identity and rank. Errors as ``read_blocks``. One thread."""
+    """An open chunk file whose header fits identity and rank. One thread.
+
+    Raises:
+        KVFileMismatch: another identity or rank wrote the file, or other keys stand where they are read.
+        KVFileCorrupt: truncated, malformed, or a checksum does not match.
+        OSError: the file cannot be opened or read.
+    """
 
     def __init__(self, path: str | os.PathLike[str], identity: KVIdentity, rank: int) -> None:
         self.path = path
@@ -157,6 +136,7 @@ class ChunkReader:
                 raise KVFileMismatch(f"{self.path} does not hold block {key.hex()} at position {position}")
 
     def read(self, positions: Sequence[int], keys: Sequence[BlockKey], rows: Sequence[Row]) -> None:
+        """The blocks at ``positions`` into ``rows``; on an error their content is undefined."""
         header = self.header
         assert len(positions) == len(keys) == len(rows)
         self.check(positions, keys)

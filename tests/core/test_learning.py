@@ -110,7 +110,7 @@ def test_what_tells_returns_from_farewells_is_found(mark: str) -> None:
 def test_the_document_that_usually_follows_is_raised() -> None:
     predictor = Predictor()
     for name in ("question", "manual", "atlas"):
-        predictor.add(Scene(name, "ada", SceneKind.DOCUMENT, label=name))
+        predictor.add(Scene(name, "ada", SceneKind.PREFIX, label=name))
     now = 0.0
     for _ in range(12):
         turn(predictor, "question", now)
@@ -130,12 +130,12 @@ def test_what_follows_for_others_follows_for_a_new_user() -> None:
     now = 0.0
     for i in range(20):
         predictor.add(Scene(f"start{i}", f"u{i}", SceneKind.SESSION_START))
-        predictor.add(Scene(f"profile{i}", f"u{i}", SceneKind.DOCUMENT, label="profile"))
+        predictor.add(Scene(f"profile{i}", f"u{i}", SceneKind.PREFIX, label="profile"))
         turn(predictor, f"start{i}", now)
         turn(predictor, f"profile{i}", now + 5)
         now += 1000
     predictor.add(Scene("start", "new", SceneKind.SESSION_START))
-    predictor.add(Scene("profile", "new", SceneKind.DOCUMENT, label="profile"))
+    predictor.add(Scene("profile", "new", SceneKind.PREFIX, label="profile"))
     turn(predictor, "start", now)
     assert probability(predictor, "profile", now + 2) > 0.6
 

@@ -16,7 +16,6 @@ from memos_vllm.core.predictor import STATE_VERSION, Predictor
 from memos_vllm.core.scenes import (
     Closed,
     Event,
-    Retrieved,
     Scene,
     SceneKind,
     SessionOpened,
@@ -49,7 +48,6 @@ def event(kind: int, scene_id: str, number: int) -> Event:
         SessionOpened(scene_id),
         Typing(scene_id),
         WillUse(scene_id, number / 10, (number % 11) / 10),
-        Retrieved(scene_id),
         ToolRunning(scene_id, number / 10 if number % 2 else None),
         Closed(scene_id),
     ][kind]
@@ -57,7 +55,7 @@ def event(kind: int, scene_id: str, number: int) -> Event:
 
 events = st.lists(
     st.tuples(
-        st.integers(0, 7),
+        st.integers(0, 6),
         st.sampled_from(SCENES),
         st.integers(0, 5000),
         st.one_of(st.floats(0, 30), st.floats(0, 1e6)),
@@ -94,7 +92,7 @@ def test_probabilities_are_probabilities_and_the_order_follows_the_value(steps) 
 
 
 @settings(deadline=None)
-@given(events, st.sampled_from(SCENES), st.sampled_from([Typing, SessionOpened, Retrieved, ToolRunning, WillUse]))
+@given(events, st.sampled_from(SCENES), st.sampled_from([Typing, SessionOpened, ToolRunning, WillUse]))
 def test_a_hint_never_lowers_the_value(steps, scene_id, hint) -> None:
     predictor, now = replay([step for step in steps if step[0] < 2 or step[0] == 7])
     before = predictor.predict(scene_id, now)
@@ -287,7 +285,7 @@ def test_a_predictor_can_start_with_the_habits_of_another() -> None:
 
 def test_what_a_shared_scene_led_to_is_forgotten_with_its_owner() -> None:
     predictor = predictor_with("ada/notes", owner="ada")
-    predictor.add(Scene("manual", None, SceneKind.DOCUMENT))
+    predictor.add(Scene("manual", None, SceneKind.PREFIX))
     for now in range(0, 100, 10):
         predictor.observe(TurnStarted("manual", "ada"), now)
         predictor.observe(TurnEnded("manual"), now + 1)

@@ -1,10 +1,13 @@
 """Factories for the tests of the KV tiers."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
 
 from memos_vllm.store.identity import KVIdentity
+from memos_vllm.store.kv_file import ChunkReader, rows_of, write_chunk_in_pieces
 from memos_vllm.types import BlockKey
 
 _DEFAULTS = {
@@ -45,3 +48,28 @@ def make_keys(*numbers: int) -> tuple[BlockKey, ...]:
 
 def random_rows(rows: int, row_bytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8)
+
+
+def write_chunk(
+    path: str | os.PathLike[str],
+    blocks: torch.Tensor | Sequence[torch.Tensor],
+    keys: Sequence[BlockKey],
+    identity: KVIdentity,
+    rank: int,
+) -> None:
+    """Writes a chunk at once."""
+    for _ in write_chunk_in_pieces(path, blocks, keys, identity, rank):
+        pass
+
+
+def read_blocks(
+    path: str | os.PathLike[str],
+    positions: Sequence[int],
+    keys: Sequence[BlockKey],
+    out: torch.Tensor | Sequence[torch.Tensor],
+    identity: KVIdentity,
+    rank: int,
+) -> None:
+    """Reads the blocks at ``positions`` into the rows of ``out``."""
+    with ChunkReader(path, identity, rank) as reader:
+        reader.read(positions, keys, rows_of(out))

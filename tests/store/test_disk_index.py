@@ -16,9 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memos_vllm.errors import DataDirError, DataDirInUse
 from memos_vllm.store.disk_index import TOUCHES_PER_COMMIT, DiskIndex, DropReport, Location
-from memos_vllm.store.kv_file import write_chunk
 from memos_vllm.store.ops import path_for_rank
-from tests.store.store_factories import make_identity, make_key, make_keys, random_rows
+from tests.store.store_factories import make_identity, make_key, make_keys, random_rows, write_chunk
 
 IDENTITY = make_identity()
 ROW_BYTES = 64

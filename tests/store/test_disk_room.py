@@ -9,9 +9,8 @@ import pytest
 
 from memos_vllm.store import disk_room
 from memos_vllm.store.disk_index import DiskIndex
-from memos_vllm.store.kv_file import write_chunk
 from memos_vllm.store.ops import path_for_rank
-from tests.store.store_factories import make_identity, make_key, make_keys, random_rows
+from tests.store.store_factories import make_identity, make_key, make_keys, random_rows, write_chunk
 
 IDENTITY = make_identity()
 BLOCK = 64

@@ -6,9 +6,8 @@ import pytest
 
 from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.examination import examine_kv
-from memos_vllm.store.kv_file import write_chunk
 from memos_vllm.store.ops import path_for_rank
-from tests.store.store_factories import make_identity, make_key, make_keys, random_rows
+from tests.store.store_factories import make_identity, make_key, make_keys, random_rows, write_chunk
 
 IDENTITY = make_identity()
 ROW_BYTES = 64

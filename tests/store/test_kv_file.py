@@ -13,8 +13,16 @@ from safetensors import safe_open
 
 from memos_vllm.errors import KVFileCorrupt, KVFileError, KVFileMismatch
 from memos_vllm.store import kv_file
-from memos_vllm.store.kv_file import read_blocks, write_chunk, write_chunk_in_pieces
-from tests.store.store_factories import IDENTITY_FIELDS, make_identity, make_keys, other_identity, random_rows
+from memos_vllm.store.kv_file import write_chunk_in_pieces
+from tests.store.store_factories import (
+    IDENTITY_FIELDS,
+    make_identity,
+    make_keys,
+    other_identity,
+    random_rows,
+    read_blocks,
+    write_chunk,
+)
 
 IDENTITY = make_identity()
 KEYS = make_keys(*range(5))
@@ -173,7 +181,7 @@ sys.path[:0] = {sys.path!r}
 from tests.store.store_factories import *
 from memos_vllm.store import kv_file
 os.rename = lambda *_: os._exit(9)
-kv_file.write_chunk({str(tmp_path / "c.safetensors")!r}, random_rows(2, 64), make_keys(1, 2), make_identity(), 0)
+write_chunk({str(tmp_path / "c.safetensors")!r}, random_rows(2, 64), make_keys(1, 2), make_identity(), 0)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     (left,) = os.listdir(tmp_path)

@@ -18,10 +18,9 @@ from memos_vllm.kernels.reference import (
     scatter_reference,
 )
 from memos_vllm.store import host_memory, kv_file, transfer
-from memos_vllm.store.kv_file import read_blocks
 from memos_vllm.store.link import CpuLink
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
-from tests.store.store_factories import make_identity, make_keys, other_identity
+from tests.store.store_factories import make_identity, make_keys, other_identity, read_blocks
 
 IDENTITY = make_identity()
 BLOCKS, SLOTS = 24, 16

@@ -69,7 +69,7 @@ def test_every_kind_of_event_arrives_as_it_was_at_all_others_and_in_order(run: A
         told: list[tuple[float, Event, SceneKind]] = []
         for number, event in enumerate(get_args(Event)):
             filled = {field.name: 0.5 for field in fields(event) if field.name in ("in_s", "probability", "expected_s")}
-            told.append((AT + number, event(f"scene-{number}", **filled), list(SceneKind)[number % 6]))
+            told.append((AT + number, event(f"scene-{number}", **filled), list(SceneKind)[number % len(SceneKind)]))
         for each in told:
             processes[1].exchange.tell(*each)
         for hearer in (processes[0], processes[2]):
