@@ -79,13 +79,6 @@ class BlockTree:
     def blocks(self) -> Iterator[Hashable]:
         return iter(self._of_block)
 
-    def match(self, blocks: Sequence[Hashable]) -> int:
-        """How many blocks from the first on are in the tree."""
-        for i, block in enumerate(blocks):
-            if block not in self._of_block:
-                return i
-        return len(blocks)
-
     def insert(self, blocks: Sequence[Hashable], after: Segment | None = None) -> tuple[Segment, list[Segment]]:
         """The segment that ends with the last block, and the segments that are new or were cut for it.
 
@@ -190,6 +183,9 @@ class BlockTree:
 def count(segment: Segment) -> None:
     """Brings the counters up to date with the states."""
     segment.num_absent = segment.states.count(ABSENT)
-    segment.num_evictable = sum(
-        state == RESIDENT and not held for state, held in zip(segment.states, segment.held, strict=True)
-    )
+    segment.num_evictable = num_evictable(segment)
+
+
+def num_evictable(segment: Segment) -> int:
+    """RESIDENT and not held, counted one by one."""
+    return sum(state == RESIDENT and not held for state, held in zip(segment.states, segment.held, strict=True))

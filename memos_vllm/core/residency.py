@@ -13,20 +13,17 @@ The policy only decides. The caller moves the bytes and tells what became of the
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from memos_vllm.core.block_tree import ABSENT, LOADING, RESIDENT, BlockTree, Segment
+from memos_vllm.core.block_tree import ABSENT, LOADING, RESIDENT, BlockTree, Segment, num_evictable
+from memos_vllm.core.segment_queues import SegmentQueues
 
 SWAP_GAIN = 1.25
 """A block is brought in place of another only if it is worth this many times as much: a copy costs
 bandwidth, and estimates that differ by less are the same estimate."""
-
-_Low = tuple[float, float, int, int, Segment]
-_High = tuple[float, int, int, Segment]
 
 
 class Values(Protocol):
@@ -78,14 +75,12 @@ class ResidencyPolicy:
         in_use_from: float = math.inf,
     ) -> None:
         self.values, self.swap_gain, self.partial_tails = values, swap_gain, partial_tails
-        self.in_use_from = in_use_from
         self._turned: list[list[Hashable]] | None = [] if watch_worth else None
         self.tree = BlockTree()
+        self._queues = SegmentQueues(self.tree, in_use_from)
         self.num_resident = 0
         """RESIDENT or LOADING."""
         self._chains: dict[str, _Chain] = {}
-        self._low: list[_Low] = []
-        self._high: list[_High] = []
         self._tail_uses, self._tail_returns = 1.0, 2.0
 
     # -- scenes ------------------------------------------------------------------------------------
@@ -108,7 +103,7 @@ class ResidencyPolicy:
         for segment in self._path(chain):
             segment.num_scenes += 1
         for segment in touched:
-            self._queue(segment)
+            self._queues.file(segment)
         self._apply(chain, self.values.value(scene_id))
         if old is not None:
             self._drop(old)
@@ -130,7 +125,7 @@ class ResidencyPolicy:
         for segment in self._path(chain):
             if segment.start < num_blocks:
                 segment.last_use = max(segment.last_use, now)
-                self._queue(segment)
+                self._queues.file(segment)
 
     def update(self) -> None:
         """Takes over what has changed since the last call."""
@@ -196,10 +191,10 @@ class ResidencyPolicy:
         out: list[Hashable] = []
         taken: set[Segment] = set()
         while len(out) < num_blocks:
-            segment = self._lowest()
+            segment = self._queues.lowest()
             if segment is None or segment.value >= below:
                 break
-            heapq.heappop(self._low)
+            self._queues.pass_lowest()
             if segment in taken:  # queued twice
                 continue
             taken.add(segment)
@@ -208,7 +203,7 @@ class ResidencyPolicy:
                 if not segment.held[place]:
                     out.append(segment.blocks[place])
         for segment in taken:
-            self._queue(segment)
+            self._queues.file(segment)
         return out
 
     def evict(self, num_blocks: int, below: float = math.inf) -> list[Hashable] | None:
@@ -240,20 +235,20 @@ class ResidencyPolicy:
         worths = iter(free_worths)
         worth = next(worths, 0.0) if free_blocks > 0 else math.inf
         while len(plan.fetch) < budget_blocks:
-            segment = self._highest()
+            segment = self._queues.highest()
             if segment is None:
                 break
             parent = segment.parent
             block = segment.blocks[segment.states.index(ABSENT)]
             if (parent is not None and parent.num_absent) or not available(block):
-                heapq.heappop(self._high)
+                self._queues.pass_highest()
                 skipped.append(segment)
                 continue
             if worth * self.swap_gain < segment.value:
                 free_blocks -= 1
                 worth = next(worths, 0.0) if free_blocks > 0 else math.inf
             else:
-                lowest = self._lowest()
+                lowest = self._queues.lowest()
                 if lowest is None or lowest.value * self.swap_gain >= segment.value:
                     break
                 victim = _last_evictable(lowest)
@@ -263,7 +258,7 @@ class ResidencyPolicy:
             self._mark([block], LOADING)
             plan.fetch.append(block)
         for segment in skipped:
-            self._queue(segment)
+            self._queues.file(segment)
         return plan
 
     # -- inside ------------------------------------------------------------------------------------
@@ -282,19 +277,16 @@ class ResidencyPolicy:
                 cell = expected.setdefault(segment, [0, 0.0])
                 cell[0] += 1
                 cell[1] += chain.tail_value if segment is chain.tail else chain.value
-        for segment in {self.tree.segment_of(block) for block in self.tree.blocks()}:
-            assert segment is not None
+        segments = {segment for block in self.tree.blocks() if (segment := self.tree.segment_of(block)) is not None}
+        for segment in segments:
             num_scenes, value = expected.get(segment, (0, 0.0))
             assert segment.num_scenes == num_scenes
             assert math.isclose(segment.value, value, rel_tol=1e-6, abs_tol=1e-12)
             assert segment.num_absent == segment.states.count(ABSENT)
-            evictable = sum(map(_evictable, segment.states, segment.held))
-            assert segment.num_evictable == evictable
-            assert not evictable or any(entry[4] is segment and _low_valid(entry) for entry in self._low)
-            wanted = segment.num_absent and 0.0 < segment.value < self.in_use_from
-            assert not wanted or any(entry[3] is segment and _high_valid(entry) for entry in self._high)
+            assert segment.num_evictable == num_evictable(segment)
             resident += len(segment.blocks) - segment.num_absent
         assert resident == self.num_resident
+        self._queues.check_integrity(segments)
 
     def _path(self, chain: _Chain) -> Iterable[Segment]:
         return self.tree.path(chain.tail or chain.body)
@@ -319,12 +311,12 @@ class ResidencyPolicy:
         if self._turned is not None and (segment.value > 0.0) != (value > 0.0):
             self._turned.append(list(segment.blocks))
         segment.value = value
-        self._queue(segment)
+        self._queues.file(segment)
 
     def _prune(self, segment: Segment) -> None:
         joined = self.tree.prune(segment)
         if joined is not None:
-            self._queue(joined)
+            self._queues.file(joined)
 
     def _mark(self, blocks: Iterable[Hashable], state: int) -> None:
         for block in blocks:
@@ -344,7 +336,7 @@ class ResidencyPolicy:
         segment.num_evictable += free * ((state == RESIDENT) - (old == RESIDENT))
         self.num_resident += (old == ABSENT) - (state == ABSENT)
         if segment.num_absent == 1 or segment.num_evictable == 1:  # it may have been in a queue before, or not
-            self._queue(segment)
+            self._queues.file(segment)
 
     def _hold(self, blocks: Iterable[Hashable], change: int) -> None:
         for block in blocks:
@@ -357,50 +349,9 @@ class ResidencyPolicy:
             assert segment.held[place] >= 0, "release without hold"
             if segment.states[place] == RESIDENT and (before == 0) != (segment.held[place] == 0):
                 segment.num_evictable -= change
-                self._queue(segment)
+                self._queues.file(segment)
             if change < 0:
                 self._prune(segment)
-
-    def _queue(self, segment: Segment) -> None:
-        if segment.num_evictable:
-            heapq.heappush(self._low, (segment.value, segment.last_use, -segment.start, segment.serial, segment))
-        if segment.num_absent and 0.0 < segment.value < self.in_use_from:
-            heapq.heappush(self._high, (-segment.value, segment.start, segment.serial, segment))
-        limit = 8 * self.tree.num_segments + 1024
-        if len(self._low) > limit:
-            self._low = list({each[4]: each for each in self._low if _low_valid(each)}.values())
-            heapq.heapify(self._low)
-        if len(self._high) > limit:
-            self._high = list({each[3]: each for each in self._high if _high_valid(each)}.values())
-            heapq.heapify(self._high)
-
-    def _lowest(self) -> Segment | None:
-        while self._low:
-            if _low_valid(self._low[0]):
-                return self._low[0][4]
-            heapq.heappop(self._low)
-        return None
-
-    def _highest(self) -> Segment | None:
-        while self._high:
-            if _high_valid(self._high[0]):
-                return self._high[0][3]
-            heapq.heappop(self._high)
-        return None
-
-
-def _low_valid(entry: _Low) -> bool:
-    segment = entry[4]
-    return segment.value == entry[0] and segment.last_use == entry[1] and segment.num_evictable > 0
-
-
-def _high_valid(entry: _High) -> bool:
-    segment = entry[3]
-    return segment.value == -entry[0] and segment.num_absent > 0
-
-
-def _evictable(state: int, held: int) -> bool:
-    return state == RESIDENT and not held
 
 
 def _last_evictable(segment: Segment) -> int:
