@@ -30,6 +30,9 @@ _DIRECTORY = re.compile(r"[0-9a-f]{16}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _FILE = re.compile(r"(?P<chunk>[0-9a-f]{40})\.(?P<tag>-|(?:[0-9a-f]{2})+)\.r(?P<rank>\d+)\.safetensors")
 
+Name = tuple[str, str, bytes]
+"""Identity, chunk and tag."""
+
 
 @dataclass(slots=True)
 class FoundChunk:
@@ -45,15 +48,31 @@ def identity_name(identity: KVIdentity) -> str:
     return identity.digest().hex()[:16]
 
 
-def path_template(root: Path, identity: str, chunk: str, tag: bytes) -> str:
+def name_of(chunk: ChunkRecord | FoundChunk) -> Name:
+    """By which files and records belong together."""
+    return chunk.identity, chunk.chunk, chunk.tag
+
+
+def path_of(root: Path, chunk: ChunkRecord | FoundChunk) -> str:
     """The path of a chunk, with ``{rank}`` in the place of the rank."""
-    return str(root / identity / chunk[:2] / f"{chunk}.{tag.hex() or '-'}.r{{rank}}.safetensors")
+    directory = root / chunk.identity / chunk.chunk[:2]
+    return str(directory / f"{chunk.chunk}.{chunk.tag.hex() or '-'}.r{{rank}}.safetensors")
 
 
-def scan(root: Path, clean: bool = True) -> list[FoundChunk]:
+def rank_paths(root: Path, record: ChunkRecord) -> list[str]:
+    """The paths of its files, one per rank."""
+    return [path_for_rank(path_of(root, record), rank) for rank in range(record.world_size)]
+
+
+def found_paths(root: Path, found: FoundChunk) -> list[str]:
+    """The paths of the files that are there."""
+    return [path_for_rank(path_of(root, found), rank) for rank in found.ranks]
+
+
+def scan(root: Path, clean: bool = True) -> dict[Name, FoundChunk]:
     """All chunks under ``root``, whole or not. Removes temporary files if it may ``clean``; leaves files that are
     not ours."""
-    found: dict[tuple[str, str, bytes], FoundChunk] = {}
+    found: dict[Name, FoundChunk] = {}
     for directory in _subdirectories(root, _DIRECTORY):
         for fan_out in _subdirectories(directory, _FAN_OUT):
             for entry in list(os.scandir(fan_out)):
@@ -64,14 +83,14 @@ def scan(root: Path, clean: bool = True) -> list[FoundChunk]:
                     tag = b"" if match["tag"] == "-" else bytes.fromhex(match["tag"])
                     name = (directory.name, match["chunk"], tag)
                     found.setdefault(name, FoundChunk(*name)).ranks.add(int(match["rank"]))
-    return list(found.values())
+    return found
 
 
 def adopt(root: Path, found: FoundChunk, identity: KVIdentity, world_size: int) -> ChunkRecord | None:
     """A record made from the files' headers, or None if they are incomplete, damaged or another identity's."""
     if found.identity != identity_name(identity) or found.ranks != set(range(world_size)):
         return None
-    template = path_template(root, found.identity, found.chunk, found.tag)
+    template = path_of(root, found)
     size_bytes = 0
     keys = None
     for rank in range(world_size):

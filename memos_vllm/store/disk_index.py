@@ -6,36 +6,35 @@
 
 All look-ups are answered from memory. The files are the truth: opening drops records without files
 and adopts whole files without a record. So neither a lost index nor a crash between two steps needs
-a repair; a removal takes the block keys from memory first, then the files, then the record, for a file
-that outlives its record would come back at the next start. Files of evicted and deleted chunks go in a thread,
-since an unlink may wait for the file system and the owner does not. Recency is written with the next commits
-or removals, some of it at a time, and at ``close``; a crash forgets only the order of what was touched since.
+a repair. Files of evicted and deleted chunks go in a thread (``chunk_removal``). Recency is written with the
+next commits or removals, some of it at a time, and at ``close``; a crash forgets only the order of what was
+touched since.
 
 One thread (the scheduler's) owns an index. A root is for one server, whose ranks see the same files.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import logging
 import os
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import lmdb
 
-from memos_vllm.errors import DataDirError, DataDirInUse
+from memos_vllm.errors import DataDirError
 from memos_vllm.store import chunk_files, tags
 from memos_vllm.store.chunk_records import ChunkRecord, open_records
+from memos_vllm.store.chunk_removal import ChunkRemoval
 from memos_vllm.store.disk_room import DiskRoom, Space
 from memos_vllm.store.identity import KVIdentity, chunk_id
-from memos_vllm.store.ops import path_for_rank
+from memos_vllm.store.reconciliation import reconcile
+from memos_vllm.store.root_lock import RootLock
 from memos_vllm.store.use_clock import UseClock
 from memos_vllm.types import BlockKey
 
@@ -44,6 +43,9 @@ logger = logging.getLogger(__name__)
 TOUCHES_PER_COMMIT = 32
 """Records of used chunks that are written together with a new one: 13 us each on a Xeon core of 2 GHz, in the
 engine's step."""
+
+MAX_LEAVING_BYTES = 2**30
+"""Of evicted chunks whose files are still there: by so much the disk may hold more than the budget for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +59,6 @@ class PlannedChunk:
     chunk: str
     path: str
     """Contains ``{rank}``."""
-
-
-MAX_LEAVING_BYTES = 2**30
-"""Of evicted chunks whose files are still there: by so much the disk may hold more than the budget for a while."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaving:
-    """An evicted chunk, until its files are gone."""
-
-    record: ChunkRecord
-    removal: Future[list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +111,16 @@ class DiskIndex:
         self._unread: set[str] = set()  # the last read of it failed
         self._touched: dict[str, None] = {}  # recency not yet in LMDB
         self._usage_bytes = 0
-        self._lock_fd = _lock(self.root)
-        self._leaving: dict[str, _Leaving] = {}
-        self._remover = ThreadPoolExecutor(1, "memos-kv-removal")
-        self._removed: deque[str] = deque()
-        """Chunks whose files are gone and whose records are not; LMDB is used from the owner's thread only."""
+        self._lock = RootLock(self.root)
+        self._removal = ChunkRemoval(self.root)
         try:
             self._records, records = open_records(self.root / "index")
             self._recover(records)
         except OSError as error:
-            self._unlock()
+            self._lock.release()
             raise DataDirError(f"cannot use the KV directory {self.root}: {error}") from error
         except BaseException:
-            self._unlock()
+            self._lock.release()
             raise
 
     def __len__(self) -> int:
@@ -160,7 +147,7 @@ class DiskIndex:
 
     def path_of(self, chunk: str) -> str:
         """The file of a chunk on disk or being written; contains ``{rank}``."""
-        return self._path(self._ready.get(chunk) or self._writing[chunk])
+        return chunk_files.path_of(self.root, self._ready.get(chunk) or self._writing[chunk])
 
     def tag_of(self, chunk: str) -> bytes:
         """The tag of a chunk on disk or being written."""
@@ -187,7 +174,7 @@ class DiskIndex:
         chunk = chunk_id(keys)
         leaving_bytes = self._leaving_bytes()
         victims = self._victims(size_bytes)
-        if victims is None or chunk in self._leaving or (victims and leaving_bytes > MAX_LEAVING_BYTES):
+        if victims is None or chunk in self._removal or (victims and leaving_bytes > MAX_LEAVING_BYTES):
             return None
         if last_use is not None and any(each.last_use > last_use for each in victims):
             return None
@@ -196,7 +183,7 @@ class DiskIndex:
         self._writing[record.chunk] = record
         self._keys_in_writing.update(keys)
         self._usage_bytes += size_bytes
-        return PlannedChunk(record.chunk, self._path(record))
+        return PlannedChunk(record.chunk, chunk_files.path_of(self.root, record))
 
     def commit(self, chunk: str, last_use: int | None = None) -> bool:
         """Every rank has written its file: the blocks can be found. False if it was dropped meanwhile.
@@ -283,7 +270,7 @@ class DiskIndex:
         A part of a chunk's tag counts (``store.tags``), and no chunk may be written with it any more. Chunks
         that are being written are counted and go when their write ends.
         """
-        leaving = [each.record for each in self._leaving.values() if not each.removal.done()]
+        leaving = self._removal.leaving()
         gone = tags.with_part((each.tag for each in (*self._ready.values(), *self._writing.values(), *leaving)), tag)
         written = [record for record in self._ready.values() if record.tag in gone]
         writing = [
@@ -291,7 +278,7 @@ class DiskIndex:
         ]
         self._forget(written)
         evicted = [record for record in leaving if record.tag in gone]  # for good, now
-        removal = self._remover.submit(self._remove_files, [*written, *evicted])
+        removal = self._removal.delete([*written, *evicted])
         self._doomed.update(record.chunk for record in writing)
         dropped = written + writing
         num_blocks = sum(len(record.keys) for record in dropped)
@@ -300,13 +287,13 @@ class DiskIndex:
 
     def close(self) -> None:
         """Writes recency and releases the directory. May be called twice."""
-        if self._lock_fd is None:
+        if not self._lock.is_held:
             return
-        self._remover.shutdown()
+        self._removal.close()
         self._persist(max_touched=len(self._touched))
         self._sync()
         self._records.close()
-        self._unlock()
+        self._lock.release()
 
     def check_integrity(self) -> None:
         """Asserts that the look-ups, the chunks, the sizes and the pins agree."""
@@ -321,31 +308,19 @@ class DiskIndex:
         assert self._doomed <= self._writing.keys() and not self._ready.keys() & self._writing.keys()
 
     def _recover(self, records: Iterable[ChunkRecord]) -> None:
-        """Brings the records together with the files that are there."""
-        found = {(f.identity, f.chunk, f.tag): f for f in chunk_files.scan(self.root)}
-        lost, adopted = [], []
-        for record in sorted(records, key=lambda record: record.last_use):
-            files = found.get((record.identity, record.chunk, record.tag))
-            if files is None or not files.ranks >= set(range(record.world_size)):
-                lost.append(record.chunk)
-                continue
-            del found[record.identity, record.chunk, record.tag]
+        found = reconcile(self.root, records, self._identity, self._world_size)
+        for record in found.kept:
             self._publish(record)
             self.clock.now = max(self.clock.now, record.last_use)
-        for files in found.values():
-            record = chunk_files.adopt(self.root, files, self._identity, self._world_size)
-            if record is None or record.chunk in self._ready or any(key in self._locations for key in record.keys):
-                template = chunk_files.path_template(self.root, files.identity, files.chunk, files.tag)
-                chunk_files.unlink(path_for_rank(template, rank) for rank in files.ranks)
-            else:
-                record.last_use = self.clock.tick()
-                self._publish(record)
-                adopted.append(record)
-        self._persist(put=adopted, delete=lost)
-        if lost or adopted:
+        for record in found.adopted:
+            record.last_use = self.clock.tick()
+            self._publish(record)
+        self._persist(put=found.adopted, delete=found.lost)
+        if found.lost or found.adopted:
             logger.info(
-                "KV directory %s: %d chunks without files dropped, %d adopted", self.root, len(lost), len(adopted)
-            )
+                "KV directory %s: %d chunks without files dropped, %d adopted",
+                self.root, len(found.lost), len(found.adopted),
+            )  # fmt: skip
         self._room.look(self._held_bytes, 0)
         self._remove(self._oldest(self._usage_bytes - self.budget_bytes))
 
@@ -394,24 +369,21 @@ class DiskIndex:
         """Removes the files of a chunk that was never published."""
         doomed = record.chunk in self._doomed
         self._doomed.discard(record.chunk)
-        chunk_files.unlink(self._rank_paths(record), sync=doomed)
+        chunk_files.unlink(chunk_files.rank_paths(self.root, record), sync=doomed)
 
     def _evict(self, records: Sequence[ChunkRecord]) -> None:
         """Forgets published chunks; their files go in a thread."""
         self._forget(records)
-        if records:
-            removal = self._remover.submit(self._remove_files, records, sync=False)
-            self._leaving.update((record.chunk, _Leaving(record, removal)) for record in records)
+        self._removal.evict(records)
 
     def _leaving_bytes(self) -> int:
         """Of evicted chunks whose files may still be there."""
-        self._leaving = {chunk: each for chunk, each in self._leaving.items() if not each.removal.done()}
-        return sum(each.record.size_bytes for each in self._leaving.values())
+        return sum(record.size_bytes for record in self._removal.leaving())
 
     def _remove(self, records: Sequence[ChunkRecord]) -> None:
         """Forgets published chunks and removes their files."""
         self._forget(records)
-        chunk_files.unlink(path for record in records for path in self._rank_paths(record))
+        chunk_files.unlink(path for record in records for path in chunk_files.rank_paths(self.root, record))
         if records:
             self._persist(delete=[record.chunk for record in records])
 
@@ -425,22 +397,12 @@ class DiskIndex:
             for key in record.keys:
                 self._locations.pop(key, None)
 
-    def _remove_files(self, records: Sequence[ChunkRecord], sync: bool = True) -> list[str]:
-        """In a thread: the files of forgotten chunks, durably if ``sync``; those that could not be removed.
-
-        Their records follow with the next commit: a record without files is dropped at the next start.
-        """
-        paths = (path for record in records for path in self._rank_paths(record))
-        undeleted = chunk_files.unlink(paths, sync=sync)
-        self._removed.extend(record.chunk for record in records)
-        return undeleted
-
     def _persist(
         self, put: Sequence[ChunkRecord] = (), delete: Sequence[str] = (), max_touched: int = TOUCHES_PER_COMMIT
     ) -> None:
         """Brings LMDB up to date. A failure (disk full) costs recency, no look-up: the files are the truth."""
         touched = [self._ready[chunk] for chunk in itertools.islice(self._touched, max_touched)]
-        removed = [self._removed.popleft() for _ in range(len(self._removed))]
+        removed = self._removal.take_removed()
         try:
             self._records.apply([*touched, *put], [*delete, *removed])
             for record in touched:
@@ -455,34 +417,3 @@ class DiskIndex:
             self._records.sync()
         except lmdb.Error as error:
             logger.warning("the KV index %s was not synced (%s)", self.root, error)
-
-    def _path(self, record: ChunkRecord) -> str:
-        return chunk_files.path_template(self.root, record.identity, record.chunk, record.tag)
-
-    def _rank_paths(self, record: ChunkRecord) -> list[str]:
-        return [path_for_rank(self._path(record), rank) for rank in range(record.world_size)]
-
-    def _unlock(self) -> None:
-        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # explicitly: a forked worker may still have the descriptor
-        os.close(self._lock_fd)
-        self._lock_fd = None
-
-
-def _lock(root: Path) -> int:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataDirError(f"the KV directory {root} is not a directory") from error
-    except OSError as error:
-        raise DataDirError(
-            f"the KV directory {root} cannot be written: {error.strerror}; choose another data_dir"
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise DataDirInUse(f"another server uses the KV directory {root}; give each its own data_dir") from error
-        raise DataDirError(f"the KV directory {root} cannot be locked: {error.strerror}") from error
-    return fd

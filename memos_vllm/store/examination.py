@@ -6,10 +6,6 @@ again; so a repair takes out what is not whole, and the next start adopts whole 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +15,7 @@ from memos_vllm.errors import KVFileError
 from memos_vllm.store import chunk_files
 from memos_vllm.store.chunk_records import ChunkRecord, open_records
 from memos_vllm.store.kv_file import read_header
-from memos_vllm.store.ops import path_for_rank
+from memos_vllm.store.root_lock import if_unused
 
 
 @dataclass(slots=True)
@@ -35,7 +31,7 @@ def examine_kv(kv_dir: Path, repair: bool = False) -> KVReport:
     """Looks at the index and at the header and length of each file; a directory that a server uses is left out."""
     report = KVReport()
     for root in sorted(kv_dir.glob("dp*")):
-        with _unused(root) as unused:
+        with if_unused(root) as unused:
             if unused:
                 _examine(root, report, repair)
             else:
@@ -46,9 +42,9 @@ def examine_kv(kv_dir: Path, repair: bool = False) -> KVReport:
 def _examine(root: Path, report: KVReport, repair: bool) -> None:
     records, damage = _records(root / "index")
     broken: dict[str, str] = {}
-    found = {(each.identity, each.chunk, each.tag): each for each in chunk_files.scan(root, clean=repair)}
+    found = chunk_files.scan(root, clean=repair)
     for record in records:
-        files = found.pop((record.identity, record.chunk, record.tag), None)
+        files = found.pop(chunk_files.name_of(record), None)
         report.chunks += 1
         report.blocks += len(record.keys)
         if problem := _problem(root, record, set() if files is None else files.ranks):
@@ -68,20 +64,16 @@ def _examine(root: Path, report: KVReport, repair: bool) -> None:
         index.sync()
         index.close()
     chunk_files.unlink(
-        path_for_rank(chunk_files.path_template(root, record.identity, record.chunk, record.tag), rank)
-        for record in records
-        if record.chunk in broken
-        for rank in range(record.world_size)
+        path for record in records if record.chunk in broken for path in chunk_files.rank_paths(root, record)
     )
 
 
 def _problem(root: Path, record: ChunkRecord, ranks: set[int]) -> str | None:
     if missing := set(range(record.world_size)) - ranks:
         return f"the file of rank {min(missing)} is not there"
-    template = chunk_files.path_template(root, record.identity, record.chunk, record.tag)
     try:
-        for rank in range(record.world_size):
-            if read_header(path_for_rank(template, rank)).keys != record.keys:
+        for rank, path in enumerate(chunk_files.rank_paths(root, record)):
+            if read_header(path).keys != record.keys:
                 return f"the file of rank {rank} holds other blocks than the index says"
     except (KVFileError, OSError) as error:
         return str(error)
@@ -101,21 +93,3 @@ def _records(index: Path) -> tuple[list[ChunkRecord], str | None]:
                 return [ChunkRecord.decode(bytes(name).decode(), bytes(raw)) for name, raw in txn.cursor()], None
     except (lmdb.Error, ValueError, OSError) as error:
         return [], str(error)
-
-
-@contextlib.contextmanager
-def _unused(root: Path) -> Iterator[bool]:
-    """Whether no server holds the directory; none can take it within the block."""
-    try:
-        fd = os.open(root / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(fd)

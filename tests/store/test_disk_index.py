@@ -60,7 +60,7 @@ def found(index, *numbers):
 
 def removed(index):
     """Waits until the thread has removed what was evicted so far."""
-    index._remover.submit(lambda: None).result()
+    index._removal._thread.submit(lambda: None).result()
 
 
 def files(root, suffix=".safetensors"):
@@ -185,7 +185,7 @@ def test_a_crash_during_the_removal_of_a_tag_does_not_bring_it_back(open_index, 
     copy = tmp_path / "crashed"
     index.drop_tag(b"alice").removal.result()
     shutil.copytree(tmp_path / "kv", copy)
-    assert index._removed, "the record is there still"
+    assert index._removal._removed, "the record is there still"
     assert found(open_index(root=copy), 1) == [False]
 
 

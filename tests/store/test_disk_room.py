@@ -56,7 +56,7 @@ def open_index(disk):
 
 
 def plan(index, number):
-    for each in list(index._leaving.values()):  # files of what was evicted go in a thread
+    for each in list(index._removal._leaving.values()):  # files of what was evicted go in a thread
         each.removal.result()
     return index.plan_write(make_keys(number), BLOCK, b"")
 
