@@ -1,4 +1,4 @@
-"""What copies moved and how long they took, by path and purpose."""
+"""What copies moved and how long they took, by path and purpose, and what became of the blocks."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ class CopyTotals:
     """Sum over the operations, each as long as on its slowest rank. An operation that others overtook
     took longer, and two that ran side by side count twice: bytes / seconds is what one copy gets."""
     failed_ops: int = 0
+
+
+@dataclass(slots=True)
+class TransferTotals:
+    """Counters since the start, summed over ranks."""
+
+    saved_blocks: int = 0
+    loaded_host_blocks: int = 0
+    loaded_disk_blocks: int = 0
+    written_blocks: int = 0
+    failed_ops: int = 0
+    skipped_blocks: int = 0
+    """Blocks that were not saved because no tier had room for them."""
+    corrupt_files: int = 0
+    """Chunks whose file was damaged, foreign or gone on some rank."""
+    checksum_failures: int = 0
+    """Those of them in which a block's checksum did not match."""
 
 
 def route_of(operation: Op) -> Route:

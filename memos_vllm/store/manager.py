@@ -19,8 +19,6 @@ only after its copy finished on every rank; results are counted to ``world_size`
 from __future__ import annotations
 
 import itertools
-import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -28,13 +26,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from memos_vllm.store import tags
-from memos_vllm.store.copy_totals import ROUTES, CopyTotals, Route, route_of
-from memos_vllm.store.disk_index import DiskIndex, PlannedChunk
+from memos_vllm.store.copy_totals import TransferTotals
+from memos_vllm.store.disk_index import DiskIndex
 from memos_vllm.store.host_pool import SlotState, SlotTable
+from memos_vllm.store.in_flight import InFlight, OpProgress
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
 from memos_vllm.types import BlockKey
-
-logger = logging.getLogger(__name__)
 
 
 class Pending(Enum):
@@ -73,43 +70,6 @@ class Completion:
     """Those of them that failed on some rank."""
 
 
-@dataclass(slots=True)
-class _Pending:
-    """One operation on all ranks."""
-
-    operation: Op
-    keys: tuple[BlockKey, ...]
-    planned: PlannedChunk | None = None
-    tag: bytes = b""
-    promoted: bool = False
-    ranks_left: int = 0
-    errors: list[str] = field(default_factory=list)
-    corrupt: bool = False
-    checksum_failed: bool = False
-    no_space: bool = False
-    unreadable: bool = False
-    size_bytes: int = 0
-    seconds: float = 0.0
-    """Of the slowest rank so far."""
-
-
-@dataclass(slots=True)
-class TransferTotals:
-    """Counters since the start, summed over ranks."""
-
-    saved_blocks: int = 0
-    loaded_host_blocks: int = 0
-    loaded_disk_blocks: int = 0
-    written_blocks: int = 0
-    failed_ops: int = 0
-    skipped_blocks: int = 0
-    """Blocks that were not saved because no tier had room for them."""
-    corrupt_files: int = 0
-    """Chunks whose file was damaged, foreign or gone on some rank."""
-    checksum_failures: int = 0
-    """Those of them in which a block's checksum did not match."""
-
-
 class TierManager:
     """See the module's docstring.
 
@@ -130,14 +90,10 @@ class TierManager:
         if disk is not None:  # a chunk is as old as the host copies that it was written from
             slots.clock = disk.clock
         self.totals = TransferTotals()
-        self.copies: dict[Route, CopyTotals] = {route: CopyTotals() for route in ROUTES}
         self.chunk_blocks = chunk_blocks
         self._block_bytes = block_bytes
-        self._world_size = world_size
-        self._op_ids = itertools.count(1)
-        self._pending: dict[int, _Pending] = {}
-        self._loading: Counter[BlockKey] = Counter()
-        self._prefetching: Counter[BlockKey] = Counter()
+        self._in_flight = InFlight(world_size, self.totals)
+        self.copies = self._in_flight.copies
         self._host_tags: dict[BlockKey, bytes] = {}
         self._forgotten: set[bytes] = set()
 
@@ -146,10 +102,10 @@ class TierManager:
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """Longest prefix of ``keys`` in any tier. Changes nothing."""
         pending = Pending.NO
-        if keys and keys[0] in self._loading:
+        if keys and self._in_flight.is_loading(keys[0]):
             pending = Pending.LOAD
             keys = keys[:1]
-        elif keys and keys[0] in self._prefetching:
+        elif keys and self._in_flight.is_prefetching(keys[0]):
             pending = Pending.PREFETCH
         num_blocks = num_host = 0
         for key in keys:
@@ -166,7 +122,7 @@ class TierManager:
 
     def is_on_its_way(self, key: BlockKey) -> bool:
         """Whether a copy of the block to the GPU is under way."""
-        return key in self._loading or key in self._prefetching
+        return self._in_flight.brings(key)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Counts as one use of a prefix, in every tier, the first block as the latest."""
@@ -220,7 +176,6 @@ class TierManager:
                 part_keys = tuple(key for key, _ in part)
                 part_blocks = tuple(block for _, block in part)
                 operations.append(self._plan_part(source, part_keys, part_blocks, prefetch))
-        (self._prefetching if prefetch else self._loading).update(keys)
         self.touch(keys)
         return operations
 
@@ -234,12 +189,12 @@ class TierManager:
         return location.chunk
 
     def _plan_part(self, chunk: str, keys: tuple[BlockKey, ...], block_ids: tuple[int, ...], prefetch: bool) -> Op:
-        op_id = next(self._op_ids)
+        op_id = self._in_flight.new_id()
         operation: Op
         if not chunk:
             slots = tuple(slot for key in keys if (slot := self.slots.lookup(key)) is not None)
             operation = Load(op_id=op_id, slots=slots, block_ids=block_ids, prefetch=prefetch)
-            self._start(_Pending(operation, keys))
+            self._in_flight.start(OpProgress(operation, keys))
             return operation
         assert self.disk is not None
         self.disk.pin(chunk)
@@ -259,7 +214,7 @@ class TierManager:
             slots=None if promoted is None else tuple(promoted),
             prefetch=prefetch,
         )
-        self._start(_Pending(operation, keys, tag=self.disk.tag_of(chunk), promoted=promoted is not None))
+        self._in_flight.start(OpProgress(operation, keys, tag=self.disk.tag_of(chunk), promoted=promoted is not None))
         return operation
 
     # -- save -----------------------------------------------------------------------------------
@@ -295,8 +250,10 @@ class TierManager:
             if slots is None:
                 self.totals.skipped_blocks += len(fresh) - start
                 break
-            operation = Save(op_id=next(self._op_ids), block_ids=tuple(block for _, block in part), slots=tuple(slots))
-            self._start(_Pending(operation, part_keys, tag=tag))
+            operation = Save(
+                op_id=self._in_flight.new_id(), block_ids=tuple(block for _, block in part), slots=tuple(slots)
+            )
+            self._in_flight.start(OpProgress(operation, part_keys, tag=tag))
             operations.append(operation)
         return operations
 
@@ -308,102 +265,76 @@ class TierManager:
         follow_up: list[Op] = []
         finished: set[int] = set()
         failed: set[int] = set()
-        for result in results:
-            pending = self._pending[result.op_id]
-            pending.ranks_left -= 1
-            pending.size_bytes += result.nbytes
-            pending.seconds = max(pending.seconds, result.seconds)
-            if not result.ok:
-                pending.errors.append(result.error or "unknown error")
-                pending.corrupt |= result.corrupt
-                pending.checksum_failed |= result.checksum_failed
-                pending.no_space |= result.no_space
-                pending.unreadable |= result.unreadable
-            if pending.ranks_left:
-                continue
-            del self._pending[result.op_id]
-            finished.add(result.op_id)
-            self._count_copy(pending)
-            if pending.errors:
-                failed.add(result.op_id)
-                self.totals.failed_ops += 1
-                logger.warning("%s failed: %s", type(pending.operation).__name__, pending.errors[0])
-            match pending.operation:
+        for ended in self._in_flight.take(results):
+            finished.add(ended.operation.op_id)
+            if ended.errors:
+                failed.add(ended.operation.op_id)
+            match ended.operation:
                 case Save() as save:
                     released.extend(save.block_ids)
-                    follow_up.extend(self._saved(pending, save))
+                    follow_up.extend(self._saved(ended, save))
                 case Write():
-                    self._written(pending)
-                case Load() as load:
-                    self._loaded(pending, load)
+                    self._written(ended)
+                case Load():
+                    self._loaded(ended)
                 case Read() as read:
-                    self._read(pending, read)
+                    self._read(ended, read)
         return Completion(released, finished, failed), follow_up
 
-    def _count_copy(self, pending: _Pending) -> None:
-        copies = self.copies[route_of(pending.operation)]
-        copies.size_bytes += pending.size_bytes
-        copies.seconds += pending.seconds
-        copies.failed_ops += bool(pending.errors)
-        self.totals.corrupt_files += pending.corrupt
-        self.totals.checksum_failures += pending.checksum_failed
-
-    def _saved(self, pending: _Pending, save: Save) -> list[Op]:
-        if pending.errors or self.is_forgotten(pending.tag):
-            self.slots.abort(pending.keys)
+    def _saved(self, ended: OpProgress, save: Save) -> list[Op]:
+        if ended.errors or self.is_forgotten(ended.tag):
+            self.slots.abort(ended.keys)
             return []
-        self.slots.commit(pending.keys)
-        self._tag_host_copies(pending.keys, pending.tag)
-        self.totals.saved_blocks += len(pending.keys)
+        self.slots.commit(ended.keys)
+        self._tag_host_copies(ended.keys, ended.tag)
+        self.totals.saved_blocks += len(ended.keys)
         if self.disk is None:
             return []
-        size_bytes, last_use = len(pending.keys) * self._block_bytes, self.slots.last_use(pending.keys[0])
-        planned = self.disk.plan_write(pending.keys, size_bytes, pending.tag, last_use)
+        size_bytes, last_use = len(ended.keys) * self._block_bytes, self.slots.last_use(ended.keys[0])
+        planned = self.disk.plan_write(ended.keys, size_bytes, ended.tag, last_use)
         if planned is None:
-            self.totals.skipped_blocks += len(pending.keys)
+            self.totals.skipped_blocks += len(ended.keys)
             return []
-        self.slots.pin(pending.keys)
+        self.slots.pin(ended.keys)
         write = Write(
-            op_id=next(self._op_ids), chunk=planned.chunk, path=planned.path, slots=save.slots, keys=pending.keys
+            op_id=self._in_flight.new_id(), chunk=planned.chunk, path=planned.path, slots=save.slots, keys=ended.keys
         )
-        self._start(_Pending(write, pending.keys, planned=planned, tag=pending.tag))
+        self._in_flight.start(OpProgress(write, ended.keys, planned=planned, tag=ended.tag))
         return [write]
 
-    def _written(self, pending: _Pending) -> None:
-        assert self.disk is not None and pending.planned is not None
-        last_use = self.slots.last_use(pending.keys[0])
-        self.slots.unpin(pending.keys)
-        if pending.errors or self.is_forgotten(pending.tag):
-            self.disk.abort(pending.planned.chunk, no_space=pending.no_space)
+    def _written(self, ended: OpProgress) -> None:
+        assert self.disk is not None and ended.planned is not None
+        last_use = self.slots.last_use(ended.keys[0])
+        self.slots.unpin(ended.keys)
+        if ended.errors or self.is_forgotten(ended.tag):
+            self.disk.abort(ended.planned.chunk, no_space=ended.no_space)
         else:
-            self.disk.commit(pending.planned.chunk, last_use)
-            self.totals.written_blocks += len(pending.keys)
+            self.disk.commit(ended.planned.chunk, last_use)
+            self.totals.written_blocks += len(ended.keys)
 
-    def _loaded(self, pending: _Pending, load: Load) -> None:
-        self.slots.unpin(pending.keys)
-        self._not_loading(pending.keys, prefetch=load.prefetch)
-        if pending.errors:
-            self.slots.drop(pending.keys)
+    def _loaded(self, ended: OpProgress) -> None:
+        self.slots.unpin(ended.keys)
+        if ended.errors:
+            self.slots.drop(ended.keys)
         else:
-            self.totals.loaded_host_blocks += len(pending.keys)
+            self.totals.loaded_host_blocks += len(ended.keys)
 
-    def _read(self, pending: _Pending, read: Read) -> None:
+    def _read(self, ended: OpProgress, read: Read) -> None:
         assert self.disk is not None
         self.disk.unpin(read.chunk)
-        self._not_loading(pending.keys, prefetch=read.prefetch)
-        if pending.promoted:
-            if pending.errors or self.is_forgotten(pending.tag):
-                self.slots.abort(pending.keys)
+        if ended.promoted:
+            if ended.errors or self.is_forgotten(ended.tag):
+                self.slots.abort(ended.keys)
             else:
-                self.slots.commit(pending.keys)
-                self._tag_host_copies(pending.keys, pending.tag)
-        if pending.corrupt:
+                self.slots.commit(ended.keys)
+                self._tag_host_copies(ended.keys, ended.tag)
+        if ended.corrupt:
             self.disk.drop(read.chunk)  # it is built again
-        elif pending.unreadable:
+        elif ended.unreadable:
             self.disk.read_failed(read.chunk)
-        elif not pending.errors:
+        elif not ended.errors:
             self.disk.read_succeeded(read.chunk)
-            self.totals.loaded_disk_blocks += len(pending.keys)
+            self.totals.loaded_disk_blocks += len(ended.keys)
 
     def _tag_host_copies(self, keys: Sequence[BlockKey], tag: bytes) -> None:
         self._host_tags.update(dict.fromkeys(keys, tag))
@@ -411,17 +342,6 @@ class TierManager:
             self._host_tags = {
                 key: of for key, of in self._host_tags.items() if self.slots.state(key) is not SlotState.ABSENT
             }
-
-    def _not_loading(self, keys: Sequence[BlockKey], *, prefetch: bool) -> None:
-        loading = self._prefetching if prefetch else self._loading
-        for key in keys:
-            loading[key] -= 1
-            if not loading[key]:
-                del loading[key]
-
-    def _start(self, pending: _Pending) -> None:
-        pending.ranks_left = self._world_size
-        self._pending[pending.operation.op_id] = pending
 
     # -- control --------------------------------------------------------------------------------
 
@@ -433,7 +353,7 @@ class TierManager:
     @property
     def num_in_flight(self) -> int:
         """Operations that some rank has not reported yet."""
-        return len(self._pending)
+        return len(self._in_flight)
 
     def drop_host(self) -> None:
         """Empties the host tier of all that is not being copied."""
@@ -461,8 +381,7 @@ class TierManager:
     def check_integrity(self) -> None:
         """Asserts conservation; at idle nothing is pinned and nothing is being written."""
         self.slots.check_integrity()
-        if not self._pending:
-            assert not self._loading and not self._prefetching
+        self._in_flight.check_integrity()
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def result(operation: Op, ok: bool = True, corrupt: bool = False) -> Result:
 
 def end(tiers: TierManager, operation: Op, ok: bool = True, corrupt: bool = False) -> list[Op]:
     """Every rank reports; the last one fails, if any does."""
-    well = [result(operation)] * (tiers._world_size - 1)
+    well = [result(operation)] * (tiers._in_flight._world_size - 1)
     return tiers.complete([*well, result(operation, ok, corrupt)])[1]
 
 
