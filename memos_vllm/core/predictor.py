@@ -5,30 +5,31 @@
 
 A scene's probability is that of a use within the horizon, from four sources taken as independent: its
 rate of return (``returns``, ``hazard``), a hint that is open (``hints``), a scene of the same owner that it
-often follows and that was just used (``transitions``), and whose turn is next (``turn_order``). Its value
+often follows and that was just used (``following``), and whose turn is next (``turn_order``). Its value
 is probability x prefill seconds saved / bytes, the probability being averaged with those of uses in the
 first parts of the horizon (``NEARER``).
 
 Values are kept, not computed when asked for. A scene is visited when an event names it and when
-its wait enters the next bin of elapsed time, less and less often as it waits: ``advance`` does what is due.
+its wait enters the next bin of elapsed time, less and less often as it waits (``visits``): ``advance`` does what
+is due.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from memos_vllm.core import snapshot
+from memos_vllm.core.following import Following
 from memos_vllm.core.hints import HintModel
+from memos_vllm.core.prediction import Expected, Prediction, prediction
 from memos_vllm.core.ranking import Ranking
 from memos_vllm.core.returns import Returns
 from memos_vllm.core.scenes import Closed, Event, Scene, SceneKind, TurnEnded, TurnStarted
-from memos_vllm.core.transitions import Transitions
 from memos_vllm.core.turn_order import TurnOrder
+from memos_vllm.core.visits import Visits
 from memos_vllm.core.waiting import Trigger, Wait
 
 STATE_VERSION = 4
@@ -42,51 +43,29 @@ one is worth more: the other can still be brought when that one has been used, a
 MAX_SCENES = 200_000
 LOOKED_AT = 16
 """How many times as many scenes as are wanted a ranking by owner looks at, in the loop that serves requests."""
-_MAX_TRIGGERS = 4
 _MIN_PROBABILITY = 0.5
 """Whose turn is next is acted on where that is more often right than wrong. What it would bring takes the place of
 what is likely by other signs, and until some predictions were made the share that is right is hardly known."""
-_DAY_S = 86400.0
 _HOUR_STEP_S = 1800.0
 """An owner's scene is visited at least this often: the hour of the day changes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    scene_id: str
-    probability: float
-    """Of a use within the horizon."""
-    value: float
-    """Expected prefill seconds saved per byte."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction(Expected):
-    """With what takes a hundred times as long to tell, and nobody needs of all scenes."""
-
-    expected_in_s: float
-    """Of the uses that come within a day, half come earlier."""
-    why: str
 
 
 class Predictor:
     """Not safe for threads; one loop owns it. ``now`` must not go back (if it does, it counts as the latest).
 
     Args:
-        horizon_s: see ``Prediction.probability``.
+        horizon_s: see ``Expected.probability``.
         max_scenes: beyond this the scene of the lowest value is forgotten.
     """
 
     def __init__(self, horizon_s: float = HORIZON_S, max_scenes: int = MAX_SCENES) -> None:
         self.horizon_s, self.max_scenes = horizon_s, max_scenes
-        self._returns, self._hints, self._transitions = Returns(), HintModel(), Transitions()
-        self._turn_order = TurnOrder()
+        self._returns, self._hints, self._turn_order = Returns(), HintModel(), TurnOrder()
+        self._following = Following(max_scenes)
         self._next: str | None = None  # whose turn is next, as far as that is known
         self._now = -math.inf
         self._waits: dict[str, Wait] = {}
-        self._roles: dict[tuple[str | None, str], str] = {}  # owner and role -> the latest such scene
-        self._last_use: dict[str | None, tuple[str, float]] = {}  # owner -> scene and time, the latest last
-        self._due: list[tuple[float, str, int]] = []
+        self._visits = Visits(self._waits)
         self._ranking = Ranking()
         self._changed: set[str] = set()
 
@@ -111,7 +90,7 @@ class Predictor:
         else:
             wait.scene = scene
             self._set(wait, wait.probability, wait.urgency)
-        self._roles[scene.owner, scene.role] = scene.id
+        self._following.add(scene)
 
     def remove(self, scene_id: str) -> None:
         """Forgets a scene; what all scenes taught stays."""
@@ -121,18 +100,13 @@ class Predictor:
         self._returns.count(wait, self._now)
         self._ranking.remove(scene_id)
         self._changed.add(scene_id)
-        self._transitions.forget(scene_id)
+        self._following.remove(wait.scene)
         self._turn_order.drop(scene_id)
-        if self._roles.get((wait.scene.owner, wait.scene.role)) == scene_id:
-            del self._roles[wait.scene.owner, wait.scene.role]
-        if (owner := wait.scene.owner) in self._last_use and self._last_use[owner][0] == scene_id:
-            del self._last_use[owner]
 
     def owners(self) -> set[str]:
         """Of whom anything is known."""
         of_scenes = {wait.scene.owner for wait in self._waits.values() if wait.scene.owner is not None}
-        of_uses = {owner for owner in self._last_use if owner}
-        return of_scenes | of_uses | self._returns.hazard.owners() | self._hints.owners()
+        return of_scenes | self._following.owners() | self._returns.hazard.owners() | self._hints.owners()
 
     def forget_owner(self, owner: str) -> None:
         """Removes the owner's scenes and habits."""
@@ -147,7 +121,7 @@ class Predictor:
         self._turn_order.forget(theirs)
         self._returns.hazard.forget_owner(owner)
         self._hints.forget_owner(owner)
-        self._last_use.pop(owner, None)
+        self._following.forget_owner(owner)
 
     def observe(self, event: Event, now: float) -> None:
         """Learns from an event. One that names an unknown scene is ignored."""
@@ -175,11 +149,8 @@ class Predictor:
     def advance(self, now: float) -> None:
         """Time passed: visits the scenes whose probability has changed by that."""
         now = self._now = max(now, self._now)
-        while self._due and self._due[0][0] <= now:
-            _, scene_id, version = heapq.heappop(self._due)
-            wait = self._waits.get(scene_id)
-            if wait is not None and wait.version == version:
-                self._visit(wait, now)
+        while (wait := self._visits.next_due(now)) is not None:
+            self._visit(wait, now)
 
     def rank(
         self, now: float, limit: int, kinds: Iterable[SceneKind] | None = None, of_one: int | None = None
@@ -218,7 +189,7 @@ class Predictor:
         """Of one scene; None if it is not known."""
         self.advance(now)
         wait = self._waits.get(scene_id)
-        return None if wait is None else self._prediction(wait, self._now)
+        return None if wait is None else prediction(wait, self._returns, self._now)
 
     def value(self, scene_id: str) -> float:
         """As of the last visit."""
@@ -237,9 +208,8 @@ class Predictor:
             "now": self._now if math.isfinite(self._now) else None,
             "hazard": self._returns.hazard.state(),
             "trust": self._hints.state(),
-            "transitions": self._transitions.state(),
+            **self._following.state(),
             "turn_order": self._turn_order.state(),
-            "last_use": ([owner, *use] for owner, use in self._last_use.items()),
             "waits": (wait.state() for wait in self._waits.values()),
         }
 
@@ -268,9 +238,8 @@ class Predictor:
                 predictor._hints.restore(state["trust"])
             else:
                 predictor._hints.restore_whole(state["hints"])
-            predictor._transitions.restore(state["transitions"])
+            predictor._following.restore(state["transitions"], state["last_use"])
             predictor._turn_order.restore(state["turn_order"])
-            predictor._last_use = {owner: (scene_id, at) for owner, scene_id, at in state["last_use"]}
             predictor._now = -math.inf if state["now"] is None else state["now"]
             for each in state["waits"]:
                 predictor._restore(Wait.from_state(each))
@@ -296,7 +265,8 @@ class Predictor:
         wait.busy, wait.closed, wait.trigger, wait.turn = True, False, None, None
         wait.prompt_tokens = wait.new_tokens = wait.output_tokens = None
         if owner is not None:
-            self._follow(wait, owner, now)
+            for scene_id, trigger in self._following.used(wait.scene, owner, now, self.scene):
+                self._raise(scene_id, trigger)
         if wait.scene.kind is not SceneKind.SESSION_START:  # that is part of the turn of the session which starts so
             self._pass_turn(wait, now)
 
@@ -311,32 +281,6 @@ class Predictor:
         wait.output_tokens = event.output_tokens
         wait.busy, wait.ended, wait.counted_s = False, now, 0.0
         wait.context = self._returns.context(wait)
-
-    def _follow(self, wait: Wait, owner: str, now: float) -> None:
-        """Learns what this use followed, and raises what usually follows it."""
-        scene_id, role = wait.scene.id, f"role {wait.scene.role}"
-        if owner in self._last_use:
-            before_id, at = self._last_use[owner]
-            before = self._waits.get(before_id)
-            if before is not None and before is not wait:
-                if before.scene.owner is not None or wait.scene.owner is None:  # else it would outlive its owner
-                    self._transitions.follow(before_id, scene_id, now - at)
-                if before.scene.role != wait.scene.role:
-                    self._transitions.follow(f"role {before.scene.role}", wait.scene.role, now - at)
-        self._last_use.pop(owner, None)
-        self._last_use[owner] = (scene_id, now)
-        if len(self._last_use) > self.max_scenes:  # of shared scenes, whose users have none of their own
-            del self._last_use[next(iter(self._last_use))]
-        self._transitions.use(scene_id)
-        self._transitions.use(role)
-        raised = {scene_id}
-        for follower in self._transitions.followers(scene_id)[:_MAX_TRIGGERS]:
-            raised.add(follower.key)
-            self._raise(follower.key, Trigger(scene_id, now, follower.probability, max(0.05, follower.delay_s)))
-        for follower in self._transitions.followers(role)[:_MAX_TRIGGERS]:
-            target = self._roles.get((owner, follower.key)) or self._roles.get((None, follower.key))
-            if target is not None and target not in raised:
-                self._raise(target, Trigger(role, now, follower.probability, max(0.05, follower.delay_s)))
 
     def _pass_turn(self, wait: Wait, now: float) -> None:
         """Takes back who was thought to be next, and says anew whose turn it is after this one."""
@@ -379,7 +323,7 @@ class Predictor:
         gone = wait.closed and wait.hint is None
         within = [0.0 if gone else self._probability(wait, now, part * self.horizon_s) for part in NEARER]
         self._set(wait, within[0], sum(within) / len(within))
-        self._schedule(wait, None if gone else self._next_visit(wait, now))
+        self._visits.schedule(wait, None if gone else self._next_visit(wait, now))
 
     def _probability(self, wait: Wait, now: float, within_s: float) -> float:
         stays_away = math.exp(-self._returns.expected(wait, now, within_s))
@@ -413,63 +357,22 @@ class Predictor:
                 in_s = min(in_s, max(0.001, trigger.expires - now))
         return now + in_s
 
-    def _schedule(self, wait: Wait, due: float | None) -> None:
-        wait.due = due
-        wait.version += 1
-        if due is not None:
-            heapq.heappush(self._due, (due, wait.scene.id, wait.version))
-        if len(self._due) > 4 * len(self._waits) + 1024:
-            self._due = [
-                (each.due, each.scene.id, each.version) for each in self._waits.values() if each.due is not None
-            ]
-            heapq.heapify(self._due)
-
     def _restore(self, wait: Wait) -> None:
         scene = wait.scene
         if wait.turn is not None:
             self._next = scene.id
         self._waits[scene.id] = wait
         self._ranking.set(scene.id, 0.0)
-        self._roles[scene.owner, scene.role] = scene.id
+        self._following.add(scene)
         if wait.uses:
             wait.context = self._returns.context(wait)
         if wait.busy:
             wait.busy, wait.ended, wait.counted_s = False, self._now, 0.0
         self._set(wait, wait.probability, wait.urgency)
-        self._schedule(wait, wait.due)
+        self._visits.schedule(wait, wait.due)
 
     def _skip_to(self, now: float) -> None:
         self._now = max(now, self._now)
         for wait in self._waits.values():
             if wait.ended is not None:
                 wait.counted_s = max(wait.counted_s, self._now - wait.ended)
-
-    # -- telling -----------------------------------------------------------------------------------
-
-    def _prediction(self, wait: Wait, now: float) -> Prediction:
-        return Prediction(
-            wait.scene.id, wait.probability, wait.value, self._expected_in_s(wait, now), self._why(wait, now)
-        )
-
-    def _expected_in_s(self, wait: Wait, now: float) -> float:
-        if wait.hint is not None:
-            return wait.hint.remaining_s(now)
-        for trigger in (wait.turn, wait.trigger):
-            if trigger is not None:
-                return max(0.0, trigger.since + trigger.delay_s - now)
-        return self._returns.median_s(wait, now, _DAY_S)
-
-    def _why(self, wait: Wait, now: float) -> str:
-        parts = []
-        if wait.hint is not None:
-            share = 100 * wait.hint.probability
-            parts.append(f"hint {wait.hint.kind} {now - wait.hint.since:.1f} s ago, right in {share:.0f} % of cases")
-        if wait.closed:
-            parts.append("closed")
-        if wait.trigger is not None:
-            parts.append(f"follows {wait.trigger.source} in {100 * wait.trigger.probability:.0f} % of cases")
-        if wait.turn is not None:
-            parts.append(f"its turn is after {wait.turn.source}, right in {100 * wait.turn.probability:.0f} % of cases")
-        if not wait.closed:
-            parts.append(self._returns.explain(wait, now))
-        return "; ".join(parts)

@@ -32,7 +32,7 @@ class ToldValues:
         """Replaces what this planner said before.
 
         Args:
-            scenes: value, as ``core.predictor.Prediction.value``, and id of the scenes that are expected.
+            scenes: value, as ``core.prediction.Expected.value``, and id of the scenes that are expected.
             busy: those that a request is using.
         """
         self._told[planner] = {scene_id: value for value, scene_id in reversed(list(scenes))}

@@ -346,7 +346,7 @@ def test_owners_whose_scenes_are_gone_leave_nothing() -> None:
         predictor.add(Scene(f"own {number}", owner=f"user {number}"))
         predictor.observe(TurnStarted(f"own {number}", owner=f"user {number}"), number)
         predictor.observe(TurnStarted("shared", owner=f"guest {number}"), number)
-    assert len(predictor._last_use) <= 4
+    assert len(predictor._following._last_use) <= 4
     predictor.forget_owner("user 39")
     predictor.remove("shared")
-    assert not {"user 39"} & set(predictor._last_use)
+    assert not {"user 39"} & set(predictor._following._last_use)
