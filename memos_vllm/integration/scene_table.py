@@ -29,6 +29,7 @@ from memos_vllm.core.told_values import BUSY_VALUE, UNIT, ToldValues
 from memos_vllm.integration.free_queue import KeepingFreeQueue
 from memos_vllm.integration.known_scenes import KnownScenes, Prefetch, Scene, SceneState
 from memos_vllm.integration.owned_blocks import OwnedBlocks
+from memos_vllm.integration.prefetch_room import PrefetchRoom
 from memos_vllm.integration.scene_loads import Places, SceneLoads
 from memos_vllm.integration.scene_totals import SceneTotals
 from memos_vllm.integration.unused_blocks import UnusedBlocks
@@ -52,17 +53,6 @@ START_PARAM = "memos_start"
 KEEP_SHARE = 0.9
 """Share of the pool that blocks of predicted scenes may take; the rest stays plain for whoever comes unexpected."""
 
-IN_FLIGHT_SHARE = 0.25
-"""Share of the pool that prefetches may hold at a time."""
-
-IN_FLIGHT_S = 0.1
-"""How long what prefetches hold takes to arrive, by what copies have taken so far: a live request that needs the
-blocks waits for no more than that."""
-
-STARTED_BLOCKS = 128
-"""Blocks that are started in one step. Planning one takes about 15 us of the engine's loop on a Xeon core of 2 GHz, so
-that a step is made 2 ms longer at most; the next ones start when a copy ends."""
-
 TRACKED_BLOCKS = 1024
 """Blocks of scenes that the policy comes to know at once, or those of one scene; 2 us each on the same core."""
 
@@ -74,10 +64,8 @@ class SceneTable:
     Args:
         pool: vLLM's block pool; its free queue is replaced.
         tiers: where blocks are off the GPU.
-        chunk_blocks: blocks per prefetch step.
+        chunk_blocks: blocks per copy.
         owned: told of what is published.
-        is_starved: a request waits for blocks: nothing is started, so that what is under way frees them. Set by the
-            scheduler side, with every step.
     """
 
     pool: BlockPool
@@ -85,7 +73,6 @@ class SceneTable:
     block_size: int
     chunk_blocks: int
     owned: OwnedBlocks
-    is_starved: bool = False
     totals: SceneTotals = field(default_factory=SceneTotals)
     queue: KeepingFreeQueue = field(init=False)
     known: KnownScenes = field(init=False)
@@ -98,12 +85,11 @@ class SceneTable:
     _failed: set[bytes] = field(default_factory=set)
     """Blocks whose load failed; not again before the next word of a planner."""
     loads: SceneLoads = field(init=False)
+    room: PrefetchRoom = field(init=False)
     _unused: UnusedBlocks = field(init=False)
     _planned: list[Op] = field(default_factory=list)
     """Copies that are not handed over yet."""
     _num_arrivals: int = 0
-    _num_started: int = 0
-    """Blocks, in this step."""
 
     def __post_init__(self) -> None:
         self._policy = ResidencyPolicy(self._values, watch_worth=True, in_use_from=BUSY_VALUE * UNIT)
@@ -112,6 +98,7 @@ class SceneTable:
         self.known = KnownScenes(self.pool.enable_kv_cache_events)
         self._cached = self.pool.cached_block_hash_to_block
         self.loads = SceneLoads(self.pool, self.tiers, self.block_size)
+        self.room = PrefetchRoom(self.pool, self.tiers, self.chunk_blocks)
         self._unused = UnusedBlocks(self.pool)
 
     # -- learning ------------------------------------------------------------------------------
@@ -263,12 +250,12 @@ class SceneTable:
             # Plain blocks run short only where live requests hold them; then a prefetch takes the place of
             # a block that is worth less, or waits.
             plan = self._policy.plan(
-                self._num_startable,
-                max(0, min(self._room, self.queue.num_plain_blocks)),
+                self.room.num_startable(self.num_loading_blocks),
+                max(0, min(self._num_addable, self.queue.num_plain_blocks)),
                 is_at_hand,
                 self.queue.plain_worths(),
             )
-            self._num_started += len(plan.fetch)
+            self.room.started(len(plan.fetch))
             self.queue.give_up(plan.evict)
             missing = [block_hash for block_hash in plan.fetch if not self._keep_resident(block_hash)]
             runs = list(places.runs(missing, self.chunk_blocks))
@@ -277,27 +264,6 @@ class SceneTable:
                     self._planned += self.loads.start(scene, first, end)
             if len(missing) == len(plan.fetch):
                 return self.take_planned()
-
-    def new_step(self, *, is_starved: bool) -> None:
-        """The scheduler has planned a step. See ``is_starved``."""
-        self._num_started, self.is_starved = 0, is_starved
-
-    @property
-    def _num_startable(self) -> int:
-        """Blocks that may be started now."""
-        if self.is_starved:
-            return 0
-        in_flight = min(int(IN_FLIGHT_SHARE * self.pool.num_gpu_blocks), self._blocks_within(IN_FLIGHT_S))
-        return min(STARTED_BLOCKS - self._num_started, in_flight - self.num_loading_blocks)
-
-    def _blocks_within(self, seconds: float) -> int:
-        """How many blocks prefetches bring in that time; at least two chunks, so that one can follow the other."""
-        least = 2 * self.chunk_blocks
-        totals = [self.tiers.copies[path, "prefetch"] for path in ("host_to_gpu", "disk_to_gpu")]
-        took_s = sum(each.seconds for each in totals)
-        if not took_s:
-            return max(least, STARTED_BLOCKS)
-        return max(least, int(seconds * sum(each.size_bytes for each in totals) / took_s / self.tiers.block_bytes))
 
     def take_planned(self) -> list[Op]:
         planned, self._planned = self._planned, []
@@ -311,12 +277,12 @@ class SceneTable:
         return block is not None
 
     @property
-    def _room(self) -> int:
+    def _num_addable(self) -> int:
         """Blocks by which those that are worth something may become more."""
         return self.budget_blocks - self._policy.num_resident
 
     def _give_up_excess(self) -> None:
-        excess = self._policy.coldest(max(0, -self._room))
+        excess = self._policy.coldest(max(0, -self._num_addable))
         self._policy.absent(excess)
         self.queue.give_up(excess)
 
@@ -365,7 +331,7 @@ class SceneTable:
         """Whether these blocks may be computed: nobody expects the blocks that they take, or they are worth more."""
         if end - first > self.queue.num_plain_blocks:
             return False
-        excess = end - first - max(0, self._room)
+        excess = end - first - max(0, self._num_addable)
         below = self._policy.value(scene.hashes[end - 1]) / self._policy.swap_gain
         return excess <= 0 or len(self._policy.coldest(excess, below)) == excess
 

@@ -207,7 +207,7 @@ class SchedulerSide:
         if self.memory is not None:
             is_starved = bool(self._without_blocks)
             self._is_waited_for |= is_starved and self.memory.num_loading_blocks > 0
-            self.memory.guarded(lambda scenes: scenes.new_step(is_starved=is_starved), None)
+            self.memory.guarded(lambda scenes: scenes.room.new_step(is_starved=is_starved), None)
             if self._operations and self.memory.tiers.num_in_flight == len(self._operations):
                 self._progress_at = time.monotonic()
         metadata = MemosMetadata(self._operations, self._loads, idle, paced=not (idle or self._is_waited_for))

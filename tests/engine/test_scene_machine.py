@@ -24,11 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from memos_vllm.config import MemosConfig
 from memos_vllm.core.residency import ResidencyPolicy
-from memos_vllm.integration import activation_memory, salts, scene_loads, scene_table, scheduler_side
+from memos_vllm.integration import activation_memory, prefetch_room, salts, scene_loads, scheduler_side
 from memos_vllm.integration.messages import MemosHandshake, MemosWorkerMeta
+from memos_vllm.integration.prefetch_room import IN_FLIGHT_SHARE
 from memos_vllm.integration.scene_builds import BUILD_PARAM, SceneBuilds
 from memos_vllm.integration.scene_loads import SceneLoads
-from memos_vllm.integration.scene_table import IN_FLIGHT_SHARE, KEEP_SHARE, SCENE_PARAM, SceneTable
+from memos_vllm.integration.scene_table import KEEP_SHARE, SCENE_PARAM, SceneTable
 from memos_vllm.integration.scheduler_side import COPY_PATIENCE_S, PREFETCH_PATIENCE_S, SchedulerSide
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write
 from tests.store.store_factories import make_identity
@@ -818,13 +819,13 @@ def test_a_request_does_not_wait_for_copies_that_get_nowhere() -> None:
 def test_what_prefetches_hold_arrives_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = SceneMachine()
     try:
-        monkeypatch.setattr(scene_table, "IN_FLIGHT_SHARE", 1.0)
-        machine.scenes.chunk_blocks = 1
+        monkeypatch.setattr(prefetch_room, "IN_FLIGHT_SHARE", 1.0)
+        machine.scenes.chunk_blocks = machine.scenes.room._chunk_blocks = 1
         ready_to_come(machine, SCENES[0], SCENES[1])
         copies = machine.tiers.copies["host_to_gpu", "prefetch"]
         for blocks_per_s, expected in ((10.0, 2), (40.0, 4), (1e6, 11)):
             copies.size_bytes, copies.seconds = int(blocks_per_s * machine.tiers.block_bytes), 1.0
-            machine.scenes.new_step(is_starved=False)
+            machine.scenes.room.new_step(is_starved=False)
             machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, each) for each in SCENES[:2]]})
             assert machine.scenes.num_loading_blocks == expected
             machine.settle()
@@ -834,7 +835,7 @@ def test_what_prefetches_hold_arrives_soon(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_one_step_starts_so_many_blocks_however_often_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scene_table, "STARTED_BLOCKS", 3)
+    monkeypatch.setattr(prefetch_room, "STARTED_BLOCKS", 3)
     machine = SceneMachine()
     try:
         ready_to_come(machine, SCENES[0], SCENES[1])
@@ -942,7 +943,7 @@ def test_what_ordinary_requests_use_again_and_again_is_not_given_up_for_what_har
         assert hot <= set(machine.published().values()) and machine.scenes.queue.plain.reuse > 0.9
         machine.scenes.queue.plain._now = lambda: time.monotonic() + waited_s
         for _ in range(5):
-            machine.scenes.new_step(is_starved=False)
+            machine.scenes.room.new_step(is_starved=False)
             machine.side.handle("expect", {"planner": "p", "scenes": [(value, SCENES[0])]})
             machine.settle()
         assert (hot <= set(machine.published().values())) != comes
