@@ -21,6 +21,7 @@ from pathlib import Path
 from memos_vllm import data_dir
 from memos_vllm.adapters.backup import copy_registry
 from memos_vllm.config import MemoryConfig, load
+from memos_vllm.durable import sync
 from memos_vllm.errors import DataDirError, MemosError
 from memos_vllm.memory import maintenance
 
@@ -70,7 +71,7 @@ def back_up(root: Path, target: Path, memory: MemoryConfig) -> list[str]:
         left_out = _fill(root, work, memory)
         _sync_tree(work)
         os.rename(work, target)
-        maintenance.sync(target.parent)
+        sync(target.parent)
     except BaseException as error:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
@@ -111,7 +112,7 @@ def _fill(root: Path, work: Path, memory: MemoryConfig) -> list[str]:
 def _sync_tree(path: Path) -> None:
     for folder, _, names in os.walk(path):
         for name in [*names, "."]:
-            maintenance.sync(Path(folder) / name)
+            sync(Path(folder) / name)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
     |   `-- AdapterUnavailable 503, an adapter that is known but cannot be loaded now
     +-- StoreError             plaintext store: a write that was not acknowledged
-    |   |-- StoreFull          no room: the disk or the map is full; HTTP 507
+    |   +-- StoreFull          no room: the disk or the map is full; HTTP 507
+    |   +-- StoreUnavailable   the database cannot be reached now; HTTP 503
     |   `-- StoreUncertain     it may have been stored: the database could not be asked
     +-- SourceError            an outside source gave no answer; the chat goes on without
     +-- EmbedderError          no embedding: the embedder is away or failed; search goes on without

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from memos_vllm.adapters import peft_folder
 from memos_vllm.adapters.peft_folder import CheckedAdapter
+from memos_vllm.durable import sync
 from memos_vllm.errors import AdapterError, AdapterUnavailable
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,9 @@ class AdapterFiles:
                 target.rename(self._incoming / f"damaged-{incoming.name}")
                 self._verified.pop(digest, None)
             if not target.exists():
-                _sync(incoming)
+                sync(incoming)
                 incoming.rename(target)
-                _sync(self._objects)
+                sync(self._objects)
             return digest, is_new
         except OSError as error:
             raise AdapterError(f"the adapter was not stored: {error.strerror}; free some space", 507) from error
@@ -79,7 +80,7 @@ class AdapterFiles:
         """Needs ``locked``."""
         self._verified.pop(digest, None)
         shutil.rmtree(self.folder(digest))
-        _sync(self._objects)
+        sync(self._objects)
 
     def sweep(self, known: Collection[str]) -> None:
         """Removes what nobody has: of a crash, and of deletions that waited. Needs ``locked``."""
@@ -170,11 +171,3 @@ def _is_sound(folder: Path, digest: str) -> bool:
         return peft_folder.digest_of(folder).hex() == digest
     except OSError:
         return False
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,14 +22,13 @@ from memos_vllm.adapters.records import Scope
 from memos_vllm.compat.error_response import ErrorResponse
 from memos_vllm.errors import AdapterError, Forbidden
 from memos_vllm.integration.adapter_gate import Choice
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
+from memos_vllm.integration.rest import FORM_OVERHEAD_BYTES, Body, answers_errors, parse_body, principal, takes
 from memos_vllm.integration.state import MemosState, state_of
 
 router = APIRouter(prefix="/v1/adapters", tags=["Memos"])
 
 _FILES = {"config": peft_folder.CONFIG_FILE, "weights": peft_folder.WEIGHTS_FILE}
 PROBE_TOKENS = 64
-_FORM_OVERHEAD_BYTES = 2**16
 
 
 class AddBody(Body):
@@ -66,7 +65,7 @@ async def add(raw_request: Request) -> Any:
 
 
 async def _add_upload(raw_request: Request, state: MemosState) -> Any:
-    limit = state.config.adapters.max_bytes + peft_config.MAX_CONFIG_BYTES + _FORM_OVERHEAD_BYTES
+    limit = state.config.adapters.max_bytes + peft_config.MAX_CONFIG_BYTES + FORM_OVERHEAD_BYTES
     length = raw_request.headers.get("content-length", "")
     if not length.isdecimal():
         raise AdapterError("an upload must say its Content-Length", status=411)

@@ -36,7 +36,7 @@ class Caretaker:
             try:
                 await self.look_after()
             except Exception:
-                # Nothing of it is lost: LMDB lists what is due and what is to be removed until it is done.
+                # Nothing of it is lost: the store lists what is due and what is to be removed until it is done.
                 logger.exception("looking after the memories failed; it is tried again in %.0f s", INTERVAL_S)
             await asyncio.sleep(INTERVAL_S)
 

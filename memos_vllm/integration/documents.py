@@ -12,13 +12,12 @@ from starlette.datastructures import UploadFile
 
 from memos_vllm.errors import DocumentError, RequestError
 from memos_vllm.integration.memories import forget
-from memos_vllm.integration.rest import Body, answering, answers_errors, principal
+from memos_vllm.integration.rest import FORM_OVERHEAD_BYTES, Body, answering, answers_errors, principal
 from memos_vllm.integration.state import state_of
 
 router = APIRouter(prefix="/v1/memories/documents", tags=["Memos"])
 
 _FILE = "file"
-_FORM_OVERHEAD_BYTES = 2**16
 
 
 class DocumentFields(Body):
@@ -47,7 +46,7 @@ async def put(raw_request: Request) -> Any:
     """A document, or its new edition; of one whose text has not changed nothing is written."""
     state = state_of(raw_request)
     is_form = raw_request.headers.get("content-type", "").startswith("multipart/form-data")
-    _check_length(raw_request, state.config.memory.documents.max_bytes + is_form * _FORM_OVERHEAD_BYTES)
+    _check_length(raw_request, state.config.memory.documents.max_bytes + is_form * FORM_OVERHEAD_BYTES)
     if is_form:
         async with raw_request.form(max_files=1, max_fields=100) as form:
             file = form.get(_FILE)

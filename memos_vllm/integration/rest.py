@@ -19,6 +19,9 @@ from memos_vllm.types import Principal
 
 Handler = Callable[..., Awaitable[Any]]
 
+FORM_OVERHEAD_BYTES = 2**16
+"""Of an upload as a form, beside its files."""
+
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)

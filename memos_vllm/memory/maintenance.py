@@ -12,6 +12,7 @@ from pathlib import Path
 import lmdb
 
 from memos_vllm.core.lifecycle import Aging
+from memos_vllm.durable import sync
 from memos_vllm.errors import DataDirError
 from memos_vllm.memory import environment
 from memos_vllm.memory.abstract_store import Store
@@ -158,12 +159,3 @@ def _write_synced(path: Path, lines: list[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or the entries of a directory, durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -27,10 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memos_vllm.config import RefinerConfig
 from memos_vllm.memory import analysis, claims, links, times
+from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.extraction import Extract
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.remembering import keep, known, sayings
-from memos_vllm.memory.store import MemoryStore
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import MemoryId, Principal
 
@@ -124,7 +124,7 @@ class Refining:
     Raises as ``service.MemoryService``.
     """
 
-    store: MemoryStore
+    store: Store
     config: RefinerConfig
     count_tokens: Callable[[str], int]
     now: Callable[[], datetime]

@@ -15,7 +15,7 @@ from memos_vllm.types import MemoryId
 
 @dataclass(slots=True)
 class Removed:
-    """What a deletion took out of LMDB, in entries."""
+    """What a deletion took out of the store, in entries."""
 
     ids: list[MemoryId] = field(default_factory=list)
     versions: int = 0

@@ -1,6 +1,6 @@
 """Search within one user's memories: an index in memory that follows the store.
 
-The index is a copy. LMDB is the truth, and its change log tells the index what it missed, whichever
+The index is a copy. The store is the truth, and its change log tells the index what it missed, whichever
 process wrote it. A memory is a row of numbers in every structure here, its *slot*: postings and lengths
 (``lexical``), vectors (``vectors``), neighbours in its conversation (``neighbours``). A change takes a new
 slot; the old one is passed over, and closed once half of them are such. What was deleted goes at once.

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memos_vllm.durable import sync
 from memos_vllm.errors import KVFileCorrupt, KVFileError
 from memos_vllm.store.chunk_records import ChunkRecord
 from memos_vllm.store.identity import KVIdentity, chunk_id
-from memos_vllm.store.kv_file import TEMPORARY_SUFFIX, check_owner, read_header, sync_directory
+from memos_vllm.store.kv_file import TEMPORARY_SUFFIX, check_owner, read_header
 from memos_vllm.store.ops import path_for_rank
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def adopt(root: Path, found: FoundChunk, identity: KVIdentity, world_size: int) 
     return ChunkRecord(found.chunk, found.identity, world_size, size_bytes, found.tag, keys, last_use=0)
 
 
-def unlink(paths: Iterable[str], sync: bool = False) -> list[str]:
+def unlink(paths: Iterable[str], durably: bool = False) -> list[str]:
     """Removes files; a file that is not there is fine. Returns those that could not be removed, logged."""
     left = []
     directories = set()
@@ -121,9 +122,9 @@ def unlink(paths: Iterable[str], sync: bool = False) -> list[str]:
         except OSError as error:
             logger.warning("cannot remove a KV file: %s", error)
             left.append(path)
-    for directory in directories if sync else ():
+    for directory in directories if durably else ():
         try:
-            sync_directory(directory)
+            sync(directory)
         except FileNotFoundError:
             pass
         except OSError as error:

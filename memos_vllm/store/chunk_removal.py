@@ -41,12 +41,12 @@ class ChunkRemoval:
     def evict(self, records: Sequence[ChunkRecord]) -> None:
         """Removes their files; durably some time."""
         if records:
-            removal = self._thread.submit(self._remove, records, sync=False)
+            removal = self._thread.submit(self._remove, records, durably=False)
             self._leaving.update((record.chunk, _Leaving(record, removal)) for record in records)
 
     def delete(self, records: Sequence[ChunkRecord]) -> Future[list[str]]:
         """Removes their files for good; those that the file system refuses to remove."""
-        return self._thread.submit(self._remove, records, sync=True)
+        return self._thread.submit(self._remove, records, durably=True)
 
     def leaving(self) -> list[ChunkRecord]:
         """Evicted chunks whose files may still be there."""
@@ -61,9 +61,9 @@ class ChunkRemoval:
         """Returns when all files are gone."""
         self._thread.shutdown()
 
-    def _remove(self, records: Sequence[ChunkRecord], sync: bool) -> list[str]:
+    def _remove(self, records: Sequence[ChunkRecord], durably: bool) -> list[str]:
         """In the thread."""
         paths = (path for record in records for path in chunk_files.rank_paths(self._root, record))
-        undeleted = chunk_files.unlink(paths, sync=sync)
+        undeleted = chunk_files.unlink(paths, durably=durably)
         self._removed.extend(record.chunk for record in records)
         return undeleted

@@ -369,7 +369,7 @@ class DiskIndex:
         """Removes the files of a chunk that was never published."""
         doomed = record.chunk in self._doomed
         self._doomed.discard(record.chunk)
-        chunk_files.unlink(chunk_files.rank_paths(self.root, record), sync=doomed)
+        chunk_files.unlink(chunk_files.rank_paths(self.root, record), durably=doomed)
 
     def _evict(self, records: Sequence[ChunkRecord]) -> None:
         """Forgets published chunks; their files go in a thread."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
+from memos_vllm.durable import sync
 from memos_vllm.errors import KVChecksumMismatch, KVFileCorrupt, KVFileMismatch
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.types import BlockKey
@@ -101,7 +102,7 @@ def write_chunk_in_pieces(
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def rows_of(rows: Rows) -> list[Row]:
@@ -203,15 +204,6 @@ def pieces(items: Sequence[_Item], item_bytes: int, most: int | None = None) -> 
 
 def items_per_piece(item_bytes: int) -> int:
     return max(1, PIECE_BYTES // item_bytes)
-
-
-def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Makes renames and removals in ``path`` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _encode_header(rows: Sequence[memoryview], keys: Sequence[BlockKey], identity: KVIdentity, rank: int) -> bytes:

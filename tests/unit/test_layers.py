@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "memos_vllm"
-BASE = {"types", "errors", "api_keys", "config", "activation", "data_dir", "status"}
+BASE = {"types", "errors", "api_keys", "config", "activation", "data_dir", "durable", "status"}
 ALLOWED = {
     **dict.fromkeys(BASE, BASE),
     "__init__": {"activation", "integration"},  # lazily, inside register()
