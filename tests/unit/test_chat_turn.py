@@ -13,13 +13,15 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 
 from memos_vllm.config import MemoryConfig
 from memos_vllm.integration import chat
+from memos_vllm.integration import state as state_module
 from memos_vllm.integration.chat import MemosField, Turn
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.assembly import assemble
 from memos_vllm.memory.messages import last_user_text
+from memos_vllm.memory.results import Recall
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.memory.store import MemoryStore
-from tests.memory.memory_factories import ALICE, says
+from tests.memory.memory_factories import ALICE, BOB, says
 from tests.unit.test_memory_routes import state_with
 
 
@@ -57,6 +59,36 @@ def test_explain_counts_what_had_no_room(state: MemosState) -> None:
         told = chat.explain(turn, recall, None)
         assert 0 < len(recall.long_lived) < 5
         assert told["not_standing"] == (left_out and left_out - len(recall.long_lived))
+
+
+def test_a_users_next_request_waits_for_what_his_turn_is_writing(
+    state: MemosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "READ_YOUR_WRITES_TIMEOUT_S", 60.0)
+
+    async def play() -> list[str]:
+        announced = state.announce(ALICE)
+        following = asyncio.create_task(chat.recall_for(turn_of("What is my favourite drink?", remember=False), state))
+        await chat.recall_for(Turn(BOB, MemosField(), says("Hello"), [], "r"), state)  # nothing of his is written
+        assert not following.done()
+        await chat.end_turn(turn_of(FACT), Recall((), ()), "scene", state, [announced])
+        recall, _ = await following
+        return [record.text for record in recall.records]
+
+    assert asyncio.run(play()) == [FACT]
+
+
+def test_a_write_that_does_not_end_holds_up_a_request_for_a_moment_only(
+    state: MemosState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "READ_YOUR_WRITES_TIMEOUT_S", 0.01)
+
+    async def play() -> bool:
+        announced = state.announce(ALICE)
+        await asyncio.wait_for(chat.recall_for(turn_of("Hello", remember=False), state), timeout=30)
+        return announced.done()
+
+    assert not asyncio.run(play())
 
 
 FACT = "My favourite drink is tea."
