@@ -148,7 +148,9 @@ def test_a_live_request_aborts_the_call_and_the_notes_wait_on(tmp_path: Path) ->
         assert await parts.refiner.step() is False
         assert (parts.engine.aborted, parts.texts(), parts.counts.outcomes) == (1, [MOVED], [])
         ((num_prompt, num_tokens, ended),) = parts.counts.calls
-        assert (num_prompt, ended) == (100, False) and 0 < num_tokens < len(ANSWER), "what was computed is spent"
+        assert (num_prompt, ended) == (100, False) and 0 < num_tokens < len(ANSWER)
+        spent = parts.config.tokens_per_hour - parts.refiner.status()["tokens_left"]
+        assert spent == num_prompt + num_tokens, "what was computed for nothing counts, too"
         assert await parts.refiner.step() is False and len(parts.engine.prompts) == 1, "a request is still there"
         parts.idle.live_ended()
         assert await parts.refiner.step() is True
