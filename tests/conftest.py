@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+settings.register_profile("memos", deadline=None)
+settings.load_profile("memos")
+"""An example takes as long as the machine's other work lets it, and no test is about that."""
 
 ROOT = Path(__file__).parents[1]
 RECALL_MODEL = ROOT / "tests" / "assets" / "recall-model"

@@ -87,7 +87,7 @@ def test_arc_adapts_to_recency() -> None:
 requests = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=60)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(requests, st.integers(1, 12))
 def test_nothing_that_loads_on_demand_beats_belady(chains, capacity) -> None:
     trace = turns(rekeyed([Request(3.0 * i, 512 * len(c), 10, tuple(c)) for i, c in enumerate(chains)]))

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.core import snapshot
@@ -75,7 +75,6 @@ def replay(steps: list[tuple[int, str, int, float]]) -> tuple[Predictor, float]:
     return predictor, now
 
 
-@settings(deadline=None)
 @given(events)
 def test_probabilities_are_probabilities_and_the_order_follows_the_value(steps) -> None:
     predictor, now = replay(steps)
@@ -91,7 +90,6 @@ def test_probabilities_are_probabilities_and_the_order_follows_the_value(steps) 
     assert predictor.rank(now + 1, 2) == ranked[:2]
 
 
-@settings(deadline=None)
 @given(events, st.sampled_from(SCENES), st.sampled_from([Typing, SessionOpened, ToolRunning, WillUse]))
 def test_a_hint_never_lowers_the_value(steps, scene_id, hint) -> None:
     predictor, now = replay([step for step in steps if step[0] < 2 or step[0] == 7])
@@ -102,7 +100,6 @@ def test_a_hint_never_lowers_the_value(steps, scene_id, hint) -> None:
     assert after.value >= before.value * (1 - 1e-9)
 
 
-@settings(deadline=None)
 @given(events, events)
 def test_a_restored_predictor_goes_on_the_same(steps, more) -> None:
     predictor, now = replay(steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.core.block_tree import ABSENT, LOADING, RESIDENT
@@ -201,7 +201,6 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(steps, st.booleans())
 def test_counters_and_sums_hold_whatever_happens(steps, partial_tails) -> None:
     predictor = Predictor()

@@ -152,7 +152,7 @@ def test_forgotten_scenes_are_named_nowhere() -> None:
     assert '"a"' not in state and '"b"' in state
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from("abcd"), max_size=40), st.lists(st.sampled_from("abcd"), max_size=10))
 def test_a_restored_order_goes_on_the_same(before: list[str], after: list[str]) -> None:
     order, restored = TurnOrder(), TurnOrder()

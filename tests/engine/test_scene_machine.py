@@ -1171,6 +1171,5 @@ TestSceneMachine = SceneMachine.TestCase
 TestSceneMachine.settings = settings(
     max_examples=300,
     stateful_step_count=40,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],  # Phase.explain takes minutes here
 )

@@ -11,7 +11,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 GENERATED = settings(
     max_examples=12 if INTERPRETED else 25,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=INTERPRETED,
     phases=[Phase.explicit, Phase.generate] if INTERPRETED else tuple(Phase),  # shrinking would take minutes

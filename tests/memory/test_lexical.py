@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.memory.lexical import K1, B, Lexical
@@ -56,7 +56,6 @@ def scores(lexical: Lexical, query: list[str]) -> np.ndarray:
     return lexical.total(lexical.match(query))[lexical.alive]
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=6), min_size=1, max_size=6), st.sets(st.sampled_from("abcdefg")))
 def test_scores_are_bm25_of_windows(chains: list[list[list[str]]], query: set[str]) -> None:
     found = scores(indexed(chains), sorted(query))
@@ -68,7 +67,6 @@ def test_a_rare_term_scores_as_a_common_one_does() -> None:
     assert scores(indexed(chains), ["x", "z"]) == pytest.approx(plain_scores(chains, ["x", "z"]), abs=1e-4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=5), min_size=1, max_size=5), st.data())
 def test_what_was_removed_is_as_if_it_had_never_been(chains: list[list[list[str]]], data: st.DataObject) -> None:
     lexical = indexed(chains)

@@ -191,4 +191,4 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 TestMemoryMachine = MemoryMachine.TestCase
-TestMemoryMachine.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+TestMemoryMachine.settings = settings(max_examples=20, stateful_step_count=25)

@@ -110,7 +110,7 @@ def test_what_was_left_out_is_counted(make: Make) -> None:
 LETTERS = st.sets(st.sampled_from("abcdef"), min_size=1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(LETTERS, min_size=1, max_size=14), st.integers(0, 20), st.integers(1, 8), LETTERS)
 def test_what_stands_changes_no_rank(memories: list[set[str]], num_tokens: int, top_k: int, asked: set[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -160,7 +160,7 @@ def test_no_budget_no_memory(make: Make) -> None:
 MEMORY = st.tuples(st.integers(1, 12), st.booleans(), st.sampled_from(["fact", "profile", "document"]))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(MEMORY, max_size=12))
 def test_a_new_memory_keeps_the_prefix_while_all_fit(memories: list[tuple[int, bool, str]]) -> None:
     with tempfile.TemporaryDirectory() as directory:

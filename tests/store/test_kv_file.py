@@ -134,7 +134,7 @@ def test_a_bit_flip_in_the_data_names_the_block(path):
             read(path, others)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_bit_flip_in_the_header_never_gives_wrong_bytes(place, bit, tmp_path_factory):
     path = tmp_path_factory.mktemp("flip") / "c"

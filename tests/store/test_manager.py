@@ -227,7 +227,7 @@ def end_in_any_order(tiers: TierManager, operations: Sequence[Op], data: st.Data
         under_way += end(tiers, under_way.pop(data.draw(st.integers(0, len(under_way) - 1))))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), tier=st.sampled_from(["host", "disk"]), source=st.sampled_from(["save", "host", "disk", "both"]))
 def test_eviction_shortens_a_prefix_of_many_chunks_from_its_end(data: st.DataObject, tier: str, source: str) -> None:
     """A whole prefix is saved or loaded in parts that end in any order; then one chunk more is saved."""
@@ -867,7 +867,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 # -- what the operator sees -------------------------------------------------------------------------
