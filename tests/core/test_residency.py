@@ -10,6 +10,7 @@ from memos_vllm.core.block_tree import ABSENT, LOADING, RESIDENT
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.residency import ResidencyPolicy
 from memos_vllm.core.scenes import Closed, Scene, TurnEnded, Typing, WillUse
+from memos_vllm.core.told_values import ToldValues
 
 SYSTEM = ["system0", "system1"]
 
@@ -74,6 +75,19 @@ def test_eviction_is_all_or_nothing() -> None:
     assert policy.evict(2) == ["a3", "a2"] and policy.num_resident == 4
     assert policy.state("a3") == ABSENT and policy.state("a1") == RESIDENT
     assert policy.evict(0) == []
+
+
+@pytest.mark.parametrize(("worth", "evicted"), [(1.0, []), (1.24, []), (1.26, ["old1"])])
+def test_a_block_takes_anothers_place_only_if_it_is_worth_a_quarter_more(worth: float, evicted: list[str]) -> None:
+    values = ToldValues()
+    policy = ResidencyPolicy(values)
+    policy.track("old", ["old0", "old1"])
+    policy.track("new", ["new0"])
+    values.tell("planner", [(1.0, "old"), (worth, "new")])
+    policy.update()
+    policy.resident(["old0", "old1"])
+    plan = policy.plan(budget_blocks=1, free_blocks=0)
+    assert plan.evict == evicted and len(plan.fetch) == len(evicted)
 
 
 def test_what_a_request_uses_is_never_given_up() -> None:
