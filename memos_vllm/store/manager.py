@@ -91,6 +91,11 @@ class _Pending:
     size_bytes: int = 0
     seconds: float = 0.0
     """Of the slowest rank so far."""
+    is_hurried: bool = False
+
+    @property
+    def is_prefetch(self) -> bool:
+        return isinstance(self.operation, Load | Read) and self.operation.prefetch
 
 
 @dataclass(slots=True)
@@ -167,6 +172,18 @@ class TierManager:
     def is_on_its_way(self, key: BlockKey) -> bool:
         """Whether a copy of the block to the GPU is under way."""
         return key in self._loading or key in self._prefetching
+
+    def hurry(self, keys: Iterable[BlockKey]) -> list[int]:
+        """Prefetches of these keys for which a request has begun to wait, each named once."""
+        keys = set(keys)
+        hurried = [
+            pending
+            for pending in self._pending.values()
+            if not pending.is_hurried and pending.is_prefetch and not keys.isdisjoint(pending.keys)
+        ]
+        for pending in hurried:
+            pending.is_hurried = True
+        return [pending.operation.op_id for pending in hurried]
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Counts as one use of a prefix, in every tier, the first block as the latest."""
