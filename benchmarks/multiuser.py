@@ -12,6 +12,7 @@ that all others come between two turns of one; the KV pool holds three of them. 
     example_connector  vLLM's ExampleConnector, with the block size that suits it best
     reactive           Memos without prediction: loads when the request is there
     warm               vLLM's prefix cache with room for all: the limit, measured beside each of Memos' arms
+    warm_again         the same in the place of an arm with Memos, if asked for: what this program itself makes of 1.00
     predictive         Memos; the client gives no hints
     predictive_hints   Memos; the client says when a user starts to type
 
@@ -37,7 +38,7 @@ from benchmarks import multiuser_interference, multiuser_script, multiuser_table
 from benchmarks.arms import reset_prefix_cache
 from benchmarks.client import RequestFailed
 from benchmarks.multiuser_arms import Arm, DirectArm, HintedArm, MemosArm, WarmUpArm
-from benchmarks.multiuser_options import Arguments, Options, parse
+from benchmarks.multiuser_options import CHECK, Arguments, Options, parse
 from benchmarks.multiuser_play import Control, Result, play
 from benchmarks.multiuser_script import Script
 from benchmarks.multiuser_servers import START_TIMEOUT_S, make_server, shown
@@ -100,7 +101,7 @@ class Run:
 
     def measure(self) -> None:
         arms = [arm for arm in make_arms(self.options) if arm.name in self.options.arms]
-        beside = [arm for arm in arms if isinstance(arm, MemosArm)]
+        beside = [arm for arm in arms if isinstance(arm, MemosArm) or arm.name == CHECK]
         paired = bool(beside) and multiuser_table.LIMIT in self.options.arms
         alone = [arm for arm in arms if arm not in beside and not (paired and arm.name == multiuser_table.LIMIT)]
         steps = len(alone + beside) * self.options.users * self.options.turns
@@ -151,7 +152,7 @@ class Run:
 
 
 def make_arms(options: Options) -> list[Arm]:
-    """One per name in ``multiuser_options.ARMS``, with the server that it runs on."""
+    """One per name in ``multiuser_options.ARMS``, and the check, with the server that it runs on."""
     return [
         DirectArm("direct", "small"),
         Arm("prefix_cache", "small"),
@@ -159,6 +160,7 @@ def make_arms(options: Options) -> list[Arm]:
         Arm("example_connector", "example"),
         MemosArm("reactive", "reactive"),
         Arm("warm", "large"),
+        Arm("warm_again", "large_again"),
         MemosArm("predictive", "predictive"),
         # A server of its own: what the other arm has taught would help it.
         HintedArm("predictive_hints", "predictive_hints", options.lead_s),

@@ -24,6 +24,10 @@ ARMS = (
 )
 """Which there are. ``warm`` is played beside each arm with Memos, or alone if there is none."""
 
+CHECK = "warm_again"
+"""Not among those that are played unasked: ``warm`` in the place of an arm with Memos, so 1.00 times ``warm`` but for
+what the machine and this program do to the figure."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -122,7 +126,7 @@ def parse(description: str, argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument("--lead-s", type=_seconds, metavar="S", help="from the typing hint to the request")
     parser.add_argument("--block-size", type=_count, metavar="N", help="tokens per KV block")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of weights and KV")
-    parser.add_argument("--arms", type=_arms, metavar="A,B", help="default: " + ",".join(ARMS))
+    parser.add_argument("--arms", type=_arms, metavar="A,B", help=f"default: {','.join(ARMS)}; also: {CHECK}")
     parser.add_argument("--seed", type=int, help="of documents and questions")
     parser.add_argument("--data-dir", type=directory, help="where KV files go; default: that for temporary files")
     parser.add_argument("--interference", action="store_true", help="measure decode streams beside prefetches instead")
@@ -180,6 +184,6 @@ def _seconds(text: str) -> float:
 
 def _arms(text: str) -> tuple[str, ...]:
     arms = tuple(dict.fromkeys(text.split(",")))
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise argparse.ArgumentTypeError(f"there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}")
+    if unknown := [arm for arm in arms if arm not in (*ARMS, CHECK)]:
+        raise argparse.ArgumentTypeError(f"there is no arm {unknown[0]!r}; the arms are {', '.join((*ARMS, CHECK))}")
     return arms

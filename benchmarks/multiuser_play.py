@@ -91,8 +91,8 @@ class Player:
 
 class Control:
     """The limit, played beside another arm on a second server: each turn of the script there comes
-    right before the same turn of the arm, at the begin of its pause. So whatever else slows the
-    machine slows both. Outside its turns the server is paused, and within them the arm's is.
+    right before the same turn of the arm, after a pause of the same length. So whatever else slows the
+    machine slows both, and both servers were idle as long. While one has its pause and its turn, the other is stopped.
     """
 
     def __init__(self, server: Server, played_beside: str):
@@ -114,11 +114,12 @@ class Control:
                 self._server.resume()
             result.control_totals = counters(play.http) - start
 
-    def turn(self, turn: int, conversation: Conversation, other: Server) -> None:
+    def turn(self, turn: int, conversation: Conversation, other: Server, pause_s: float) -> None:
         assert self._player is not None
         other.pause()
         self._server.resume()
         try:
+            sleep_until(time.perf_counter() + pause_s)
             self._player.turn(turn, conversation)
         finally:
             self._server.pause()
@@ -167,13 +168,14 @@ def _play(
         advance(f"{arm.name}, {conversation.user}, turn {turn + 1}")
         if number == script.shape.users:  # the second turns begin
             start, start_scenes, background = counters(play.http), arm.scenes(play), play.background_requests
+        own_pause_s = pause_s if turn else min(pause_s, FIRST_PAUSE_S)
         if control is not None:
-            control.turn(turn, conversation, server)
-        now = time.perf_counter()
+            control.turn(turn, conversation, server, own_pause_s)
+        until = time.perf_counter() + own_pause_s
         if turn:
-            arm.prepare(play, conversation, list(player.messages[conversation.user]), now + pause_s)
+            arm.prepare(play, conversation, list(player.messages[conversation.user]), until)
         else:
-            sleep_until(now + min(pause_s, FIRST_PAUSE_S))
+            sleep_until(until)
         player.turn(turn, conversation)
     result.totals = counters(play.http) - start
     result.scenes = {name: value - start_scenes.get(name, 0) for name, value in arm.scenes(play).items()}

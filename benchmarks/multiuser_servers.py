@@ -26,15 +26,15 @@ def make_server(deployment: str, options: Options, data_dir: Path, *, gpu_share:
     """One of the servers, not yet started.
 
     Args:
-        deployment: ``small`` or ``large``, stock vLLM by the size of its pool; ``example``, with the
-            ExampleConnector; any other name is one with Memos, ``reactive`` without prediction.
+        deployment: ``small``, ``large`` or ``large_again``, stock vLLM by the size of its pool; ``example``, with
+            the ExampleConnector; any other name is one with Memos, ``reactive`` without prediction.
         gpu_share: of the GPU's memory, where two servers live on it.
     """
     shape = options.shape
     num_blocks = shape.pool_blocks()
     extra: dict[str, Any] = {}
     config = None
-    if deployment == "large":
+    if deployment in ("large", "large_again"):
         num_blocks = shape.pool_blocks(options.users + 1)
     elif deployment == "example":
         shape = replace(shape, block_size=shape.whole_prompt_block_size)

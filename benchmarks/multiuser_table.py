@@ -21,10 +21,12 @@ COLORS = {
     "example_connector": "#d55e00",
     "reactive": "#e69f00",
     "warm": "#56b4e9",
+    "warm_again": "#9ad0f0",
     "predictive": "#009e73",
     "predictive_hints": "#0072b2",
 }
 LIMIT = "warm"
+LIMITS = ("warm", "warm_again")
 PREDICTIVE = ("predictive", "predictive_hints")
 
 TARGET_P50, TARGET_P95, TARGET_READY = 1.10, 1.25, 0.95
@@ -165,7 +167,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     """The acceptance, one line per criterion and predictive arm."""
     by_arm = {row["arm"]: row for row in rows}
     limit = by_arm.get(LIMIT)
-    others = [row for row in rows if row["arm"] != LIMIT and row["arm"] not in PREDICTIVE]
+    others = [row for row in rows if row["arm"] not in (*LIMITS, *PREDICTIVE)]
     out = []
     for row in (by_arm[arm] for arm in PREDICTIVE if arm in by_arm):
         for met, text in _judge(row, limit, others):

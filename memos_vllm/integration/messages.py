@@ -30,6 +30,9 @@ class MemosMetadata(KVConnectorMetadata):
     loads: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Request id to the operations that bring its blocks."""
 
+    hurried: tuple[int, ...] = ()
+    """Prefetches under way for which a request has begun to wait."""
+
     idle: bool = False
     """No forward pass in this step: the worker may wait a moment for a copy to finish."""
 

@@ -44,6 +44,10 @@ FIRST_TOKEN_S = 0.3
 token is being computed, and a CPU's forward pass shares its cores and its memory with the copies. Under
 steady load a turn starts all the time; what is expected is then told this much later, and not never."""
 
+RENDERING_S = 0.02
+"""How long after the start of a turn the engine is told which scenes are in use. Until then the request is rendered and
+sent, for which the process needs its time; what the engine was told to expect holds meanwhile, this scene too."""
+
 LIKELY = 0.5
 """From this probability of a use within the horizon on, a scene's adapter is brought: loading one costs the engine
 time, and takes a place from another. A scene's KV may be brought at less; blocks that nobody needs are many."""
@@ -187,7 +191,9 @@ class ScenePlanner:
         self._on_event(now, event, kind)
         self._events.append((now, event, kind))
         self._learn()
-        self._start()
+        self._start(at_once=not isinstance(event, TurnStarted))
+        if isinstance(event, TurnStarted):
+            asyncio.get_running_loop().call_later(RENDERING_S, self._changed.set)
 
     def hear(self, at: float, event: Event, kind: SceneKind) -> None:
         """Learns from what happened in another API process, which tells the engine what follows at once. This one

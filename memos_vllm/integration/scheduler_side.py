@@ -38,10 +38,10 @@ _FURTHER_CHOICE = re.compile(r"[1-9][0-9]*_")
 """How vLLM begins the ids of a request's further choices (``n`` > 1), each a request of its own in the engine. Chat
 requests, which alone name scenes, have ids that begin otherwise, whatever the client calls them."""
 
-PREFETCH_PATIENCE_S = 0.05
-"""How long a request waits for a prefetch of its own blocks before it loads them itself.
+PREFETCH_PATIENCE_S = 1.0
+"""How long a request waits for prefetches of its own blocks, of which none ends, before it loads them itself.
 
-A prefetch goes behind every load that a request waits for, so under steady load it may not end.
+From the moment at which it waits they are as urgent as its own load would be, so they are not any sooner there.
 """
 
 COPY_PATIENCE_S = 1.0
@@ -66,7 +66,9 @@ class SchedulerSide:
         self._arrived: set[str] = set()
         self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
-        self._prefetch_waits: dict[str, float] = {}
+        self._prefetch_waits: dict[str, tuple[int, float]] = {}
+        """How many blocks the request had on the GPU, and since when."""
+        self._hurried: list[int] = []
         self._is_waited_for = False
         """Whether a request of the coming step waits for a prefetch, or for the blocks that one holds."""
         self._without_blocks: set[str] = set()
@@ -114,8 +116,9 @@ class SchedulerSide:
         match = memory.tiers.match(keys)
         if match.pending is Pending.LOAD:
             return None, False
-        if match.pending is Pending.PREFETCH and self._waits(request):
+        if match.pending is Pending.PREFETCH and self._waits(request, first):
             self._is_waited_for = True
+            self._hurried += memory.tiers.hurry(keys)
             return None, False
         num_tokens = match.num_blocks * self._block_size
         self._without_blocks.add(request.request_id)
@@ -139,10 +142,13 @@ class SchedulerSide:
         named = [scene_id for param in (SCENE_PARAM, START_PARAM) if (scene_id := _scene_of(request, param))]
         memory.arrived(named, request, num_resident_blocks)
 
-    def _waits(self, request: Request) -> bool:
-        """Whether a request still waits for a prefetch of its first blocks, which others may overtake."""
+    def _waits(self, request: Request, num_resident: int) -> bool:
+        """Whether a request still waits for a prefetch of its next blocks."""
         now = time.monotonic()
-        return now - self._prefetch_waits.setdefault(request.request_id, now) < PREFETCH_PATIENCE_S
+        had, since = self._prefetch_waits.get(request.request_id, (-1, now))
+        if num_resident > had:
+            self._prefetch_waits[request.request_id] = (num_resident, since := now)
+        return now - since < PREFETCH_PATIENCE_S
 
     def plan_load(self, request: Request, block_ids: list[int], num_external_tokens: int) -> None:
         self._without_blocks.discard(request.request_id)
@@ -210,8 +216,9 @@ class SchedulerSide:
             self.memory.guarded(lambda scenes: scenes.room.new_step(is_starved=is_starved), None)
             if self._operations and self.memory.tiers.num_in_flight == len(self._operations):
                 self._progress_at = time.monotonic()
-        metadata = MemosMetadata(self._operations, self._loads, idle, paced=not (idle or self._is_waited_for))
-        self._operations, self._loads, self._is_waited_for = [], {}, False
+        paced = not (idle or self._is_waited_for)
+        metadata = MemosMetadata(self._operations, self._loads, tuple(self._hurried), idle, paced)
+        self._operations, self._loads, self._hurried, self._is_waited_for = [], {}, [], False
         self._without_blocks.clear()
         return metadata
 

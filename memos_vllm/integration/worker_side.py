@@ -96,6 +96,8 @@ class WorkerSide:
             self._loads[request_id] = set(op_ids)
         if metadata.operations:
             self._transfer.submit(metadata.operations, after=self._after_queued_work())
+        if metadata.hurried:
+            self._transfer.hurry(metadata.hurried)
 
     def _after_queued_work(self) -> torch.cuda.Event | None:
         """An event behind everything that the compute stream was given so far.

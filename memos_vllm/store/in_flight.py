@@ -36,6 +36,11 @@ class OpProgress:
     size_bytes: int = 0
     seconds: float = 0.0
     """Of the slowest rank so far."""
+    is_hurried: bool = False
+
+    @property
+    def is_prefetch(self) -> bool:
+        return isinstance(self.operation, Load | Read) and self.operation.prefetch
 
     def add(self, result: Result) -> None:
         """A rank reports."""
@@ -91,6 +96,18 @@ class InFlight:
         self._pending[progress.operation.op_id] = progress
         if isinstance(progress.operation, Load | Read):
             self._on_their_way(progress.operation).update(progress.keys)
+
+    def hurry(self, keys: Iterable[BlockKey]) -> list[int]:
+        """Prefetches of these keys for which a request has begun to wait, each named once."""
+        keys = set(keys)
+        hurried = [
+            progress
+            for progress in self._pending.values()
+            if not progress.is_hurried and progress.is_prefetch and not keys.isdisjoint(progress.keys)
+        ]
+        for progress in hurried:
+            progress.is_hurried = True
+        return [progress.operation.op_id for progress in hurried]
 
     def take(self, results: Iterable[Result]) -> Iterator[OpProgress]:
         """The operations that have ended with these results on every rank, one after the other."""

@@ -30,6 +30,8 @@ class Job:
 
     def __init__(self, op: Op, row_bytes: int, num_tasks: int, report: Callable[[Op, Result], None]) -> None:
         self.op = op
+        self.is_hurried = False
+        """Whether a request has begun to wait for a prefetch."""
         self._row_bytes, self._report = row_bytes, report
         self._lock = threading.Lock()
         self._parts = num_tasks
@@ -104,6 +106,7 @@ class Steps(Task):
 
     def __init__(self, job: Job, steps: Generator[None, None, None]) -> None:
         self._job, self._steps = job, steps
+        self.op_id = job.op.op_id
 
     def step(self) -> bool:
         self._job.start()
@@ -127,8 +130,8 @@ class Steps(Task):
 class Copy(Task):
     """One piece's way over the link, behind the read that brought it into host memory."""
 
-    def __init__(self, copy: Callable[[Landed], None], landed: Landed) -> None:
-        self._copy, self._landed = copy, landed
+    def __init__(self, copy: Callable[[Landed], None], landed: Landed, op_id: int | None = None) -> None:
+        self._copy, self._landed, self.op_id = copy, landed, op_id
 
     def step(self) -> bool:
         try:

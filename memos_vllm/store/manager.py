@@ -124,6 +124,10 @@ class TierManager:
         """Whether a copy of the block to the GPU is under way."""
         return self._in_flight.brings(key)
 
+    def hurry(self, keys: Iterable[BlockKey]) -> list[int]:
+        """Prefetches of these keys for which a request has begun to wait, each named once."""
+        return self._in_flight.hurry(keys)
+
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Counts as one use of a prefix, in every tier, the first block as the latest."""
         touched = None

@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import IntEnum
 
 
@@ -28,7 +28,15 @@ class Priority(IntEnum):
 
 
 class Task(ABC):
-    """Run by one thread at a time, not always the same."""
+    """Run by one thread at a time, not always the same.
+
+    Attributes:
+        op_id: the operation that it is a part of, by which it can be hurried.
+        priority: set by the queue.
+    """
+
+    op_id: int | None = None
+    priority: Priority
 
     @abstractmethod
     def step(self) -> bool:
@@ -63,6 +71,8 @@ class TaskQueue:
         self._rests: dict[Priority, float] = {}
         """Until when, as ``time.monotonic`` has it."""
         self._running = dict.fromkeys(Priority, 0)
+        self._under_way: set[Task] = set()
+        """Those of which a piece runs right now."""
         self._changed = threading.Condition()
         self._stopped = False
         # Daemons: a disk that never answers must not keep the process from ending.
@@ -76,10 +86,24 @@ class TaskQueue:
         """Queues a task; after ``stop`` it is cancelled at once."""
         with self._changed:
             if not self._stopped:
+                task.priority = priority
                 self._waiting[priority].append(task)
                 self._changed.notify()
                 return
         task.cancel()
+
+    def hurry(self, op_ids: Collection[int], priority: Priority) -> None:
+        """Tasks of these operations that are less urgent have this priority from now on, behind those that have it."""
+        with self._changed:
+            for waiting in list(self._waiting.values()):
+                for task in [each for each in waiting if each.op_id in op_ids and each.priority > priority]:
+                    waiting.remove(task)
+                    task.priority = priority
+                    self._waiting[priority].append(task)
+            for task in self._under_way:
+                if task.op_id in op_ids:
+                    task.priority = min(task.priority, priority)
+            self._changed.notify_all()
 
     def pace(self, on: bool) -> None:
         """Holds priorities to their share from now on, or no longer."""
@@ -112,16 +136,18 @@ class TaskQueue:
                     return
                 task = self._waiting[priority].popleft()
                 self._running[priority] += 1
+                self._under_way.add(task)
             began_s = time.thread_time()  # of the core; a wait for the disk takes nothing from anybody
             more = task.step()
             took_s = time.thread_time() - began_s
             with self._changed:
                 self._running[priority] -= 1
+                self._under_way.remove(task)
                 if self._paced and (share := self._shares.get(priority)):
                     self._rests[priority] = time.monotonic() + took_s * (1.0 / share - 1.0)
                 stopped = self._stopped
                 if more and not stopped:
-                    self._waiting[priority].appendleft(task)
+                    self._waiting[task.priority].appendleft(task)
                 self._changed.notify()
             if more and stopped:
                 task.cancel()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from functools import partial
 
 from memos_vllm.store.host_memory import HostMemory, tensors
@@ -63,7 +63,8 @@ class TransferWorker:
         self._in_flight = 0
         self._writes_in_flight = 0
         self._closed = False
-        self._changed = threading.Condition()  # of the four above
+        self._prefetches: dict[int, Job] = {}
+        self._changed = threading.Condition()  # of the five above
         self._io_threads = io_threads
         shares = {Priority.PREFETCH: PREFETCH_SHARE} if link.in_place else {}
         self._loads = TaskQueue(f"memos-load-{rank}", 1, shares=shares)
@@ -86,7 +87,7 @@ class TransferWorker:
                 self._writes_in_flight += isinstance(op, Write)
             match op:
                 case Load():
-                    job = Job(op, self.row_bytes, 1, self._report)
+                    job = self._loading(op, num_tasks=1)
                     priority = Priority.PREFETCH if op.prefetch else Priority.LOAD
                     self._loads.put(priority, Steps(job, self._load(op, job, after)))
                 case Save():
@@ -97,6 +98,21 @@ class TransferWorker:
                 case Write():
                     job = Job(op, self.row_bytes, 1, self._report)
                     self._files.put(Priority.WRITE, Steps(job, self._write(op, job)))
+
+    def _loading(self, op: Load | Read, num_tasks: int) -> Job:
+        job = Job(op, self.row_bytes, num_tasks, self._report)
+        if op.prefetch:
+            with self._changed:
+                self._prefetches[op.op_id] = job
+        return job
+
+    def hurry(self, op_ids: Collection[int]) -> None:
+        """A request waits for these prefetches now: from their next piece on they go like what was asked for it."""
+        with self._changed:
+            for job in [self._prefetches[op_id] for op_id in op_ids if op_id in self._prefetches]:
+                job.is_hurried = True
+        self._files.hurry(op_ids, Priority.READ)
+        self._loads.hurry(op_ids, Priority.LOAD)
 
     def pace(self, on: bool) -> None:
         """Whether requests are running, which prefetches are not to hold up where they share the cores."""
@@ -177,7 +193,7 @@ class TransferWorker:
         rows = list(zip(op.positions, op.keys, op.block_ids, slots, strict=True))
         parts = list(pieces(rows, self.row_bytes, self._most_rows(op)))
         num_tasks = max(1, min(self._io_threads, len(parts)))
-        job = Job(op, self.row_bytes, num_tasks, self._report)
+        job = self._loading(op, num_tasks)
         source = iter(parts)
         priority = Priority.PREFETCH if op.prefetch else Priority.READ
         for _ in range(num_tasks):
@@ -216,14 +232,17 @@ class TransferWorker:
             raise
         # Verified: only from here on may the bytes reach a GPU block.
         landed = job.piece(block_ids, None if staged is None else staged.free)
-        copy = Copy(partial(self._link.load, groups, block_ids, after), landed)
+        copy = Copy(partial(self._link.load, groups, block_ids, after), landed, op.op_id)
         if self._link.in_place:
             copy.step()  # a thread that only hands on would be one more that wants a core
         else:
             self._loads.put(Priority.PREFETCH if op.prefetch else Priority.LOAD, copy)
+            if job.is_hurried:  # asked now that it is in the queue, where a later ``hurry`` finds it
+                self._loads.hurry((op.op_id,), Priority.LOAD)
 
     def _report(self, op: Op, result: Result) -> None:
         with self._changed:
             self._results.append(result)
             self._writes_in_flight -= isinstance(op, Write)
+            self._prefetches.pop(op.op_id, None)
             self._changed.notify_all()

@@ -177,6 +177,7 @@ class SceneMachine(RuleBasedStateMachine):
 
         self.lives: list[Live] = []
         self.under_way: dict[int, UnderWay] = {}
+        self.hurried: list[int] = []
         self.gpu: dict[tuple[int, int], Content | None] = {}  # by rank and block
         self.host: dict[tuple[int, int], Content | None] = {}  # by rank and slot
         self.files: dict[tuple[int, str], list[Content | None]] = {}
@@ -216,6 +217,8 @@ class SceneMachine(RuleBasedStateMachine):
     def collect(self) -> None:
         """The step's metadata reaches every worker."""
         metadata = self.side.take_metadata(idle=True)
+        self.hurried += metadata.hurried
+        assert len(set(self.hurried)) == len(self.hurried), "a worker is told once"
         for operation in metadata.operations:
             saved = []
             if isinstance(operation, Save):
@@ -740,6 +743,39 @@ def test_a_valuable_scene_takes_the_place_of_less_valuable_blocks() -> None:
         assert states == dict.fromkeys([SCENES[0], SCENES[1], SCENES[3]], "ready") | {SCENES[2]: "stored"}
         assert machine.side.handle("scene", {"scene": SCENES[2]})["prefetch"] == "deferred"
         machine.conservation()
+    finally:
+        machine.teardown()
+
+
+def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again() -> None:
+    """It waits as long as one after the other ends."""
+    machine = SceneMachine()
+    try:
+        machine.turn(0, PATHS[1], SCENES[0])
+        machine.turn(1, PATHS[1], SCENES[1])
+        machine.empty_the_gpu()
+        machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0]), (0.9, SCENES[1])]})
+        machine.collect()
+        own = set(machine.scenes.known.get(SCENES[0]).keys)
+        keys_of = {op_id: machine.tiers._pending[op_id].keys for op_id in machine.under_way}
+        ours = [op_id for op_id, keys in keys_of.items() if own & set(keys)]
+        assert 2 <= len(ours) < len(keys_of)
+        machine.arrive(0, PATHS[1], SCENES[0])
+        (live,) = machine.lives
+        for op_id in ours:
+            for _ in range(2):
+                machine.try_schedule(live)
+                machine.collect()
+                assert live.state == "waiting" and machine.hurried == ours
+            machine.now += PREFETCH_PATIENCE_S * 0.9
+            machine.try_schedule(live)
+            assert live.state == "waiting"
+            for rank in range(WORLD_SIZE):
+                machine.end_copy(machine.under_way[op_id], rank)
+        machine.try_schedule(live)
+        assert live.state in ("running", "loading")
+        again = {key for op_id in live.ops for key in machine.tiers._pending[op_id].keys}
+        assert again.isdisjoint(key for op_id in ours for key in keys_of[op_id])
     finally:
         machine.teardown()
 

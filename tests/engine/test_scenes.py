@@ -152,15 +152,23 @@ def test_nothing_is_published_before_its_copy_ended(engine: Engine) -> None:
     assert report["state"] == "ready" and report["prefetch"] == "completed"
 
 
-def test_a_request_that_comes_during_the_prefetch_waits_and_hits(engine: Engine) -> None:
+def test_a_request_that_comes_during_the_prefetch_waits_and_hits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody copies anything twice, and the workers know that somebody waits now."""
     from vllm import SamplingParams
 
+    hurried: list[int] = []
+    transfer = engine.worker._transfer
+    monkeypatch.setattr(transfer, "hurry", lambda ids, hurry=transfer.hurry: (hurried.extend(ids), hurry(ids)))
     token_ids = prompt(108)
     right = tokens(ask(engine, "s", token_ids))
     engine.drop_gpu()
-    late = totals(engine)["late"]
+    late, loads = totals(engine)["late"], engine.tiers.copies["host_to_gpu", "request"].size_bytes
     with withheld_results(engine):
         tell(engine, "s")
+        engine.core.step_fn()
+        prefetches = list(engine.tiers._pending)
         params = SamplingParams(
             temperature=0,
             max_tokens=8,
@@ -171,8 +179,10 @@ def test_a_request_that_comes_during_the_prefetch_waits_and_hits(engine: Engine)
         engine.llm.llm_engine.add_request("late", {"prompt_token_ids": token_ids, "cache_salt": SALT}, params)
         for _ in range(10):
             engine.llm.llm_engine.step()
+        assert prefetches and hurried == prefetches
     output = run_until_finished(engine, "late")["late"]
     assert output.num_cached_tokens == NUM_BLOCKS * BLOCK_SIZE and tokens(output) == right
+    assert engine.tiers.copies["host_to_gpu", "request"].size_bytes == loads
     assert totals(engine)["late"] == late + 1
 
 

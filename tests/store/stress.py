@@ -130,6 +130,7 @@ class Stress:
                 ops.append(op)
             self._decode()
             self.worker.submit(ops, self.forward.behind())
+            self.worker.hurry([op_id for op_id in self.running if self.rng.random() < 0.1])
             assert self.worker.wait(PATIENCE_S) or not self.running, "an operation has no result"
             for result in self.worker.drain():
                 self._ended(result)

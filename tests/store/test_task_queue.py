@@ -11,8 +11,8 @@ PATIENCE_S = 30.0  # ends a hung test; nothing waits this long
 class Recorded(Task):
     """Appends its name once per piece; the first piece can be held at a gate."""
 
-    def __init__(self, log, name, pieces=1, gate=None):
-        self.log, self.name, self.left, self.gate = log, name, pieces, gate
+    def __init__(self, log, name, pieces=1, gate=None, op_id=None):
+        self.log, self.name, self.left, self.gate, self.op_id = log, name, pieces, gate, op_id
         self.entered, self.ended = threading.Event(), threading.Event()
 
     def step(self):
@@ -43,6 +43,38 @@ def test_more_urgent_tasks_overtake_at_the_next_piece():
     gate.set()
     assert write.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
     assert log == ["write", "load", "load", "load2", "read", "read", "save", "save", "write", "write"]
+
+
+def test_what_is_hurried_goes_behind_what_is_as_urgent_and_before_the_rest():
+    log, gate = [], threading.Event()
+    queue = TaskQueue("t", 1)
+    running = Recorded(log, "running", pieces=2, gate=gate, op_id=1)
+    queue.put(Priority.PREFETCH, running)
+    assert running.entered.wait(PATIENCE_S)
+    for op_id in (2, 3, 4):
+        queue.put(Priority.PREFETCH, Recorded(log, f"prefetch {op_id}", op_id=op_id))
+    queue.put(Priority.LOAD, Recorded(log, "load", op_id=5))
+    last = Recorded(log, "save", op_id=6)
+    queue.put(Priority.SAVE, last)
+    queue.hurry({3, 5}, Priority.LOAD)
+    queue.hurry({5, 99}, Priority.READ)
+    gate.set()
+    assert last.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
+    assert log == ["running", "load", "prefetch 3", "running", "prefetch 2", "prefetch 4", "save"]
+
+
+def test_a_task_that_is_hurried_while_a_piece_of_it_runs_goes_on_before_the_rest():
+    log, gate = [], threading.Event()
+    queue = TaskQueue("t", 1)
+    running = Recorded(log, "running", pieces=2, gate=gate, op_id=1)
+    queue.put(Priority.PREFETCH, running)
+    assert running.entered.wait(PATIENCE_S)
+    read = Recorded(log, "read")
+    queue.put(Priority.READ, read)
+    queue.hurry({1}, Priority.LOAD)
+    gate.set()
+    assert read.ended.wait(PATIENCE_S) and queue.stop(PATIENCE_S)
+    assert log == ["running", "running", "read"]
 
 
 def test_a_paced_priority_rests_after_each_piece_and_holds_nobody_up(monkeypatch):

@@ -19,6 +19,7 @@ from memos_vllm.kernels.reference import (
 )
 from memos_vllm.store import host_memory, kv_file, transfer
 from memos_vllm.store.link import CpuLink
+from memos_vllm.store.task_queue import Priority, Task
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
 from tests.store.store_factories import make_identity, make_keys, other_identity, read_blocks
 
@@ -340,6 +341,77 @@ def test_a_load_waits_for_one_piece_of_a_save(make_rig):
     link.gate.set()
     rig.finish(3)
     assert link.log == ["save", "load", "load", "save", "save", "save"]
+
+
+def test_a_prefetch_for_which_a_request_waits_overtakes_the_others(make_rig):
+    rig = make_rig()
+    link = gate(rig)
+    rig.worker.submit([Load(op_id, (op_id,) * 5, tuple(range(5)), prefetch=True) for op_id in (1, 2)])
+    assert link.entered.wait(PATIENCE_S)
+    rig.worker.submit([Load(3, (3,), (13,))])
+    rig.worker.hurry([2, 4])
+    rig.worker.submit([Load(4, (4,), (14,), prefetch=True)])
+    link.gate.set()
+    results = rig.finish(4)
+    assert all(result.ok for result in results.values())
+    assert list(results) == [3, 2, 1, 4], "what was not there yet is not hurried"
+
+
+def test_a_prefetch_from_a_file_for_which_a_request_waits_overtakes_the_others(make_rig):
+    rig = make_rig(io_threads=1)
+    rig.fill(range(4))
+    rig.save(range(4), range(4))
+    rig.write(range(4), range(4))
+    opened, is_hurried = threading.Event(), threading.Event()
+
+    class Held(Task):
+        def step(self):
+            opened.set()
+            assert is_hurried.wait(PATIENCE_S)
+
+        def cancel(self):
+            pass
+
+    rig.worker._files.put(Priority.READ, Held())
+    assert opened.wait(PATIENCE_S)
+    reads = [dataclasses.replace(rig.read_op(range(4), range(4)), prefetch=True) for _ in range(3)]
+    rig.worker.submit(reads)
+    rig.worker.hurry([reads[1].op_id])
+    is_hurried.set()
+    assert list(rig.finish(3)) == [reads[1].op_id, reads[0].op_id, reads[2].op_id]
+
+
+@pytest.mark.parametrize("reads", ["when it is hurried", "before it is hurried"])
+def test_a_read_that_is_hurried_is_urgent_on_the_link_too(make_rig, monkeypatch, reads):
+    rig = make_rig(io_threads=1)
+    rig.fill(range(4))
+    rig.save(range(4), range(4))
+    rig.write(range(4), range(4))
+    link, queue, is_hurried = gate(rig), rig.worker._loads, threading.Event()
+    rig.worker.submit([Load(0, (5,), (11,))])
+    assert link.entered.wait(PATIENCE_S)  # and stays there; what is read waits behind it
+    at_the_queue, put = threading.Event(), queue.put
+
+    def put_later(priority, task):
+        at_the_queue.set()
+        assert is_hurried.wait(PATIENCE_S)
+        put(priority, task)
+
+    if reads == "when it is hurried":
+        monkeypatch.setattr(queue, "put", put_later)
+    read = dataclasses.replace(rig.read_op(range(4), range(4)), prefetch=True)
+    rig.worker.submit([read])
+    with queue._changed:
+        waiting = queue._waiting[Priority.PREFETCH]
+        assert reads == "when it is hurried" or queue._changed.wait_for(lambda: len(waiting) == 2, PATIENCE_S)
+    assert reads == "before it is hurried" or at_the_queue.wait(PATIENCE_S)
+    rig.worker.hurry([read.op_id])
+    is_hurried.set()
+    with queue._changed:
+        assert queue._changed.wait_for(lambda: len(queue._waiting[Priority.LOAD]) == 2, PATIENCE_S), "two pieces"
+        assert not queue._waiting[Priority.PREFETCH]
+    link.gate.set()
+    assert all(result.ok for result in rig.finish(2).values())
 
 
 def test_reads_wait_for_staging_instead_of_filling_memory(make_rig, monkeypatch):

@@ -33,7 +33,7 @@ FIGURES = [
     ("PREDICTION", "in pieces of 1 MiB", transfer.PREFETCH_PIECE_BYTES, MIB),
     ("PREDICTION", "what it expects of others 0.3 s after a turn began", planner.FIRST_TOKEN_S, 0.3),
     ("ARCHITECTURE", "`max_tokens`, or 256 tokens", fitting.ANSWER_TOKENS, 256),
-    ("ARCHITECTURE", "so after 50 ms (`scheduler_side.PREFETCH_PATIENCE_S`)", scheduler_side.PREFETCH_PATIENCE_S, 0.05),
+    ("ARCHITECTURE", "copy ends for 1 s (`scheduler_side.PREFETCH_PATIENCE_S`)", scheduler_side.PREFETCH_PATIENCE_S, 1),
     ("ARCHITECTURE", "waits up to 2 ms for a result (`worker_side.IDLE_WAIT_S`)", worker.IDLE_WAIT_S, 0.002),
     ("ARCHITECTURE", "at most 1 GiB waits for that", disk_index.MAX_LEAVING_BYTES, GIB),
     ("MEMORY", "step of `priority` (-3 to 3)", (lifecycle.PRIORITIES[0], lifecycle.PRIORITIES[-1]), (-3, 3)),
