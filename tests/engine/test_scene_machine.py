@@ -757,7 +757,7 @@ def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again() -> No
         machine.side.handle("expect", {"planner": "p", "scenes": [(1.0, SCENES[0]), (0.9, SCENES[1])]})
         machine.collect()
         own = set(machine.scenes.known.get(SCENES[0]).keys)
-        keys_of = {op_id: machine.tiers._pending[op_id].keys for op_id in machine.under_way}
+        keys_of = {op_id: machine.tiers._in_flight._pending[op_id].keys for op_id in machine.under_way}
         ours = [op_id for op_id, keys in keys_of.items() if own & set(keys)]
         assert 2 <= len(ours) < len(keys_of)
         machine.arrive(0, PATHS[1], SCENES[0])
@@ -774,7 +774,7 @@ def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again() -> No
                 machine.end_copy(machine.under_way[op_id], rank)
         machine.try_schedule(live)
         assert live.state in ("running", "loading")
-        again = {key for op_id in live.ops for key in machine.tiers._pending[op_id].keys}
+        again = {key for op_id in live.ops for key in machine.tiers._in_flight._pending[op_id].keys}
         assert again.isdisjoint(key for op_id in ours for key in keys_of[op_id])
     finally:
         machine.teardown()

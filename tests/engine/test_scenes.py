@@ -168,7 +168,7 @@ def test_a_request_that_comes_during_the_prefetch_waits_and_hits(
     with withheld_results(engine):
         tell(engine, "s")
         engine.core.step_fn()
-        prefetches = list(engine.tiers._pending)
+        prefetches = list(engine.tiers._in_flight._pending)
         params = SamplingParams(
             temperature=0,
             max_tokens=8,
