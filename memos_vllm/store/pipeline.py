@@ -29,7 +29,8 @@ from memos_vllm.store.host_memory import RowGroup
 RING_PIECES = 3
 """Per direction: one in the copy, one in the kernel, one on its way to or from the host.
 
-The most that a live load finds before it of a prefetch, too: 24 MiB, half a millisecond at 50 GB/s.
+The most that a live load finds before it of a prefetch, too: 48 MiB (``link.DEVICE_PIECE_BYTES``), a millisecond at
+50 GB/s.
 """
 
 Landed = Callable[[Exception | None], None]
