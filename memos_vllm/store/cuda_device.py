@@ -59,6 +59,11 @@ class CudaDevice(Device):
         """Without DMA where a block is not contiguous in a plane, or the copier encodes."""
         return frozenset(Method) if self._fragments is not None else frozenset(Method) - {Method.DMA}
 
+    def begin_thread(self) -> None:
+        # A new thread's device is GPU 0: whatever it calls first would open a context there, half a gigabyte, for a
+        # rank of another GPU.
+        torch.cuda.set_device(self._device)
+
     def stream(self) -> CudaStream:
         return CudaStream(self._device)
 

@@ -32,6 +32,7 @@ class Registered:
 
     def __init__(self, limit_bytes=2**40):
         self.segments, self.limit_bytes = {}, limit_bytes
+        self.threads = []  # that chose their GPU, and it
 
     def cudaHostRegister(self, pointer, size_bytes, flags):
         if sum(self.segments.values()) + size_bytes > self.limit_bytes:
@@ -72,6 +73,7 @@ def cudart(monkeypatch):
         stream=lambda stream: contextlib.nullcontext(),
         current_stream=lambda device: SimpleNamespace(synchronize=lambda: None),
         cudart=lambda: cudart,
+        set_device=lambda device: cudart.threads.append((threading.current_thread().name, device)),
     )
     monkeypatch.setattr(cuda_device.torch, "cuda", fake)
     return cudart
@@ -108,6 +110,13 @@ def test_every_method_moves_the_same_bytes(cudart, monkeypatch, method):
     arrived = torch.empty_like(expected)
     gather_reference(planes, [5, 6, 7, 8], arrived)
     assert torch.equal(arrived, expected)
+
+
+def test_threads_that_wait_for_a_gpu_wait_for_their_own(cudart):
+    planes = make_planes()
+    link = DeviceLink(CudaDevice(BlockCopier(planes), planes, PIECE), CPU, 960, len(planes), CopyPlan())
+    assert link.close(60.0)
+    assert sorted(cudart.threads, key=str) == [("memos-load-landing", CPU), ("memos-save-landing", CPU)]
 
 
 def test_pages_are_locked_segment_by_segment_as_they_are_used_and_unlocked_at_the_end(cudart, monkeypatch):
