@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import statistics
 import time
@@ -161,8 +162,17 @@ def _spans(groups: Sequence[RowGroup], staged: Tensor) -> list[tuple[Tensor, Ten
 def machine_name(device: torch.device) -> str:
     """What the speed of copies depends on."""
     properties = torch.cuda.get_device_properties(device)
-    driver = torch._C._cuda_getDriverVersion()
-    return f"{properties.name}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    return f"{properties.name}, driver {driver_version()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+
+
+def driver_version() -> int:
+    """Which CUDA the driver supports, 13000 for 13.0; 0 where it does not say. torch 2.11 has no call for it."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def plan_of(device: torch.device, directory: Path) -> CopyPlan:

@@ -17,7 +17,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.kernels.reference import gather_reference
 from memos_vllm.store import cuda_device, host_memory, kv_file
 from memos_vllm.store import link as link_module
-from memos_vllm.store.copy_planner import CopyPlan, Direction, measure_plan
+from memos_vllm.store.copy_planner import CopyPlan, Direction
 from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
 from memos_vllm.store.host_memory import HostMemory
 from memos_vllm.store.link import DeviceLink
@@ -245,7 +245,11 @@ def test_measuring_takes_few_of_the_streams_that_torch_has_for_the_process(cudar
     real = torch.cuda.Stream
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
     cuda_device._allocation_stream.cache_clear()
-    measure_plan(CopyMeasure(CPU))
+    measure = CopyMeasure(CPU)
+    for fragment_bytes in (256, 512, 1024, 2048, 4096):
+        for method in Method:
+            measure(Direction.LOAD, method, fragment_bytes, 16)
+    measure.close()
     planes = make_planes()
     DeviceLink(CudaDevice(BlockCopier(planes), planes, PIECE), CPU, 960, len(planes), CopyPlan()).close(60.0)
     cuda_device._allocation_stream.cache_clear()
@@ -255,6 +259,20 @@ def test_measuring_takes_few_of_the_streams_that_torch_has_for_the_process(cudar
 def test_a_piece_over_the_link_is_larger_than_one_of_a_file_and_never_smaller(monkeypatch):
     assert link_module.device_piece_blocks(2**20) == 16 > kv_file.items_per_piece(2**20) == 8
     assert link_module.device_piece_blocks(2**26) == kv_file.items_per_piece(2**26) == 1
+
+
+def test_a_machine_has_a_name_by_calls_that_every_torch_has(cudart, monkeypatch):
+    """The builds for CUDA have calls of ``torch._C`` that this one has not, and lose them from version to version."""
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(name="NVIDIA H200")
+    assert cuda_device.machine_name(CPU).startswith(f"NVIDIA H200, driver {cuda_device.driver_version()}, CUDA ")
+
+    class Driver:
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = 13000
+            return 0
+
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: Driver())
+    assert "driver 13000" in cuda_device.machine_name(CPU)
 
 
 def test_without_memory_to_measure_everything_is_staged_and_the_next_start_measures(cudart, monkeypatch, tmp_path):
