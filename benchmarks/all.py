@@ -199,7 +199,7 @@ def command_of(step: Step, preset: str, results: Path, label: str) -> list[str]:
 def default_label() -> str:
     """The hardware in letters that a file name takes: ``nvidia-h200``, ``cpu-2core``."""
     machine = report.machine()
-    text = machine["gpu"] if machine["gpu"] else f"cpu {machine['cores']}core"
+    text = machine["gpu"] or ("gpu" if has_gpu() else f"cpu {machine['cores']}core")
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
