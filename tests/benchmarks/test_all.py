@@ -151,6 +151,12 @@ def test_a_small_one_runs_and_writes_its_results_under_the_hardwares_name(tmp_pa
     assert json.loads((tmp_path / names[0]).read_text())["benchmark"] == "kv_copy"
 
 
+def test_results_of_a_gpu_without_a_name_are_not_a_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "has_gpu", lambda: True)
+    monkeypatch.setattr(suite.report, "machine", lambda: {"gpu": None, "cores": 16})
+    assert suite.default_label() == "gpu"
+
+
 @pytest.mark.parametrize(
     "bad",
     [
