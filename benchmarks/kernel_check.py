@@ -1,25 +1,33 @@
 """Every kernel against its plain-torch reference on the GPU that is there: one command, pass or fail.
 
-    python -m benchmarks.kernel_check [--device cuda]
+    python -m benchmarks.kernel_check [--device cuda] [--jobs N] [--json FILE]
 
 Copies and fp8 must be equal bit for bit; a shift must stay within the bound that kernels/rotary.py
 derives. All layouts, dtypes and options are run, with rows in the GPU's memory and in page-locked host
 memory, with one program and many, and with a block that lies more than 4 GiB behind the first. What
 would be overwritten by a wrong address is filled beforehand and compared as well.
 
-Needs neither Hypothesis nor pytest. ``--device cpu`` checks the loops for CPU.
+Nearly all of its time goes into compiling, so several processes share the cases; those with a kernel in common stay
+together. Needs neither Hypothesis nor pytest. ``--device cpu`` checks the loops for CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks import report
+from benchmarks.arguments import output_file
 from memos_vllm.kernels import rotary
 from memos_vllm.kernels.heads import HeadShape, HeadView, heads_of
 from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, planes_of
@@ -40,44 +48,113 @@ FAR_BLOCKS = 2**20 + 1
 ROTATED = [(80, 80, 0), (128, 128, 0), (128, 32, 8)]  # head size, rotated elements, the first of them
 
 
+MOST_JOBS = 12
+"""Each has a CUDA context, half a gigabyte, and imports torch and Triton."""
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
+    kernel: str
+    """Cases of one text compile the same kernels."""
     run: Callable[[], float]
     """The largest error as a share of the bound: 0 where all is equal, infinite where it had to be and is not."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    case: str
+    share: float | None
+    """As ``Case.run`` has it; None if it could not run."""
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.share is not None and self.share <= 1
+
+    @property
+    def text(self) -> str:
+        if self.share is None:
+            return f"FAILED {self.case}: {self.error}"
+        if not self.ok:
+            return f"FAILED {self.case}: error is {self.share:.3g} of the bound"
+        return f"ok     {self.case}: error is {self.share:.3f} of the bound"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    device = arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("kernel_check: there is no GPU; --device cpu checks the loops for CPU", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    verdicts: list[Verdict] = []
+    for found in _checked(device, arguments.jobs):
+        verdicts += found
+        for verdict in found:
+            if verdict.share != 0:
+                print(verdict.text, flush=True)
+        if arguments.json:
+            rows = [
+                {"case": one.case, "ok": one.ok, "error_of_bound": one.share if one.ok else None, "error": one.error}
+                for one in verdicts
+            ]
+            report.write_json(arguments.json, "kernel_check", {"device": device, "jobs": arguments.jobs}, rows)
+    failed = sum(not verdict.ok for verdict in verdicts)
+    print(f"{len(verdicts)} cases, {failed} failed")
+    return 1 if failed else 0
+
+
+def _checked(device: str, jobs: int) -> Iterator[list[Verdict]]:
+    """Verdicts as they come."""
+    if jobs == 1:
+        torch.manual_seed(0)
+        yield from ([check(case, device)] for case in cases(device))
+        return
+    kernels = list(dict.fromkeys(case.kernel for case in cases(device)))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(check_kernel, device, kernel): kernel for kernel in kernels}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenProcessPool as error:  # a kernel that ends its process, with all that wait
+                yield [Verdict(f"all cases of {futures[future]}", None, str(error))]
+
+
+def check_kernel(device: str, kernel: str) -> list[Verdict]:
+    torch.manual_seed(0)
+    return [check(case, device) for case in cases(device) if case.kernel == kernel]
+
+
+def check(case: Case, device: str) -> Verdict:
+    try:
+        share = case.run()
+        _wait(device)
+    except Exception as error:  # a case that cannot run says nothing about the others
+        return Verdict(case.name, None, f"{type(error).__name__}: {error}")
+    return Verdict(case.name, share)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    device = parser.parse_args(argv).device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("kernel_check: there is no GPU; --device cpu checks the loops for CPU", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    print(f"{name}, torch {torch.__version__}")
-    failed = checked = 0
-    for case in cases(device):
-        checked += 1
-        try:
-            share = case.run()
-            _wait(device)
-        except Exception as error:  # a case that cannot run says nothing about the others
-            failed += 1
-            print(f"FAILED {case.name}: {type(error).__name__}: {error}", flush=True)
-            continue
-        if not share <= 1:
-            failed += 1
-            print(f"FAILED {case.name}: error is {share:.3g} of the bound", flush=True)
-        elif share:
-            print(f"ok     {case.name}: error is {share:.3f} of the bound", flush=True)
-    print(f"{checked} cases, {failed} failed")
-    return 1 if failed else 0
+    parser.add_argument("--jobs", type=_count, metavar="N", help="processes; default: one per core with a GPU, else 1")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    arguments.jobs = arguments.jobs or (min(MOST_JOBS, cores) if arguments.device == "cuda" else 1)
+    return arguments
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -86,28 +163,29 @@ def cases(device: str) -> Iterator[Case]:
     for memory in memories:
         for name in [*layouts, *ODD_LAYOUTS]:
             for dtype in DTYPES:
-                yield Case(f"copy, {name}, {dtype}, {memory}", lambda n=name, d=dtype, m=memory: _copy(device, n, d, m))
+                run = partial(_copy, device, name, dtype, memory)
+                yield Case(f"copy, {name}, {dtype}, {memory}", f"copy of {name}", run)
         for name in layouts:
             for dtype in VALUE_DTYPES:
                 for size in [576] if name == "mla" else [64, 80, 128, 256]:
                     yield Case(
                         f"fp8, {name}, heads of {size}, {dtype}, {memory}",
-                        lambda n=name, d=dtype, s=size, m=memory: _fp8(device, n, d, s, m),
+                        f"fp8, {size}, {dtype}",
+                        partial(_fp8, device, name, dtype, size, memory),
                     )
     for name in layouts:
         for dtype in VALUE_DTYPES:
-            for size, rotary_dim, first in (
-                [(576, 64, 512)] if name == "mla" else [(80, 80, 0), (128, 128, 0), (128, 32, 8)]
-            ):
+            for size, rotary_dim, first in [(576, 64, 512)] if name == "mla" else ROTATED:
                 for style in ("neox", "gptj"):
                     for fp8 in (False, True):
                         shift = RotaryShift.by(-1234, _frequencies(rotary_dim), style, first)
                         yield Case(
                             f"{style} shift of {rotary_dim}, {name}, heads of {size}, {dtype}{', fp8' * fp8}",
-                            lambda n=name, d=dtype, s=size, x=shift, f=fp8: _shift(device, n, d, s, x, f),
+                            f"{style} shift, {size}, {rotary_dim}, {dtype}, {fp8}",
+                            partial(_shift, device, name, dtype, size, shift, fp8),
                         )
-    yield Case("copy to and from the host pool", lambda: _host_pool(device))
-    yield Case("copy of a block behind 4 GiB", lambda: _far(device))
+    yield Case("copy to and from the host pool", "copy", partial(_host_pool, device))
+    yield Case("copy of a block behind 4 GiB", "copy", partial(_far, device))
 
 
 def _copy(device: str, name: str, dtype: torch.dtype, memory: str) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,9 +109,14 @@ def _vllm(shape: Shape) -> dict[str, dict[str, Callable[[], None]]]:
             "load": partial(run, here, there, sizes, is_src_access_order_any=True),
             "save": partial(run, there, here, sizes, is_src_access_order_any=False),
         }
-        runs["load"]()
-        host.zero_()
-        runs["save"]()
+        try:
+            runs["load"]()
+            host.zero_()
+            runs["save"]()
+        except (AttributeError, NotImplementedError, RuntimeError) as error:  # an operation that this build lacks
+            print(f"{arm} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+            host.copy_(expected)
+            continue
         if not torch.equal(host, expected):
             raise WrongBytes(f"{arm}: fragments of {shape.fragment_bytes} bytes differ")
         arms[arm] = runs

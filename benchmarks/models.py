@@ -1,21 +1,27 @@
 """Model directories without a hub: a configuration, weights and a tokenizer, made on first use.
 
+    python -m benchmarks.models NAME ...
+
 Weights are random and seeded. Of models that are too large for that they are absent: with vLLM's
 ``load_format=dummy`` attention is lost in rounding, so that such a model gives times, and its answers
 say nothing about the KV that they came from. Either way the tokenizer is a small byte-level BPE with
 a ChatML template, filled up to the model's vocabulary, so that every token id decodes to ASCII text
-and the first token of an answer is also its first visible chunk.
+and the first token of an answer is also its first visible chunk. Weights that are written never say a
+token of the filling: encoded again, in the next turn's prompt, it would be six or seven.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +31,7 @@ from benchmarks.texts import sentences
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SHARD_BYTES = 2 * 2**30
-LAYOUT = 1
+LAYOUT = 2
 """Part of the cache key: raise it when what is written below changes."""
 
 CHAT_TEMPLATE = """\
@@ -121,6 +127,14 @@ QWEN25_72B = Model(
 NAMED = {model.name: model for model in (RECALL, CPU, QWEN3_8B, QWEN3_32B, QWEN25_72B)}
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description="Makes models, says where.")
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=list(NAMED), help=", ".join(NAMED))
+    for name in parser.parse_args(argv).names:
+        print(NAMED[name].directory(), flush=True)
+    return 0
+
+
 def find(name: str) -> Model:
     """One of the models above, a directory, or a name that the hub knows."""
     if name in NAMED:
@@ -152,12 +166,12 @@ def random_model(name: str, folder: Path, geometry: Geometry, *, weights: bool =
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=name, dir=target.parent))
     try:
-        ascii_ids = write_tokenizer(temporary, geometry.vocab_size, seed)
+        plain_ids = write_tokenizer(temporary, geometry.vocab_size, seed)
         write_config(temporary, geometry)
         if weights:
             # In a process of its own: what it takes of a GPU is free again before a server starts.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                pool.submit(write_weights, temporary, geometry, ascii_ids, seed).result()
+                pool.submit(write_weights, temporary, geometry, plain_ids, seed).result()
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:
@@ -172,7 +186,7 @@ def write_tokenizer(folder: Path, vocab_size: int, seed: int) -> list[bool]:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Returns:
-        For each id, whether it is an ordinary token that decodes to ASCII text.
+        For each id, whether it is an ordinary token that decodes to ASCII text and is encoded as itself.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -187,7 +201,8 @@ def write_tokenizer(folder: Path, vocab_size: int, seed: int) -> list[bool]:
     tokenizer.train_from_iterator(sentences(f"tokenizer {seed}", 5000), trainer)
     spec = json.loads(tokenizer.to_str())
     vocabulary = spec["model"]["vocab"]
-    for number in range(len(vocabulary), vocab_size):
+    trained = len(vocabulary)
+    for number in range(trained, vocab_size):
         vocabulary[f"Ġw{number}"] = number  # no merge leads here: decoded if the model says it, never encoded
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     config = {
@@ -200,7 +215,8 @@ def write_tokenizer(folder: Path, vocab_size: int, seed: int) -> list[bool]:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     plain = [False] * vocab_size
     for text, number in vocabulary.items():
-        plain[number] = text not in (PAD, START, END) and all(char == "Ġ" or " " < char <= "~" for char in text)
+        ascii_text = all(char == "Ġ" or " " < char <= "~" for char in text)
+        plain[number] = number < trained and text not in (PAD, START, END) and ascii_text
     return plain
 
 
@@ -231,12 +247,12 @@ def write_config(folder: Path, geometry: Geometry) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
 
 
-def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed: int) -> None:
+def write_weights(folder: Path, geometry: Geometry, plain_ids: list[bool], seed: int) -> None:
     """Writes safetensors, bf16; on a GPU, where there is one, which makes 8 billion parameters in seconds.
 
     Matrices keep the variance of their input, and queries are scaled so that attention picks single
     tokens rather than an average of all: the answer then depends on the whole context, so a wrong KV
-    block changes it. Ids that are no plain text get a zero row in the output matrix and are never said.
+    block changes it. Ids that are not for answers get a zero row in the output matrix and are never said.
     """
     import torch
     from safetensors.torch import save_file
@@ -254,7 +270,7 @@ def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed:
     queries, keys = geometry.num_attention_heads * head, geometry.num_key_value_heads * head
     embedding = normal(geometry.vocab_size, hidden).bfloat16().cpu()
     output = matrix(geometry.vocab_size, hidden)
-    output[~torch.tensor(ascii_ids)] = 0
+    output[~torch.tensor(plain_ids)] = 0
     tensors = {
         "model.embed_tokens.weight": embedding,
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
@@ -286,3 +302,7 @@ def write_weights(folder: Path, geometry: Geometry, ascii_ids: list[bool], seed:
         names |= dict.fromkeys(tensors, "model.safetensors")
         index = {"metadata": {}, "weight_map": names}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

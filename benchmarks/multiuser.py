@@ -41,7 +41,7 @@ from benchmarks.multiuser_arms import Arm, DirectArm, HintedArm, MemosArm, WarmU
 from benchmarks.multiuser_options import CHECK, Arguments, Options, parse
 from benchmarks.multiuser_play import Control, Result, play
 from benchmarks.multiuser_script import Script
-from benchmarks.multiuser_servers import START_TIMEOUT_S, make_server, shown
+from benchmarks.multiuser_servers import START_TIMEOUT_S, make_server, memory_directory, shown
 from benchmarks.serving import Server, ServerError, has_gpu
 
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As Ctrl-C: the server is stopped on the way out, and what was measured is still shown.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse(__doc__.split("\n\n")[0], argv)
-    data_dir = Path(tempfile.mkdtemp(prefix="memos-multiuser-", dir=arguments.options.data_dir))
+    where = arguments.options.data_dir or memory_directory(arguments.options)
+    data_dir = Path(tempfile.mkdtemp(prefix="memos-multiuser-", dir=where))
     try:
         return (multiuser_interference.run if arguments.interference else compare)(arguments, data_dir)
     finally:

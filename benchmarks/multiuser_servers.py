@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ APPLICATION_KEY = "multiuser-application"
 
 ENVIRONMENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
 """In seconds. A server that was paused must not close a connection at the moment at which it goes on."""
+
+MEMORY_FOLDER = "/dev/shm"
 
 START_TIMEOUT_S = 1800.0 if has_gpu() else 300.0
 _VARYING = ("--port", "--memos-config", "--served-model-name", "--kv-transfer-config")
@@ -53,8 +57,28 @@ def make_server(deployment: str, options: Options, data_dir: Path, *, gpu_share:
     }
     if gpu_share is not None:
         extra["--gpu-memory-utilization"] = f"{gpu_share:.2f}"
+        if (size_bytes := pool_bytes(options, num_blocks * shape.block_size)) is not None:
+            extra["--kv-cache-memory-bytes"] = size_bytes
     flags = [*options.model.flags, *(str(part) for pair in extra.items() for part in pair)]
     return Server(options.model.directory(), plugin=config is not None, config=config, extra=flags, env=ENVIRONMENT)
+
+
+def pool_bytes(options: Options, num_tokens: int) -> int | None:
+    """What the pool takes, where that is known before the model runs. vLLM then does not measure how much of the GPU is
+    free, so servers can start at the same time."""
+    geometry = options.model.geometry
+    if geometry is None:
+        return None
+    return num_tokens * geometry.kv_bytes_per_token * (2 if options.dtype == "float32" else 1)
+
+
+def memory_directory(options: Options) -> str | None:
+    """For the data of servers on a GPU: memory, if it has room for all users' KV several times. No arm is about the
+    disk, and a slow one would be waited for. None: where temporary files go."""
+    size_bytes = pool_bytes(options, options.users * options.shape.longest)
+    if not has_gpu() or size_bytes is None or not os.access(MEMORY_FOLDER, os.W_OK):
+        return None
+    return MEMORY_FOLDER if shutil.disk_usage(MEMORY_FOLDER).free > 4 * size_bytes else None
 
 
 def example_connector(folder: Path) -> str:
@@ -73,7 +97,7 @@ def memos_config(options: Options, data_dir: Path, *, prediction: bool) -> dict[
         "data_dir": str(data_dir),
         "identity": {"keys": {APPLICATION_KEY: {"tenant": "bench"}}},
         "memory": {"long_lived_tokens": 2 * options.memory_tokens},
-        "kv": {"host_bytes": "16GiB" if has_gpu() else "2GiB", "disk_bytes": "64GiB" if has_gpu() else "8GiB"},
+        "kv": {"host_bytes": "16GiB" if has_gpu() else "2GiB", "disk_bytes": "16GiB" if has_gpu() else "8GiB"},
         "prediction": {"enabled": prediction},
     }
 

@@ -249,12 +249,14 @@ class Run:
 
 
 def start(servers: Sequence[Server]) -> None:
-    """Starts servers and waits: together on a CPU, one by one on a GPU, where each measures the memory it finds."""
-    if not has_gpu():
+    """Starts servers and waits: one by one on a GPU, where each measures the memory it finds unless it is told how much
+    its KV cache takes; else together."""
+    together = not has_gpu() or all("--kv-cache-memory-bytes" in server.extra for server in servers)
+    if together:
         for server in servers:
             server.start()
     for server in servers:
-        if has_gpu():
+        if not together:
             server.start()
         server.wait_until_ready(START_TIMEOUT_S)
 

@@ -36,8 +36,8 @@ FLOOR = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 0.0}
 
 
 def scale_of(exponents: Tensor) -> Tensor:
-    """E8M0 to float64."""
-    return torch.exp2(exponents.to(torch.float64) - 127)
+    """E8M0 to float64; made of bits, since a GPU's ``exp2`` may be off by the last one."""
+    return ((exponents.to(torch.int64) + (1023 - 127)) << 52).view(torch.float64)
 
 
 def error_bound(values: Tensor, scale: Tensor) -> Tensor:

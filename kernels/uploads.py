@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Uploads:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _stream_of(device) if device.type == "cuda" else None
 
     def send(self, table: Tensor) -> Tensor:
         """A CPU tensor on the device, ready for what is queued on the current stream from now on."""
@@ -36,3 +37,10 @@ class Uploads:
         base, stride = chunk.data_ptr(), chunk.stride(0)
         moves = [(block, base + row * stride) for block, row in zip(block_ids, rows, strict=True)]
         return self.send(torch.tensor(moves, dtype=torch.int64).view(len(moves), 2))
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One per GPU: torch has 32 streams of a priority and gives them out in turn, to vLLM as well. With more of ours, a
+    small copy of vLLM's might stand behind a large one of ours."""
+    return torch.cuda.Stream(device)

@@ -2,7 +2,7 @@
 
 Published crossovers do not carry over: a batch of DMA descriptors falls from 40 to 7 GB/s between
 fragments of 28 and 24 KiB on one H100, elsewhere on another device and count. So a worker with a GPU
-measures at its first start (about a second) each method over sizes and counts of fragments, and keeps
+measures at its first start (about two seconds) each method over sizes and counts of fragments, and keeps
 the table in the data directory. In CPU memory there is one way and nothing to measure.
 """
 
@@ -27,7 +27,7 @@ FRAGMENT_BYTES = (64 * 2**10, 16 * 2**10, 256 * 2**10, 4 * 2**10, 2**20)
 FRAGMENTS = (512, 64, 8)
 CELL_BYTES = 32 * 2**20
 """No cell copies more; it would take too long and say nothing new."""
-BUDGET_S = 1.0
+BUDGET_S = 2.0
 """Cells that do not fit are left out; the nearest measured one stands for them until the next start measures again."""
 MARGIN = 1.03
 """How much faster than staged another method must be to be taken: staged disturbs the least."""

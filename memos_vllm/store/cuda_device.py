@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _LOWEST_PRIORITY = 0  # torch's range is -5 (first) to 0 (last); vLLM's own streams have 0 too, none is lower
 _REPEATS = 3
+_PIECES = 4
+"""In a row: one at a time, a method whose copies and kernels overlap would look slower than it is."""
 
 
 class CudaStream:
@@ -49,12 +53,17 @@ class CudaDevice(Device):
         self._copier, self._piece_blocks = copier, piece_blocks
         self._device = copier.device
         self._fragments = fragment_views(planes) if copier.row_bytes == copier.block_bytes else None
-        self._allocation = CudaStream(self._device)
+        self._allocation = _allocation_stream(self._device)
 
     @property
     def methods(self) -> frozenset[Method]:
         """Without DMA where a block is not contiguous in a plane, or the copier encodes."""
         return frozenset(Method) if self._fragments is not None else frozenset(Method) - {Method.DMA}
+
+    def begin_thread(self) -> None:
+        # A new thread's device is GPU 0: whatever it calls first would open a context there, half a gigabyte, for a
+        # rank of another GPU.
+        torch.cuda.set_device(self._device)
 
     def stream(self) -> CudaStream:
         return CudaStream(self._device)
@@ -119,6 +128,13 @@ class CudaDevice(Device):
             yield
 
 
+@cache
+def _allocation_stream(device: torch.device) -> CudaStream:
+    """One per GPU: torch has 32 streams of a priority for the whole process, and gives them out in turn. Who takes more
+    shares them with vLLM."""
+    return CudaStream(device)
+
+
 def _by_group(groups: Sequence[RowGroup], block_ids: Sequence[int]) -> Iterator[tuple[RowGroup, Sequence[int]]]:
     begin = 0
     for group in groups:
@@ -146,8 +162,17 @@ def _spans(groups: Sequence[RowGroup], staged: Tensor) -> list[tuple[Tensor, Ten
 def machine_name(device: torch.device) -> str:
     """What the speed of copies depends on."""
     properties = torch.cuda.get_device_properties(device)
-    driver = torch._C._cuda_getDriverVersion()
-    return f"{properties.name}, driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    return f"{properties.name}, driver {driver_version()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+
+
+def driver_version() -> int:
+    """Which CUDA the driver supports, 13000 for 13.0; 0 where it does not say. torch 2.11 has no call for it."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def plan_of(device: torch.device, directory: Path) -> CopyPlan:
@@ -167,16 +192,17 @@ def plan_of(device: torch.device, directory: Path) -> CopyPlan:
 
 
 class CopyMeasure:
-    """Times one method on planes of its own; ``copy_planner.Measure``.
+    """Times one method on planes of its own, several pieces in a row as a load has them; ``copy_planner.Measure``.
 
     Args:
-        device: where it allocates, for as long as it lives, up to three times the bytes of a cell.
+        device: where it allocates, for as long as it lives, up to four times the bytes of a cell.
     """
 
     _PLANES = 8
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._copies, self._kernels = CudaStream(device), CudaStream(device)
         self._prepared: tuple[int, int] | None = None
         self._host: HostMemory | None = None
 
@@ -190,21 +216,24 @@ class CopyMeasure:
             self._prepare(fragment_bytes, fragments)
         if method is Method.DIRECT and not all(group.pinned for group in self._groups):
             return 0.0
+        cuda, groups, blocks = self._cuda, self._groups, self._blocks
         run = {
             (Direction.LOAD, Method.STAGED): self._load_staged,
             (Direction.SAVE, Method.STAGED): self._save_staged,
-            (Direction.LOAD, Method.DIRECT): lambda: self._cuda.load_direct(self._stream, self._groups, self._blocks),
-            (Direction.SAVE, Method.DIRECT): lambda: self._cuda.save_direct(self._stream, self._blocks, self._groups),
-            (Direction.LOAD, Method.DMA): lambda: self._cuda.load_fragments(self._stream, self._groups, self._blocks),
-            (Direction.SAVE, Method.DMA): lambda: self._cuda.save_fragments(self._stream, self._blocks, self._groups),
+            (Direction.LOAD, Method.DIRECT): lambda _: cuda.load_direct(self._kernels, groups, blocks),
+            (Direction.SAVE, Method.DIRECT): lambda _: cuda.save_direct(self._kernels, blocks, groups),
+            (Direction.LOAD, Method.DMA): lambda _: cuda.load_fragments(self._copies, groups, blocks),
+            (Direction.SAVE, Method.DMA): lambda _: cuda.save_fragments(self._copies, blocks, groups),
         }[direction, method]
         seconds = []
         for _ in range(_REPEATS + 1):  # the first one also compiles
             begin = time.perf_counter()
-            run()
-            self._stream.record().synchronize()
+            for piece in range(_PIECES):
+                run(piece)
+            for stream in (self._copies, self._kernels):
+                stream.record().synchronize()
             seconds.append(time.perf_counter() - begin)
-        return fragment_bytes * fragments / statistics.median(seconds[1:]) / 1e9
+        return _PIECES * fragment_bytes * fragments / statistics.median(seconds[1:]) / 1e9
 
     def _prepare(self, fragment_bytes: int, fragments: int) -> None:
         num_blocks = fragments // self._PLANES
@@ -214,20 +243,37 @@ class CopyMeasure:
         ]
         copier = BlockCopier(planes)
         self._cuda = CudaDevice(copier, planes, num_blocks)
-        self._stream = self._cuda.stream()
         self._blocks = list(range(0, 2 * num_blocks, 2))  # apart, as blocks of a busy cache are
         if self._host is not None:
             self._host.close()
         self._host = HostMemory(num_blocks, copier.row_bytes, pin=True, device=self._device)
         self._groups = self._host.groups(range(num_blocks))
-        self._buffer = self._cuda.buffer()
+        self._buffers = [self._cuda.buffer(), self._cuda.buffer()]
         torch.cuda.current_stream(self._device).synchronize()
         self._prepared = (fragment_bytes, fragments)
 
-    def _load_staged(self) -> None:
-        self._cuda.copy_in(self._stream, self._groups, self._buffer)
-        self._cuda.scatter(self._stream, self._buffer, self._blocks)
+    # One piece's copy runs while another's kernel does, as in ``pipeline``; each buffer is used every other time.
 
-    def _save_staged(self) -> None:
-        self._cuda.gather(self._stream, self._blocks, self._buffer)
-        self._cuda.copy_out(self._stream, self._buffer, self._groups)
+    def _load_staged(self, piece: int) -> None:
+        buffer = self._buffers[piece % 2]
+        if piece > 1:
+            self._copies.wait(self._used[piece % 2])
+        self._cuda.copy_in(self._copies, self._groups, buffer)
+        self._kernels.wait(self._copies.record())
+        self._cuda.scatter(self._kernels, buffer, self._blocks)
+        self._note(piece, self._kernels.record())
+
+    def _save_staged(self, piece: int) -> None:
+        buffer = self._buffers[piece % 2]
+        if piece > 1:
+            self._kernels.wait(self._used[piece % 2])
+        self._cuda.gather(self._kernels, self._blocks, buffer)
+        self._copies.wait(self._kernels.record())
+        self._cuda.copy_out(self._copies, buffer, self._groups)
+        self._note(piece, self._copies.record())
+
+    def _note(self, piece: int, event: Event) -> None:
+        """When the piece's buffer is free again."""
+        if piece == 0:
+            self._used: list[Event] = []
+        self._used[piece % 2 : piece % 2 + 1] = [event]

@@ -197,7 +197,10 @@ def check_owner(header: Header, path: str | os.PathLike[str], identity: KVIdenti
 
 def pieces(items: Sequence[_Item], item_bytes: int, most: int | None = None) -> Iterator[Sequence[_Item]]:
     """Cuts ``items`` into parts of at most ``PIECE_BYTES``, and at most ``most`` items, but at least one."""
-    step = min(items_per_piece(item_bytes), most or len(items) or 1)
+    return parts_of(items, min(items_per_piece(item_bytes), most or len(items) or 1))
+
+
+def parts_of(items: Sequence[_Item], step: int) -> Iterator[Sequence[_Item]]:
     for begin in range(0, len(items), step):
         yield items[begin : begin + step]
 

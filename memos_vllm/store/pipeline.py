@@ -29,7 +29,8 @@ from memos_vllm.store.host_memory import RowGroup
 RING_PIECES = 3
 """Per direction: one in the copy, one in the kernel, one on its way to or from the host.
 
-The most that a live load finds before it of a prefetch, too: 24 MiB, half a millisecond at 50 GB/s.
+The most that a live load finds before it of a prefetch, too: 48 MiB (``link.DEVICE_PIECE_BYTES``), a millisecond at
+50 GB/s.
 """
 
 Landed = Callable[[Exception | None], None]
@@ -64,6 +65,9 @@ class Device(ABC):
 
     methods: frozenset[Method]
     """Those that it can do."""
+
+    def begin_thread(self) -> None:  # noqa: B027
+        """Called in a thread before it waits for the device."""
 
     @abstractmethod
     def stream(self) -> Stream: ...
@@ -104,7 +108,7 @@ class Pipeline(ABC):
         self._device = device
         self._copies, self._kernels = device.stream(), device.stream()
         self._ring = Ring(device, depth)
-        self._landing = Landing(name)
+        self._landing = Landing(name, device.begin_thread)
 
     def issue(
         self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, method: Method, landed: Landed
@@ -242,7 +246,8 @@ class Ring:
 class Landing:
     """A thread that waits for events in the order in which they were given, and says so."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begin_thread: Callable[[], None]) -> None:
+        self._begin_thread = begin_thread
         self._expected: deque[tuple[Event, Landed]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -262,6 +267,7 @@ class Landing:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        self._begin_thread()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._expected or self._closed)

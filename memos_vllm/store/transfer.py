@@ -22,7 +22,7 @@ from functools import partial
 from memos_vllm.store.host_memory import HostMemory, tensors
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.jobs import Copy, Job, Steps
-from memos_vllm.store.kv_file import ChunkReader, items_per_piece, pieces, rows_of, write_chunk_in_pieces
+from memos_vllm.store.kv_file import ChunkReader, items_per_piece, parts_of, pieces, rows_of, write_chunk_in_pieces
 from memos_vllm.store.link import Link
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write, path_for_rank
 from memos_vllm.store.pipeline import Event
@@ -58,6 +58,7 @@ class TransferWorker:
         self._link = link
         self._host = HostMemory(num_slots, self.row_bytes, pin_memory, link.device)
         staged_rows = items_per_piece(self.row_bytes)
+        self._link_rows = link.piece_blocks or staged_rows  # of a piece that goes from or to the host slots
         self._staging = Staging(io_threads + 1, staged_rows, self.row_bytes, pin_memory, link.device)
         self._results: deque[Result] = deque()
         self._in_flight = 0
@@ -161,7 +162,8 @@ class TransferWorker:
     # One generator per kind. Each `yield` lets others go first.
 
     def _load(self, op: Load, job: Job, after: Event | None) -> Generator[None, None, None]:
-        for pairs in pieces(list(zip(op.slots, op.block_ids, strict=True)), self.row_bytes, self._most_rows(op)):
+        step = self._most_rows(op) or self._link_rows
+        for pairs in parts_of(list(zip(op.slots, op.block_ids, strict=True)), step):
             if job.failed:
                 return
             slots, block_ids = zip(*pairs, strict=True)
@@ -170,7 +172,7 @@ class TransferWorker:
             yield
 
     def _save(self, op: Save, job: Job, after: Event | None) -> Generator[None, None, None]:
-        for pairs in pieces(list(zip(op.block_ids, op.slots, strict=True)), self.row_bytes):
+        for pairs in parts_of(list(zip(op.block_ids, op.slots, strict=True)), self._link_rows):
             if job.failed:
                 return
             block_ids, slots = zip(*pairs, strict=True)

@@ -1,6 +1,7 @@
 """The check itself: it passes on CPU, and fails where a kernel is wrong."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -21,6 +22,28 @@ def few(monkeypatch):
 def test_it_passes_on_cpu(capsys):
     assert kernel_check.main(["--device", "cpu"]) == 0
     assert " cases, 0 failed" in capsys.readouterr().out
+
+
+def test_processes_share_the_cases_and_each_case_has_its_verdict(monkeypatch, tmp_path, capsys):
+    some = [case for case in EVERY("cpu") if case.kernel in ("copy of odd", "copy of mla")]
+    monkeypatch.setattr(kernel_check, "cases", lambda device: some)
+    file = tmp_path / "check.json"
+    assert kernel_check.main(["--device", "cpu", "--jobs", "2", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    expected = sorted(case.name for case in some)
+    assert sorted(row["case"] for row in rows) == expected and all(row["ok"] for row in rows)
+    assert f"{len(expected)} cases, 0 failed" in capsys.readouterr().out
+
+
+def test_cases_that_compile_alike_are_found_by_what_they_compile():
+    by_kernel = {}
+    for case in EVERY("cuda"):
+        by_kernel.setdefault(case.kernel, []).append(case.name)
+    assert {"fp8", "neox shift"} == {name.partition(",")[0] for name in by_kernel if "copy" not in name} - {
+        "gptj shift"
+    }
+    assert any("pinned" in name for name in by_kernel["fp8, 128, torch.bfloat16"])
+    assert len(by_kernel) > kernel_check.MOST_JOBS
 
 
 @pytest.mark.parametrize("broken", ["gather", "scatter"])

@@ -1,13 +1,17 @@
 """Models that are made on first use."""
 
 import json
+import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from benchmarks import models
 from benchmarks.multiuser_options import PRESETS, Options
+from benchmarks.multiuser_script import ROOM_FOR_ANSWER
 
 TINY = models.Geometry(32, 3, 2, 1, 16, 64, 512)
 
@@ -53,3 +57,25 @@ def test_a_model_that_is_too_large_for_the_card_gets_fp8_weights_and_stays_what_
     assert models.fitted(models.QWEN3_32B, 80 * 10**9).dummy
     assert not models.fitted(models.QWEN3_8B, 16 * 10**9).dummy
     assert models.fitted(models.QWEN3_8B, 80 * 10**9) is models.QWEN3_8B
+
+
+def test_what_a_model_with_a_filled_up_vocabulary_says_takes_little_more_room_in_the_next_prompt(tmp_path):
+    """Words of the filling would take six tokens each, and a conversation outgrow the length it was planned for."""
+    plain = models.write_tokenizer(tmp_path, 151936, 0)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [number for number, is_plain in enumerate(plain) if is_plain]
+    assert len(ids) > 300 and all(tokenizer.decode([number]).isascii() for number in ids)
+    rng = random.Random(0)
+    empty = len(tokenizer.encode(f"{models.START}assistant\n{models.END}\n").ids)
+    for options in (PRESETS["cpu"], PRESETS["gpu"]):
+        for _ in range(200):
+            answer = tokenizer.decode(rng.choices(ids, k=options.max_tokens))
+            prompt = tokenizer.encode(f"{models.START}assistant\n{answer}{models.END}\n").ids
+            assert len(prompt) - empty <= options.max_tokens + ROOM_FOR_ANSWER
+
+
+def test_the_command_makes_models_and_says_where(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(models.NAMED, "tiny", models.Model("tiny", TINY, dummy=True))
+    assert models.main(["tiny"]) == 0
+    assert (Path(capsys.readouterr().out.strip()) / "config.json").exists()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from benchmarks import models, multiuser, multiuser_options, multiuser_servers, multiuser_table
+from benchmarks import models, multiuser, multiuser_options, multiuser_servers, multiuser_table, ttft
 from benchmarks.multiuser_client import Answer, Counters, parse_counters
 from benchmarks.multiuser_options import PRESETS, Options, parse, problem_of
 from benchmarks.multiuser_play import Result, Sample
@@ -223,6 +224,54 @@ def test_servers_differ_in_pool_and_plugin_only(tmp_path: Path) -> None:
         (str(options.shape.pool_blocks()), str(options.shape.pool_blocks(options.users + 1)))
     ]
     assert [server.plugin for server in servers.values()] == [False, False, True]
+
+
+def test_on_a_gpu_a_server_is_told_how_much_its_pool_takes_so_that_two_may_start_at_once(tmp_path: Path) -> None:
+    options = replace(PRESETS["gpu"], model=replace(PRESETS["gpu"].model, path=""))
+    for deployment, users in (("small", options.pool_users), ("large", options.users + 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models.Model, "directory", lambda self: str(tmp_path))
+            server = multiuser_servers.make_server(deployment, options, tmp_path, gpu_share=0.45)
+        flags = dict(zip(server.extra[::2], server.extra[1::2], strict=True))
+        assert flags["--num-gpu-blocks-override"] == str(options.shape.pool_blocks(users))
+        tokens = options.shape.pool_blocks(users) * options.shape.block_size
+        assert flags["--kv-cache-memory-bytes"] == str(tokens * 2 * 36 * 8 * 128 * 2)  # K, V, layers, heads, size, bf16
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_servers_on_a_gpu_start_together_where_none_measures_the_memory(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started:
+        def __init__(self, log: list[str], name: str) -> None:
+            self.extra = ["--kv-cache-memory-bytes", "1"] if told else []
+            self._log, self._name = log, name
+
+        def start(self) -> None:
+            self._log.append(f"start {self._name}")
+
+        def wait_until_ready(self, timeout_s: float) -> None:
+            self._log.append(f"wait for {self._name}")
+
+    log: list[str] = []
+    monkeypatch.setattr(ttft, "has_gpu", lambda: True)
+    ttft.start([Started(log, "a"), Started(log, "b")])  # type: ignore[list-item]
+    together, one_by_one = ["start a", "start b", "wait for a", "wait for b"], ["start a", "wait for a"]
+    assert log == (together if told else [*one_by_one, "start b", "wait for b"])
+
+
+def test_on_a_gpu_data_stands_in_memory_where_all_of_it_fits_several_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = PRESETS["gpu"]
+    assert multiuser_servers.memory_directory(options) is None, "there is no GPU"
+    monkeypatch.setattr(multiuser_servers, "has_gpu", lambda: True)
+    monkeypatch.setattr(multiuser_servers, "MEMORY_FOLDER", str(tmp_path))
+    for free, expected in ((2**36, str(tmp_path)), (2**32, None)):
+        monkeypatch.setattr(multiuser_servers.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert multiuser_servers.memory_directory(options) == expected
+    monkeypatch.setattr(multiuser_servers, "MEMORY_FOLDER", str(tmp_path / "missing"))
+    assert multiuser_servers.memory_directory(options) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Whether there is a GPU to serve on; no server is started here."""
 
 import importlib.metadata
+import json
 import subprocess
 from types import SimpleNamespace
 
@@ -43,3 +44,21 @@ def test_the_cpu_build_serves_on_no_gpu(driver, monkeypatch):
     (driver / "nvidia0").touch()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.26.0+cpu")
     assert not serving.has_gpu()
+
+
+def test_servers_on_a_gpu_decode_in_whole_graphs_and_compile_nothing(monkeypatch):
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+
+    monkeypatch.setattr(serving, "has_gpu", lambda: True)
+    flags = serving.Server("model", log_path="unused")._flags()
+    config = CompilationConfig(**json.loads(flags[flags.index("--compilation-config") + 1]))
+    assert config.mode == CompilationMode.NONE and config.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+    assert config.cudagraph_capture_sizes[-1] == 32
+    own = serving.Server("model", log_path="unused", extra=["--compilation-config", "{}"])._flags()
+    assert own.count("--compilation-config") == 1
+
+
+def test_logs_stand_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv(serving.LOG_DIRECTORY, str(tmp_path / "logs" / "servers"))
+    path = serving.Server("model").log_path
+    assert path.parent == tmp_path / "logs" / "servers" and path.exists()

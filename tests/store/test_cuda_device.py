@@ -5,6 +5,7 @@ pieces, and does without where the system refuses. The order of the calls is tes
 """
 
 import contextlib
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import torch
 
 from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.kernels.reference import gather_reference
-from memos_vllm.store import cuda_device, host_memory
+from memos_vllm.store import cuda_device, host_memory, kv_file
+from memos_vllm.store import link as link_module
 from memos_vllm.store.copy_planner import CopyPlan, Direction
 from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
 from memos_vllm.store.host_memory import HostMemory
@@ -30,6 +32,7 @@ class Registered:
 
     def __init__(self, limit_bytes=2**40):
         self.segments, self.limit_bytes = {}, limit_bytes
+        self.threads = []  # that chose their GPU, and it
 
     def cudaHostRegister(self, pointer, size_bytes, flags):
         if sum(self.segments.values()) + size_bytes > self.limit_bytes:
@@ -70,6 +73,7 @@ def cudart(monkeypatch):
         stream=lambda stream: contextlib.nullcontext(),
         current_stream=lambda device: SimpleNamespace(synchronize=lambda: None),
         cudart=lambda: cudart,
+        set_device=lambda device: cudart.threads.append((threading.current_thread().name, device)),
     )
     monkeypatch.setattr(cuda_device.torch, "cuda", fake)
     return cudart
@@ -106,6 +110,13 @@ def test_every_method_moves_the_same_bytes(cudart, monkeypatch, method):
     arrived = torch.empty_like(expected)
     gather_reference(planes, [5, 6, 7, 8], arrived)
     assert torch.equal(arrived, expected)
+
+
+def test_threads_that_wait_for_a_gpu_wait_for_their_own(cudart):
+    planes = make_planes()
+    link = DeviceLink(CudaDevice(BlockCopier(planes), planes, PIECE), CPU, 960, len(planes), CopyPlan())
+    assert link.close(60.0)
+    assert sorted(cudart.threads, key=str) == [("memos-load-landing", CPU), ("memos-save-landing", CPU)]
 
 
 def test_pages_are_locked_segment_by_segment_as_they_are_used_and_unlocked_at_the_end(cudart, monkeypatch):
@@ -189,6 +200,79 @@ def test_the_planner_measures_every_method(cudart):
             assert measure(direction, method, 4096, 16) > 0
         assert measure(direction, Method.DIRECT, 4096, 16) == 0, "the memory is not page-locked: no kernel may read it"
     measure.close()
+
+
+def test_a_measurement_has_pieces_in_a_row_and_no_buffer_is_used_before_it_is_free(cudart, monkeypatch):
+    """Copies of one piece run beside the kernel of another: as in the pipeline, which is what the plan is for."""
+    log = []
+    for name in ("copy_in", "scatter", "gather", "copy_out"):
+        at = 1 if name in ("copy_in", "gather") else 0  # where the buffer stands, behind the stream
+        monkeypatch.setattr(
+            CudaDevice, name, lambda self, stream, *args, name=name, at=at: log.append((name, stream, args[at]))
+        )
+    monkeypatch.setattr(cuda_device.CudaStream, "wait", lambda self, event: log.append(("wait", self, event)))
+    monkeypatch.setattr(cuda_device.CudaStream, "record", lambda self: Recorded(log, self))
+    measure = CopyMeasure(CPU)
+    for direction, first, second in ((Direction.LOAD, "copy_in", "scatter"), (Direction.SAVE, "gather", "copy_out")):
+        log.clear()
+        assert measure(direction, Method.STAGED, 4096, 16) > 0
+        work = [entry for entry in log if entry[0] in (first, second)]
+        runs = cuda_device._REPEATS + 1
+        assert [entry[0] for entry in work] == [first, second] * cuda_device._PIECES * runs
+        assert len({id(entry[1]) for entry in work}) == 2, "one stream would overlap nothing"
+        buffers = [entry[2] for entry in work if entry[0] == first]
+        assert len({id(buffer) for buffer in buffers}) == 2
+        assert all(one is not other for one, other in itertools.pairwise(buffers))
+        # Before a buffer is filled again, the filling stream waits for the end of the piece that had it.
+        waits = [entry for entry in log if entry[0] == "wait"]
+        assert len(waits) == runs * (cuda_device._PIECES + cuda_device._PIECES - 2)
+        filling = next(entry[1] for entry in work if entry[0] == first)
+        assert sum(stream is filling for _, stream, _ in waits) == runs * (cuda_device._PIECES - 2)
+        assert all(event.stream is not stream for _, stream, event in waits), "a stream waits for the other one"
+    measure.close()
+
+
+class Recorded:
+    def __init__(self, log, stream):
+        self.stream = stream
+
+    def synchronize(self):
+        pass
+
+
+def test_measuring_takes_few_of_the_streams_that_torch_has_for_the_process(cudart, monkeypatch):
+    made = []
+    real = torch.cuda.Stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: (made.append(1), real(*args, **kwargs))[1])
+    cuda_device._allocation_stream.cache_clear()
+    measure = CopyMeasure(CPU)
+    for fragment_bytes in (256, 512, 1024, 2048, 4096):
+        for method in Method:
+            measure(Direction.LOAD, method, fragment_bytes, 16)
+    measure.close()
+    planes = make_planes()
+    DeviceLink(CudaDevice(BlockCopier(planes), planes, PIECE), CPU, 960, len(planes), CopyPlan()).close(60.0)
+    cuda_device._allocation_stream.cache_clear()
+    assert len(made) <= 8, "of 32, and vLLM's own come from them too"
+
+
+def test_a_piece_over_the_link_is_larger_than_one_of_a_file_and_never_smaller(monkeypatch):
+    assert link_module.device_piece_blocks(2**20) == 16 > kv_file.items_per_piece(2**20) == 8
+    assert link_module.device_piece_blocks(2**26) == kv_file.items_per_piece(2**26) == 1
+
+
+def test_a_machine_has_a_name_by_calls_that_every_torch_has(cudart, monkeypatch):
+    """The builds for CUDA have calls of ``torch._C`` that this one has not, and lose them from version to version."""
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(name="NVIDIA H200")
+    assert cuda_device.machine_name(CPU).startswith(f"NVIDIA H200, driver {cuda_device.driver_version()}, CUDA ")
+
+    class Driver:
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = 13000
+            return 0
+
+    monkeypatch.setattr(cuda_device.ctypes, "CDLL", lambda name: Driver())
+    assert "driver 13000" in cuda_device.machine_name(CPU)
 
 
 def test_without_memory_to_measure_everything_is_staged_and_the_next_start_measures(cudart, monkeypatch, tmp_path):

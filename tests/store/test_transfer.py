@@ -303,6 +303,21 @@ def test_results_come_once_and_are_counted_until_drained(make_rig):
     assert rig.worker.in_flight == 0 and rig.worker.drain() == []
 
 
+def test_host_slots_go_over_the_link_in_pieces_of_its_size(make_rig, monkeypatch):
+    pieces = []
+    for name, at in (("load", 1), ("save", 0)):
+        real = getattr(CpuLink, name)
+        monkeypatch.setattr(
+            CpuLink, name, lambda self, *args, real=real, at=at: (pieces.append(len(args[at])), real(self, *args))[1]
+        )
+    monkeypatch.setattr(CpuLink, "piece_blocks", 5)
+    rig = make_rig()
+    saved = rig.fill(range(12))
+    assert rig.save(range(12), range(12)).ok and rig.load(range(12), range(12, 24)).ok
+    assert pieces == [5, 5, 2, 5, 5, 2]
+    assert torch.equal(rig.content(range(12, 24)), saved)
+
+
 class GatedLink:
     """Copies like the real one in a thread of its own, but logs every piece and holds it at a gate."""
 
