@@ -469,7 +469,11 @@ class Predictor:
         if wait.trigger is not None:
             parts.append(f"follows {wait.trigger.source} in {100 * wait.trigger.probability:.0f} % of cases")
         if wait.turn is not None:
-            parts.append(f"its turn is after {wait.turn.source}, right in {100 * wait.turn.probability:.0f} % of cases")
+            before = self._waits.get(wait.turn.source)
+            # The owner is told why, and not of others: a scene's id is a digest of names that can be guessed.
+            is_own = before is not None and before.scene.owner == wait.scene.owner
+            place = f"after {wait.turn.source}" if is_own else "next"
+            parts.append(f"its turn is {place}, right in {100 * wait.turn.probability:.0f} % of cases")
         if not wait.closed:
             parts.append(self._returns.explain(wait, now))
         return "; ".join(parts)

@@ -35,8 +35,8 @@ def examine_kv(kv_dir: Path, repair: bool = False) -> KVReport:
     """Looks at the index and at the header and length of each file; a directory that a server uses is left out."""
     report = KVReport()
     for root in sorted(kv_dir.glob("dp*")):
-        with _unused(root) as unused:
-            if unused:
+        with unused(root) as is_unused:
+            if is_unused:
                 _examine(root, report, repair)
             else:
                 report.notes.append(f"{root} is in use by a server and was not examined")
@@ -104,7 +104,7 @@ def _records(index: Path) -> tuple[list[ChunkRecord], str | None]:
 
 
 @contextlib.contextmanager
-def _unused(root: Path) -> Iterator[bool]:
+def unused(root: Path) -> Iterator[bool]:
     """Whether no server holds the directory; none can take it within the block."""
     try:
         fd = os.open(root / "lock", os.O_RDWR | os.O_CLOEXEC)
