@@ -37,7 +37,8 @@ def open_memos(where: Path | str, embedder: Embedder | None = None) -> tuple[Sto
         from memos_vllm.memory.postgresql import PostgresStore
 
         store = PostgresStore(where, pgvector=False)  # these vectors are not stored
-    return store, MemoryService(store, MemoryConfig(), embedder=embedder)
+    config = MemoryConfig(max_user_memories=None, max_user_bytes=None)
+    return store, MemoryService(store, config, embedder=embedder)
 
 
 class DrawnVectors(Embedder):

@@ -67,6 +67,9 @@ class KeyConfig(Section):
     memory: bool | None = None
     """Whether requests without a ``memos`` field use memory. Those that name no user, of an application, do not."""
 
+    operator: Literal["tenant", "all"] | None = None
+    """Whether it may see who has memories, in its tenant or in all; with ``all`` also what the server does."""
+
 
 class IdentityConfig(Section):
     """Who a request acts for."""
@@ -79,6 +82,11 @@ class IdentityConfig(Section):
 
     trusted_user_header: str | None = None
     """Header in which a trusted gateway names the user, within the key's tenant."""
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether somebody is listed who may see all; what concerns the whole server is then for him alone."""
+        return any(entry.operator == "all" for entry in self.keys.values())
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -192,6 +200,12 @@ class MemoryConfig(Section):
 
     max_map_bytes: Bytes = 64 * 2**30
     """The LMDB map grows up to this size; a write beyond it fails with HTTP 507 and loses nothing."""
+
+    max_user_memories: Annotated[int, Field(ge=1)] | None = 100_000
+    """Of one user, with those that are superseded, merged or archived; None: no limit."""
+
+    max_user_bytes: Annotated[Bytes, Field(ge=1)] | None = 2**30
+    """Of one user's memories with their earlier versions, links and snapshots; None: no limit."""
 
     @model_validator(mode="after")
     def _has_a_database(self) -> Self:

@@ -93,6 +93,11 @@ def acquire(data_dir: Path) -> None:
     os.environ[HOLDER_ENV] = str(os.getpid())
 
 
+def is_holder() -> bool:
+    """Whether it is this process that holds a directory, and not one that it descends from."""
+    return _held is not None
+
+
 @contextlib.contextmanager
 def exclusive(data_dir: Path) -> Iterator[None]:
     """Holds an existing directory as a server would, for as long as the block runs.

@@ -9,6 +9,7 @@
     |   +-- Forbidden          403, an identity without the right
     |   +-- NotFound           404, no such memory or adapter for this user
     |   +-- Conflict           409, the memory's state does not allow it
+    |   |   `-- LimitReached   the user would have more than he may
     |   +-- DocumentError      a document that cannot be taken; 400, 411, 413 or 415
     |   +-- MissingPackage     501, text of a language whose package is not installed
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
@@ -67,6 +68,11 @@ class NotFound(RequestError):
 
 class Conflict(RequestError):
     status = 409
+
+
+class LimitReached(Conflict):
+    """The user would have more than he may. 409 as any state that stands against a write until it is changed: the
+    request itself is not too large (413), and the server has room (507, which is the operator's affair)."""
 
 
 class DocumentError(RequestError):

@@ -69,6 +69,8 @@ def main() -> None:
             status = json.load(response)
     except (urllib.error.URLError, ValueError) as error:
         parser.exit(1, f"{args.url} gives no status of Memos ({error}); does it run with --plugin memos?\n")
+    if "summary" not in status:
+        parser.exit(1, "the status is for operators: give a key with 'operator: all' as --api-key\n")
     if status["summary"] is None:
         parser.exit(1, "activation memory is off; the server's log says why\n")
     print("\n".join(lines(status["summary"])))

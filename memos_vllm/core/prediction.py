@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from memos_vllm.core.returns import Returns
+from memos_vllm.core.scenes import Scene
 from memos_vllm.core.waiting import Wait
 
 _DAY_S = 86400.0
@@ -28,10 +30,13 @@ class Prediction(Expected):
     why: str
 
 
-def prediction(wait: Wait, returns: Returns, now: float) -> Prediction:
-    return Prediction(
-        wait.scene.id, wait.probability, wait.value, _expected_in_s(wait, returns, now), _why(wait, returns, now)
-    )
+def prediction(wait: Wait, returns: Returns, now: float, known: Callable[[str], Scene | None]) -> Prediction:
+    """
+    Args:
+        known: the scene of an id, if there is one.
+    """
+    why = _why(wait, returns, now, known)
+    return Prediction(wait.scene.id, wait.probability, wait.value, _expected_in_s(wait, returns, now), why)
 
 
 def _expected_in_s(wait: Wait, returns: Returns, now: float) -> float:
@@ -43,7 +48,7 @@ def _expected_in_s(wait: Wait, returns: Returns, now: float) -> float:
     return returns.median_s(wait, now, _DAY_S)
 
 
-def _why(wait: Wait, returns: Returns, now: float) -> str:
+def _why(wait: Wait, returns: Returns, now: float, known: Callable[[str], Scene | None]) -> str:
     parts = []
     if wait.hint is not None:
         share = 100 * wait.hint.probability
@@ -53,7 +58,11 @@ def _why(wait: Wait, returns: Returns, now: float) -> str:
     if wait.trigger is not None:
         parts.append(f"follows {wait.trigger.source} in {100 * wait.trigger.probability:.0f} % of cases")
     if wait.turn is not None:
-        parts.append(f"its turn is after {wait.turn.source}, right in {100 * wait.turn.probability:.0f} % of cases")
+        before = known(wait.turn.source)
+        # The owner is told why, and not of others: a scene's id is a digest of names that can be guessed.
+        is_own = before is not None and before.owner == wait.scene.owner
+        place = f"after {wait.turn.source}" if is_own else "next"
+        parts.append(f"its turn is {place}, right in {100 * wait.turn.probability:.0f} % of cases")
     if not wait.closed:
         parts.append(returns.explain(wait, now))
     return "; ".join(parts)

@@ -189,7 +189,7 @@ class Predictor:
         """Of one scene; None if it is not known."""
         self.advance(now)
         wait = self._waits.get(scene_id)
-        return None if wait is None else prediction(wait, self._returns, self._now)
+        return None if wait is None else prediction(wait, self._returns, self._now, self.scene)
 
     def value(self, scene_id: str) -> float:
         """As of the last visit."""

@@ -24,7 +24,7 @@ from vllm.entrypoints.openai.chat_completion import api_router as stock
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from memos_vllm.errors import MemosError, RequestError
+from memos_vllm.errors import LimitReached, MemosError, RequestError
 from memos_vllm.integration import identity, memory_default, salts
 from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.fitting import Prompt
@@ -314,7 +314,7 @@ async def end_turn(
 ) -> None:
     """The answer is out: predicts what comes next, writes what the user said, and notes which memories were used.
 
-    A write that fails is logged and counted; nobody waits for it any more.
+    A write that fails, or that the user's limit does not allow, is logged and counted; nobody waits for it any more.
     """
     state.planner.turn_ended(scene_id)
     superseded = False
@@ -326,6 +326,9 @@ async def end_turn(
             superseded = any(record.supersedes for record in records)
             # The others were known: their origin is the turn that told them first.
             state.metrics.stored("chat", sum(record.origin.get("request") == turn.request_id for record in records))
+    except LimitReached as error:
+        state.metrics.remember_limited()
+        state.over_limit.tell(turn.who, error)
     except Exception as error:
         state.metrics.remember_failed()
         if not isinstance(error, MemosError):

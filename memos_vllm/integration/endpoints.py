@@ -62,10 +62,13 @@ def routers(*, development: bool) -> list[APIRouter]:
         missing_ids,
         operations,
         scenes,
+        usage,
+        users,
     )
 
-    # Documents first: the path of a memory would match theirs.
-    modules = (chat, documents, life, memories, missing_ids, forms, distillations, adapters, scenes, operations)
+    # Documents and usage first: the path of a memory would match theirs.
+    of_memories = (documents, usage, life, memories, missing_ids, forms)
+    modules = (chat, *of_memories, distillations, adapters, scenes, operations, users)
     return [module.router for module in modules] + [operations.development_router] * development
 
 

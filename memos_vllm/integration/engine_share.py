@@ -9,9 +9,11 @@ of the workers' host memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.config import MemosConfig
+from memos_vllm.store.gone_engines import remove_gone
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,6 +33,16 @@ def note_engines(vllm_config: VllmConfig) -> None:
     for each in (extra, *beside):
         if _CONFIG in each:
             each[_NUM_ENGINES] = num_engines
+
+
+def remove_gone_engines(vllm_config: VllmConfig, data_dir: Path) -> None:
+    """At the start of the server: removes KV of engines that there are no more.
+
+    Where engines run on several machines, or each has a server of its own, nothing tells here which are gone.
+    """
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "data_parallel_size_local", parallel.data_parallel_size) == parallel.data_parallel_size:
+        remove_gone(data_dir / "kv", parallel.data_parallel_size)
 
 
 def num_engines_of(extra_config: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memos_vllm import api_keys
-from memos_vllm.config import IdentityConfig
+from memos_vllm.config import IdentityConfig, KeyConfig
 from memos_vllm.errors import Forbidden, RequestError, Unauthorized
 from memos_vllm.types import Principal
 
@@ -28,6 +28,14 @@ class Identity:
     principal: Principal
     memory_by_default: bool | None
     """What the key's configuration says about requests without a ``memos`` field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """Who may see users, without acting for any."""
+
+    tenant: str | None
+    """Whose; None: all tenants', and the server itself."""
 
 
 class UserNotNamed(RequestError):
@@ -57,14 +65,7 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
         UserNotNamed: the key is listed and stands for no one user, and nobody is named.
         RequestError: ``user_field``, or what the gateway's header says, is no usable name.
     """
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    key = key.strip()
-    if scheme.lower() != "bearer" or not key:
-        raise Unauthorized("memory needs an API key, which says whose memory it is: send 'Authorization: Bearer KEY'")
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    # The digest of a key, which a configuration may show, is not a key.
-    listed_as = None if key.startswith(api_keys.PREFIX) else config.keys.get(key)
-    entry = listed_as or config.keys.get(api_keys.PREFIX + digest)
+    digest, entry = _credential(headers, config)
     if entry is None and config.unlisted_keys == "refuse":
         raise Unauthorized("this API key has no memory here; the operator lists keys under identity.keys")
     tenant = entry.tenant if entry else f"key-{digest[:32]}"
@@ -83,6 +84,34 @@ def resolve(headers: Mapping[str, str], config: IdentityConfig, user_field: str 
         raise UserNotNamed(f"sha256:{digest[:8]}... of the tenant {tenant}", entry.memory)
     user = fixed_user or user_field or DEFAULT_USER
     return Identity(Principal(tenant, user), entry.memory if entry else None)
+
+
+def operator_of(headers: Mapping[str, str], config: IdentityConfig) -> Operator | None:
+    """The right that the key's configuration gives; None without one.
+
+    What a gateway sends for a user is that user's, whatever its key may do.
+
+    Raises:
+        Unauthorized: no key.
+    """
+    _, entry = _credential(headers, config)
+    if entry is None or entry.operator is None:
+        return None
+    if config.trusted_user_header and headers.get(config.trusted_user_header):
+        return None
+    return Operator(None if entry.operator == "all" else entry.tenant)
+
+
+def _credential(headers: Mapping[str, str], config: IdentityConfig) -> tuple[str, KeyConfig | None]:
+    """Digest of the key, and what it is listed as."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key:
+        raise Unauthorized("memory needs an API key, which says whose memory it is: send 'Authorization: Bearer KEY'")
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    # The digest of a key, which a configuration may show, is not a key.
+    listed_as = None if key.startswith(api_keys.PREFIX) else config.keys.get(key)
+    return digest, listed_as or config.keys.get(api_keys.PREFIX + digest)
 
 
 def _named_by_gateway(headers: Mapping[str, str], header: str) -> str | None:

@@ -33,6 +33,9 @@ class MemoryMetrics:
     def remember_failed(self) -> None:
         self._series["memos:remember_failures_total"].inc()
 
+    def remember_limited(self) -> None:
+        self._series["memos:remember_limited_total"].inc()
+
     def store_measured(self, size: StoreSize) -> None:
         self._series["memos:store_bytes"].set(size.used_bytes)
         self._series["memos:store_limit_bytes"].set(math.inf if size.limit_bytes is None else size.limit_bytes)

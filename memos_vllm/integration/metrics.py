@@ -125,6 +125,7 @@ API_METRICS = (
         _one("chat", "api", "document"),
     ),
     Metric("memos:remember_failures_total", Kind.COUNTER, "Turns of chats of which nothing could be remembered."),
+    Metric("memos:remember_limited_total", Kind.COUNTER, "Turns of chats whose user has as much as he may."),
     Metric("memos:store_bytes", Kind.GAUGE, "Bytes that the store of memories takes on disk."),
     Metric("memos:store_limit_bytes", Kind.GAUGE, "Bytes beyond which it takes no more; infinite where none is known."),
     Metric("memos:data_dir_free_bytes", Kind.GAUGE, "Bytes free on the file system of data_dir."),

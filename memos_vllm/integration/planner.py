@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -48,12 +48,23 @@ RENDERING_S = 0.02
 """How long after the start of a turn the engine is told which scenes are in use. Until then the request is rendered and
 sent, for which the process needs its time; what the engine was told to expect holds meanwhile, this scene too."""
 
+HINT_INTERVAL_S = 0.05
+"""Between the starts of two tellings of which hints alone are the reason: a client may send thousands a second, every
+telling is a ranking here and a call between two steps of the engine, and a prefetch takes longer than this anyway. The
+first hint after a pause is told at once, and a turn's end always is."""
+
 LIKELY = 0.5
 """From this probability of a use within the horizon on, a scene's adapter is brought: loading one costs the engine
 time, and takes a place from another. A scene's KV may be brought at less; blocks that nobody needs are many."""
 
 OWNER_SHARE = 0.25
 """Share of the told scenes that one user's may be while others have such, however much is announced for him."""
+
+MAX_ANNOUNCED = 16
+"""Scenes of one user's of which nothing is known but the adapter; the one announced first is forgotten first. Any
+hint may name a new session, and a predictor that is full forgets others' scenes."""
+
+MAX_ANNOUNCERS = 10_000
 
 SAVE_INTERVAL_S = 60.0
 """How often what was learned is written down; a crash forgets no more than this."""
@@ -100,9 +111,15 @@ class ScenePlanner:
         """Requests under way, by scene."""
         self._events: deque[tuple[float, Event | Scene, SceneKind]] = deque()
         """What the predictor has not learned from yet; empty unless its state is being copied."""
+        self._announced: OrderedDict[str | None, deque[str]] = OrderedDict()
+        """By user, scenes as ``know`` adds them."""
         self._copied_at: float | None = None
         """Set while the state is being copied, and nothing may change it."""
         self._changed = asyncio.Event()
+        self._begun_at = -math.inf
+        """When the engine was last begun to be told of something, by the event loop's clock."""
+        self._soon: asyncio.TimerHandle | None = None
+        """What happened until then is told together."""
         self._held_since: float | None = None
         """Start of a turn since which the engine was told of nothing new."""
         self._telling = False
@@ -132,7 +149,8 @@ class ScenePlanner:
     def busy(self) -> bool:
         """Whether the engine has yet to hear of something that happened, or ``on_expected`` to end."""
         is_bringing = self._bringing is not None and self._bringing.busy
-        return self._changed.is_set() or self._telling or self._held_since is not None or is_bringing
+        is_waiting = self._changed.is_set() or self._soon is not None
+        return is_waiting or self._telling or self._held_since is not None or is_bringing
 
     @property
     def told(self) -> list[str]:
@@ -191,9 +209,7 @@ class ScenePlanner:
         self._on_event(now, event, kind)
         self._events.append((now, event, kind))
         self._learn()
-        self._start(at_once=not isinstance(event, TurnStarted))
-        if isinstance(event, TurnStarted):
-            asyncio.get_running_loop().call_later(RENDERING_S, self._changed.set)
+        self._start(at_once=self._is_due(event))
 
     def hear(self, at: float, event: Event, kind: SceneKind) -> None:
         """Learns from what happened in another API process, which tells the engine what follows at once. This one
@@ -209,10 +225,20 @@ class ScenePlanner:
             if isinstance(event, Scene):
                 if event.id not in self._predictor:
                     self._predictor.add(event)
+                    self._forget_announced(event)
                 continue
             if isinstance(event, TurnStarted) and not self._is_seen(event.scene_id):
                 self._predictor.add(Scene(event.scene_id, owner=event.owner, kind=kind))
             self._predictor.observe(event, now)
+
+    def _forget_announced(self, new: Scene) -> None:
+        theirs = self._announced.setdefault(new.owner, deque())
+        self._announced.move_to_end(new.owner)
+        theirs.append(new.id)
+        if len(theirs) > MAX_ANNOUNCED and not self._is_seen(oldest := theirs.popleft()):
+            self._predictor.remove(oldest)
+        if len(self._announced) > MAX_ANNOUNCERS:
+            self._announced.popitem(last=False)
 
     def forget(self, who: Principal) -> None:
         """Forgets a user's scenes and habits, and has that written down at once, here and in other API processes."""
@@ -234,6 +260,28 @@ class ScenePlanner:
         prediction = self._predictor.predict(scene_id, now) if self.enabled else None
         return None if prediction is None else asdict(prediction)
 
+    def _is_due(self, event: Event) -> bool:
+        """Whether the engine is to hear of an event now; if not, all that happens until then is told together."""
+        loop = asyncio.get_running_loop()
+        match event:
+            case TurnStarted():
+                due = loop.time() + RENDERING_S
+            case TurnEnded():
+                return True
+            case _:
+                due = self._begun_at + HINT_INTERVAL_S
+        if due <= loop.time():
+            return True
+        if self._soon is None or due < self._soon.when():
+            self._cancel_soon()
+            self._soon = loop.call_at(due, self._changed.set)
+        return False
+
+    def _cancel_soon(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+
     def _start(self, *, at_once: bool = True) -> None:
         if at_once:
             self._changed.set()
@@ -250,6 +298,9 @@ class ScenePlanner:
                 await asyncio.wait_for(self._changed.wait(), timeout_s)
             happened = self._changed.is_set() or self._held_since is not None
             self._changed.clear()
+            if happened:
+                self._begun_at = asyncio.get_running_loop().time()
+            self._cancel_soon()
             self._telling = True
             try:
                 self._forget_news()

@@ -16,7 +16,7 @@ from memos_vllm import activation, data_dir
 from memos_vllm.compat import cpu_lora, hashing
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError
-from memos_vllm.integration.engine_share import note_engines
+from memos_vllm.integration.engine_share import note_engines, remove_gone_engines
 
 CONNECTOR = "MemosConnector"
 CONNECTOR_MODULE = "memos_vllm.integration.connector"
@@ -75,6 +75,8 @@ def _wrap_engine_config() -> None:
         self.kv_transfer_config = connector_config(self.kv_transfer_config, config)
         engine_config = original(self, *args, **kwargs)
         note_engines(engine_config)
+        if data_dir.is_holder():
+            remove_gone_engines(engine_config, config.data_dir)
         return engine_config
 
     create_engine_config._memos_original = original  # type: ignore[attr-defined]

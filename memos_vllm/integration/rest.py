@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from memos_vllm.errors import MemosError, RequestError, StoreError
+from memos_vllm.errors import Forbidden, MemosError, RequestError, StoreError
 from memos_vllm.integration import identity
 from memos_vllm.integration.state import MemosState
 from memos_vllm.types import Principal
@@ -114,6 +114,18 @@ async def parse_body(raw_request: Request, model: type[Body]) -> Any:
         fields = ", ".join(model.model_fields)
         prefix = f"'{where}': " if where else ""
         raise RequestError(f"{prefix}{problem['msg']}; the body is a JSON object with {fields}") from error
+
+
+def operator(raw_request: Request, state: MemosState) -> identity.Operator:
+    """
+    Raises:
+        Unauthorized: no key.
+        Forbidden: not an operator's.
+    """
+    found = identity.operator_of(raw_request.headers, state.config.identity)
+    if found is None:
+        raise Forbidden("this is for operators: keys with 'operator: tenant' or 'operator: all' under identity.keys")
+    return found
 
 
 def principal(raw_request: Request, state: MemosState, user: str | None) -> Principal:

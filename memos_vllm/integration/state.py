@@ -18,6 +18,7 @@ from memos_vllm.integration.distillation_jobs import DistillationJobs
 from memos_vllm.integration.home_engine import HomeEngines
 from memos_vllm.integration.idle import IdleTime
 from memos_vllm.integration.memory_metrics import MemoryMetrics
+from memos_vllm.integration.over_limit import OverLimit
 from memos_vllm.integration.planner import ScenePlanner
 from memos_vllm.integration.recall_counts import RecallCounts
 from memos_vllm.memory import claims
@@ -63,6 +64,7 @@ class MemosState:
     """Of their own: reading a document may take a minute, and every recall needs one of the loop's few threads."""
 
     idle: IdleTime = field(default_factory=IdleTime)
+    over_limit: OverLimit = field(default_factory=OverLimit)
     recalls: RecallCounts = field(default_factory=RecallCounts)
     caretaker: Caretaker | None = None
     refiner: Refiner | None = None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import StoreError, StoreUncertain
-from memos_vllm.memory import records, tables
+from memos_vllm.memory import holdings, records, tables
 from memos_vllm.memory.contract import Tables, Transaction
 from memos_vllm.memory.group_commit import GroupCommit, Write
+from memos_vllm.memory.holdings import Holdings
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId, Principal
 
@@ -118,6 +119,23 @@ class Store(ABC):
                     continue
                 record = records.decode(raw)
                 found.setdefault(Principal(record.tenant, record.user), []).append(record.id)
+        return found
+
+    def users(self, tenant: str | None, after: bytes, limit: int) -> list[tuple[bytes, Principal, Holdings]]:
+        """Users who have anything, with their place in the table, from the first one after the place ``after``.
+
+        Args:
+            tenant: None for all. A tenant's users come in the order in which they were first seen, so that who
+                comes meanwhile stands at the end, and nobody is listed twice.
+        """
+        prefix = b"" if tenant is None else holdings.tenant_key(tenant)
+        found: list[tuple[bytes, Principal, Holdings]] = []
+        with self._reading() as txn, txn.cursor(db=self._dbs["users"]) as cursor:
+            is_there = cursor.set_range(max(prefix, after + b"\0" if after else b""))
+            while is_there and len(found) < limit and cursor.key().startswith(prefix):
+                with suppress(ValueError):  # a damaged store, which ``memos doctor`` mends
+                    found.append((bytes(cursor.key()), *holdings.decode(cursor.value())))
+                is_there = cursor.next()
         return found
 
     def examine(self, work: Callable[[Transaction, Tables], T]) -> T:

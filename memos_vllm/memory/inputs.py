@@ -179,6 +179,19 @@ def check_limit(value: Any, name: str = "limit") -> int:
     return value
 
 
+def check_place(value: str | None, num_bytes: int) -> bytes:
+    """Where a page of a list ended; empty before the first one."""
+    if value is None:
+        return b""
+    try:
+        place = bytes.fromhex(value)
+    except ValueError:
+        place = b""
+    if len(place) != num_bytes:
+        raise RequestError(f"'after' must be the 'next' of the page before, not {value[:100]!r}")
+    return place
+
+
 def check_name(value: Any, name: str) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME_CHARS:
         raise RequestError(f"'{name}': {str(value)[:40]!r} is not a string of 1 to {MAX_NAME_CHARS} characters")

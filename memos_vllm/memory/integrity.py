@@ -16,6 +16,7 @@ from memos_vllm.memory.contract import Transaction
 from memos_vllm.memory.life_integrity import LifeChecks
 from memos_vllm.memory.owner_integrity import OwnerChecks
 from memos_vllm.memory.records import NO_ID
+from memos_vllm.memory.recount import HoldingsChecks
 from memos_vllm.types import Principal
 
 _RESTART = tables.PUT + NO_ID.bytes
@@ -180,14 +181,14 @@ class RecordChecks(Checks):
         return restart
 
 
-class Examination(OwnerChecks, RecordChecks, LifeChecks):
+class Examination(OwnerChecks, RecordChecks, LifeChecks, HoldingsChecks):
     """All tables; the owners first, for the others look at them."""
 
     def run(self) -> Report:
         for check in (
             *(self.owners, self.records, self.versions, self.current, self.pieces, self.changes, self.sessions),
             *(self.usage, self.due, self.events, self.vectors, self.links, self.successors, self.snapshots),
-            *(self.kv_removals, self.unrefined),
+            *(self.kv_removals, self.unrefined, self.users),
         ):
             self._report.problems += check()
         return self._report

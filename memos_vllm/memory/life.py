@@ -12,6 +12,7 @@ from memos_vllm.core.lifecycle import OVER, Move, State
 from memos_vllm.errors import Conflict, NotFound, RequestError
 from memos_vllm.memory import cubes, inputs, links, removal, snapshots, succession
 from memos_vllm.memory.abstract_store import Store
+from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.links import Link
 from memos_vllm.memory.records import MemoryRecord, utc_now
 from memos_vllm.memory.snapshots import RolledBack, Snapshot
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SNAPSHOTS = 100
 TEND_BATCH = 1000
+NO_LIMITS = UserLimits()
 _INTO = {State.FROZEN: Move.FREEZE, State.ARCHIVED: Move.ARCHIVE}
 
 
@@ -43,12 +45,14 @@ class MemoryLife:
     Args:
         now: the time in UTC; tests set it.
 
-    Raises as ``service.MemoryService``; ``NotFound`` where the user has no such memory, link or snapshot.
+    Raises as ``service.MemoryService``; ``LimitReached`` from merges, links, snapshots and rollbacks; ``NotFound``
+    where the user has no such memory, link or snapshot.
     """
 
-    def __init__(self, store: Store, now: Callable[[], datetime] = utc_now):
+    def __init__(self, store: Store, now: Callable[[], datetime] = utc_now, limits: UserLimits = NO_LIMITS):
         self._store = store
         self._now = now
+        self._limits = limits
 
     def cube(self, who: Principal, memory_id: str) -> dict[str, Any]:
         """The memory as a MemCube; see ``cubes``."""
@@ -75,6 +79,7 @@ class MemoryLife:
 
         def note(user: UserWriter) -> None:
             now = self._now()
+            user.was_used(now)
             for place, ids in where.items():
                 for memory_id in ids:
                     if (record := user.get(memory_id)) and record.is_current:
@@ -111,6 +116,7 @@ class MemoryLife:
             else:
                 raise Conflict(f"the memory {memory_id} is superseded; roll back, or say it again")
             user.happened(new, str(wanted), now, is_use=wanted is State.ACTIVATED, by="user")
+            user.was_used(now)
             return new
 
         return self._store.write(who, move)
@@ -125,7 +131,9 @@ class MemoryLife:
             found = [existing(user, other) for other in copies]
             if text not in (None, kept.text):
                 user.new_kv_epoch()
-            return succession.merge(user, kept, found, self._now(), text)
+            merged = succession.merge(user, kept, found, self._now(), text)
+            self._note_addition(user)
+            return merged
 
         return self._store.write(who, join)
 
@@ -150,9 +158,11 @@ class MemoryLife:
             now, first, second = self._now(), existing(user, source), existing(user, target)
             if end is not None and end <= (begin or now):
                 raise RequestError("'valid_to' must be later than 'valid_from'")
-            return links.connect(
+            link = links.connect(
                 user, first.id, second.id, type, now, valid_from=begin, valid_to=end, origin=inputs.check_origin(origin)
             )
+            self._note_addition(user)
+            return link
 
         return self._store.write(who, connect)
 
@@ -191,7 +201,9 @@ class MemoryLife:
         def take(user: UserWriter) -> Snapshot:
             if sum(1 for _ in snapshots.every(user)) >= MAX_SNAPSHOTS:
                 raise Conflict(f"there are {MAX_SNAPSHOTS} snapshots already; delete one first")
-            return snapshots.take(user, name, self._now())
+            snapshot = snapshots.take(user, name, self._now())
+            self._note_addition(user)
+            return snapshot
 
         return self._store.write(who, take)
 
@@ -214,9 +226,15 @@ class MemoryLife:
             done = snapshots.roll_back(user, _snapshot(user, snapshot_id), self._now())
             if done.text_changed:
                 user.new_kv_epoch()
+            self._note_addition(user)
             return done
 
         return self._store.write(who, roll_back)
+
+    def _note_addition(self, user: UserWriter) -> None:
+        """At the end of a write by which the user may have more than before."""
+        user.was_used(self._now())
+        self._limits.check(user)
 
     def tend(self, limit: int = TEND_BATCH) -> Tended:
         """Does what time has made due: archives, expires, removes. Of all users, the longest overdue first."""

@@ -74,7 +74,7 @@ def connect(
     """A new link; both memories exist."""
     identifier = user.new_id(now)
     link = Link(str(identifier), source, target, type, now, valid_from or now, valid_to, origin or {})
-    user.put_row("links", identifier.bytes, encode(link))
+    user.put_row("links", identifier.bytes, encode(link), is_new=True)
     user.put_row("link_ends", uuid.UUID(source).bytes + identifier.bytes, tables.FROM)
     user.put_row("link_ends", uuid.UUID(target).bytes + identifier.bytes, tables.TO)
     return link

@@ -17,7 +17,7 @@ from typing import Any
 
 from memos_vllm.core.lifecycle import Aging
 from memos_vllm.errors import DataDirError
-from memos_vllm.memory import claims, links, records, tables
+from memos_vllm.memory import claims, links, records, recount, tables
 from memos_vllm.memory.contract import Transaction
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import Principal
@@ -90,5 +90,10 @@ def _to_4(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
             txn.put(key[:8] + claims.subject_key(claim), key[8:], db=dbs["current"])
 
 
-STEPS: dict[int, Step] = {1: _to_2, 2: _to_3, 3: _to_4}
+def _to_5(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+    """What each user has is counted from now on."""
+    recount.write_all(txn, dbs)
+
+
+STEPS: dict[int, Step] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
 """By the version that a step starts from."""

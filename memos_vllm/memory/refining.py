@@ -29,6 +29,7 @@ from memos_vllm.config import RefinerConfig
 from memos_vllm.memory import analysis, claims, links, times
 from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.extraction import Extract
+from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.remembering import keep, known, sayings
 from memos_vllm.memory.transactions import UserWriter
@@ -97,6 +98,8 @@ class Outcome(StrEnum):
     """Something newer contradicts it."""
     GONE = "gone"
     """A note was deleted, changed or superseded while the model answered."""
+    NO_ROOM = "no_room"
+    """The user has as much as he may."""
     TOO_LONG = "too_long"
     """A note that alone exceeds the prompt's budget; the model was not asked."""
 
@@ -128,6 +131,7 @@ class Refining:
     config: RefinerConfig
     count_tokens: Callable[[str], int]
     now: Callable[[], datetime]
+    limits: UserLimits = field(default_factory=UserLimits)
     _last: Principal | None = field(default=None, init=False)
     """Whose turn was last: users take turns."""
 
@@ -180,7 +184,8 @@ class Refining:
             if statements is None:
                 outcomes[Outcome.INVALID] += 1
             for statement in statements or ():
-                outcomes[_take(user, batch, statement, model, now)] += 1
+                has_room = self.limits.has_room(user)
+                outcomes[_take(user, batch, statement, model, now) if has_room else Outcome.NO_ROOM] += 1
             for memory_id in done:
                 user.delete_row("unrefined", uuid.UUID(memory_id).bytes)
             return outcomes

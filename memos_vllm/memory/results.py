@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from memos_vllm.memory.holdings import Holdings
 from memos_vllm.memory.records import MemoryRecord
-from memos_vllm.types import MemoryId
+from memos_vllm.types import MemoryId, Principal
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,15 @@ class Prepared:
 class Page:
     records: tuple[MemoryRecord, ...]
     next: MemoryId | None
+    """``after`` of the next page; None on the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsersPage:
+    """Who has memories, and how much; never what they say."""
+
+    users: tuple[tuple[Principal, Holdings], ...]
+    next: str | None
     """``after`` of the next page; None on the last one."""
 
 

@@ -17,8 +17,10 @@ from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
 from memos_vllm.memory.extraction import extract
 from memos_vllm.memory.filters import Filter
+from memos_vllm.memory.holdings import KEY_BYTES, Holdings
 from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.life import MemoryLife, existing
+from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived, num_left_out
@@ -26,7 +28,7 @@ from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.refining import Refining
 from memos_vllm.memory.remembering import keep
 from memos_vllm.memory.removal import Removed
-from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall
+from memos_vllm.memory.results import DeletionReceipt, Hit, Page, Prepared, Recall, UsersPage
 from memos_vllm.memory.retrieval import Retrieval
 from memos_vllm.memory.search import UserIndex
 from memos_vllm.memory.transactions import UserReader, UserWriter
@@ -50,7 +52,8 @@ class MemoryService:
         keeps_editions: whether what a document said before stays in the history.
 
     All calls that write raise ``StoreFull`` where there is no room and ``StoreError`` where the store
-    fails; nothing of the write is then stored. All raise ``RequestError`` for bad input.
+    fails, those that add raise ``LimitReached`` where the user would have too much; nothing of the write is
+    then stored. All raise ``RequestError`` for bad input.
     """
 
     def __init__(
@@ -68,11 +71,12 @@ class MemoryService:
         self._now = now
         self._indexes = Indexes(embedder)
         self._retrieval = Retrieval(store, self._indexes, embedder)
-        self.life = MemoryLife(store, now)
-        self.refining = Refining(store, config.refiner, count_tokens, now)
+        self.limits = UserLimits.of(config)
+        self.life = MemoryLife(store, now, self.limits)
+        self.refining = Refining(store, config.refiner, count_tokens, now, self.limits)
         self._prepared = PreparedChoices()
         self.documents = Library(
-            store, config.documents, now, self._receipt, self._take_in, keeps_history=keeps_editions
+            store, config.documents, now, self._receipt, self._take_in, self.limits, keeps_history=keeps_editions
         )
 
     def add(
@@ -96,7 +100,7 @@ class MemoryService:
         values = inputs.check_memory(
             {"text": text, "type": type, "pinned": pinned, "tags": tags, "session": session, "origin": origin, **more}
         )
-        return self._store.write(who, lambda user: self._insert(user, self._now(), values))
+        return self._add_checked(who, [values])[0]
 
     def add_many(self, who: Principal, memories: Iterable[Mapping[str, Any]]) -> Sequence[MemoryRecord]:
         """Like ``add`` for each, in one transaction: all are stored, or none.
@@ -104,11 +108,14 @@ class MemoryService:
         Args:
             memories: the arguments of ``add`` by name, at most ``inputs.MAX_BATCH``.
         """
-        checked = inputs.check_batch(memories)
+        return self._add_checked(who, inputs.check_batch(memories))
 
+    def _add_checked(self, who: Principal, checked: Sequence[Mapping[str, Any]]) -> Sequence[MemoryRecord]:
         def insert(user: UserWriter) -> Sequence[MemoryRecord]:
             now = self._now()
-            return [self._insert(user, now, values) for values in checked]
+            added = [self._insert(user, now, values) for values in checked]
+            self._note_addition(user, now)
+            return added
 
         return self._store.write(who, insert)
 
@@ -208,7 +215,9 @@ class MemoryService:
             limits = {name: value for name, value in ended.items() if name in ("sensitivity", "expires_at")}
             for derived in succession.restated(user, old) if limits else ():
                 user.change(derived, now, **limits)
-            return user.change(old, now, **ended)
+            new = user.change(old, now, **ended)
+            self._note_addition(user, now)
+            return new
 
         return self._store.write(who, change)
 
@@ -358,7 +367,9 @@ class MemoryService:
             for record in told:
                 if record.id > before:
                     self.refining.wait(user, record)
-            return [*told, *tool_use.keep(user, messages, tools, origin, self._now())]
+            told += tool_use.keep(user, messages, tools, origin, self._now())
+            self._note_addition(user, self._now())
+            return told
 
         known = self._store.write(who, store)
         self._retrieval.prepare(who)
@@ -397,6 +408,23 @@ class MemoryService:
         """Counts over all users; sizes in bytes."""
         return {**self._store.stats(), "indexed_users": len(self._indexes)}
 
+    def holdings(self, who: Principal) -> Holdings:
+        """What the user has in the store."""
+        with self._store.read(who) as user:
+            return user.holdings
+
+    def users(self, *, tenant: str | None = None, limit: int = 100, after: str | None = None) -> UsersPage:
+        """Users who have memories, from the first one after ``after``, which is the ``next`` of the page before.
+
+        Args:
+            tenant: whose; None for all tenants'.
+        """
+        inputs.check_limit(limit)
+        place = inputs.check_place(after, KEY_BYTES)
+        found = self._store.users(tenant, place, limit + 1)
+        listed = tuple((who, held) for _, who, held in found[:limit])
+        return UsersPage(listed, found[limit - 1][0].hex() if len(found) > limit else None)
+
     def store_size(self) -> StoreSize:
         return self._store.size()
 
@@ -423,6 +451,7 @@ class MemoryService:
             known = user.session(session)  # another process may have been faster
             user.drop_sessions(now, ttl_s)
             ids = known.ids if known and not known.is_over(now, ttl_s) else now_chosen
+            user.was_used(now)
             user.put_session(session, sessions.freeze(ids, now))
             return ids
 
@@ -440,6 +469,11 @@ class MemoryService:
         standing = long_lived(user, index, Budget(self._config.long_lived_tokens, self._count_tokens), now)
         self._prepared.put(user.who, user.seq, [record.id for record in standing])
         return standing
+
+    def _note_addition(self, user: UserWriter, now: datetime) -> None:
+        """At the end of a write by which the user may have more than before."""
+        user.was_used(now)
+        self.limits.check(user)
 
     def _insert(self, user: UserWriter, now: datetime, values: Mapping[str, Any]) -> MemoryRecord:
         values = _with_end(values, now)

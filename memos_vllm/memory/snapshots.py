@@ -76,10 +76,11 @@ def take(user: UserWriter, name: str, now: datetime) -> Snapshot:
     count = 0
     for record in user.scan():
         values = [record.version, record.state, record.superseded_by, _text(record.valid_to), _text(record.expires_at)]
-        user.put_row("snapshot_entries", identifier.bytes + uuid.UUID(record.id).bytes, json.dumps(values).encode())
+        key = identifier.bytes + uuid.UUID(record.id).bytes
+        user.put_row("snapshot_entries", key, json.dumps(values).encode(), is_new=True)
         count += 1
     snapshot = Snapshot(str(identifier), name, now, count)
-    user.put_row("snapshots", identifier.bytes, _encode(snapshot))
+    user.put_row("snapshots", identifier.bytes, _encode(snapshot), is_new=True)
     return snapshot
 
 

@@ -18,6 +18,7 @@
     pieces      owner, digest of a document's name, memory id -> nothing; the pieces it has or had
     unrefined   owner, memory id                 -> nothing; what waits for the model (``refining``)
     kv_removals owner, KV epoch                  -> tenant and user, JSON; KV that is still to be removed
+    users       digest of the tenant, owner      -> tenant, user and what he has, JSON (``holdings``)
 
 An owner is a number given at the user's first write, so keys are short and no separator in a name
 can make two users one. Numbers are big-endian: LMDB's order is then the order of time.
@@ -35,11 +36,11 @@ from datetime import UTC, datetime, timedelta
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.types import Principal
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 NAMES = (
     *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
     *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "pieces"),
-    *("kv_removals", "unrefined"),
+    *("kv_removals", "unrefined", "users"),
 )
 OF_A_MEMORY = ("versions", "vectors", "usage", "events", "unrefined")
 """Keys begin with owner and memory id; cleared when the memory is removed."""
@@ -122,6 +123,10 @@ def moment_key(moment: datetime) -> bytes:
 def milliseconds(moment: datetime) -> int:
     """Since 1970, exactly: a float would be one off now and then, and its key would not be found again."""
     return max((moment - _EPOCH) // timedelta(milliseconds=1), 0)
+
+
+def moment(milliseconds: int) -> datetime:
+    return _EPOCH + timedelta(milliseconds=milliseconds)
 
 
 def session_key(session: str) -> bytes:

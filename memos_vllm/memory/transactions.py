@@ -15,8 +15,9 @@ from typing import Any
 from memos_vllm.core import lifecycle
 from memos_vllm.core.lifecycle import Aging, Due, Life, Move
 from memos_vllm.errors import Conflict
-from memos_vllm.memory import claims, records, sessions, tables, usage
+from memos_vllm.memory import claims, holdings, records, sessions, tables, usage
 from memos_vllm.memory.contract import Tables, Transaction
+from memos_vllm.memory.holdings import Holdings
 from memos_vllm.memory.records import LASTING_TYPES, MemoryRecord
 from memos_vllm.memory.sessions import Session
 from memos_vllm.memory.tables import Owner
@@ -47,6 +48,17 @@ class UserReader:
     def last_id(self) -> str:
         """Above all ids that the user's memories, links and snapshots have."""
         return str(self._owner.last_id if self._owner else records.NO_ID)
+
+    @property
+    def holdings(self) -> Holdings:
+        """What the user has now."""
+        if self._owner is None:
+            return Holdings()
+        raw = self._txn.get(holdings.key_of(self.who, self._owner.prefix), db=self._dbs["users"])
+        try:
+            return holdings.decode(raw)[1] if raw else Holdings()
+        except ValueError:  # ``memos doctor`` counts anew; a wrong count must not stop the user's writes
+            return Holdings()
 
     def get(self, memory_id: str) -> MemoryRecord | None:
         parsed = records.parse_id(memory_id)
@@ -138,6 +150,10 @@ class UserWriter(UserReader):
     def __init__(self, txn: Transaction, dbs: Tables, who: Principal, aging: Aging):
         super().__init__(txn, dbs, who)
         self._aging = aging
+        self._held_before: Holdings | None = None
+        self._growth = Holdings()
+        """By this write; negative where it removes."""
+
         if self._owner is None:
             number = int(txn.get(b"next_owner", db=dbs["meta"]))
             txn.put(b"next_owner", str(number + 1).encode(), db=dbs["meta"])
@@ -145,6 +161,32 @@ class UserWriter(UserReader):
 
     def finish(self) -> None:
         self._txn.put(tables.owner_key(self.who), self._owner.encode(), db=self._dbs["owners"])
+        if self._growth != Holdings():
+            self._put_holdings()
+
+    @property
+    def held_before(self) -> Holdings:
+        """What the user had before this write."""
+        if self._held_before is None:
+            self._held_before = super().holdings
+        return self._held_before
+
+    @property
+    def holdings(self) -> Holdings:
+        held = self.held_before.plus(self._growth.memories, self._growth.size_bytes)
+        return replace(held, last_used_at=self._growth.last_used_at or held.last_used_at)
+
+    def was_used(self, now: datetime) -> None:
+        """This write is of the user's doing, and not of time's or the server's."""
+        self._growth = replace(self._growth, last_used_at=now)
+
+    def _put_holdings(self) -> None:
+        """Who has nothing has no entry, so that a deleted user's name stays nowhere."""
+        key, held = holdings.key_of(self.who, self._owner.prefix), self.holdings
+        if held:
+            self._txn.put(key, holdings.encode(self.who, held), db=self._dbs["users"])
+        elif self.held_before:
+            self._txn.delete(key, db=self._dbs["users"])
 
     def insert(self, now: datetime, **values: Any) -> MemoryRecord:
         """A new record, with the user's next id."""
@@ -163,7 +205,7 @@ class UserWriter(UserReader):
         """A new version; the old one stays in the history."""
         new = replace(old, version=old.version + 1, updated_at=now, **values)
         key = uuid.UUID(old.id).bytes
-        self.put_row("versions", key + tables.version_key(old.version), records.encode(old))
+        self.put_row("versions", key + tables.version_key(old.version), records.encode(old), is_new=True)
         if new.text != old.text:
             self.delete_row("vectors", key)
         self.put(new, old)
@@ -171,7 +213,7 @@ class UserWriter(UserReader):
 
     def put(self, record: MemoryRecord, old: MemoryRecord | None = None) -> None:
         """Stores a record in the place of ``old``; without a new version, since its content is the same."""
-        self.put_row("records", uuid.UUID(record.id).bytes, records.encode(record))
+        self.put_row("records", uuid.UUID(record.id).bytes, records.encode(record), is_new=old is None)
         if old is not None:
             self.forget_claims(old)
         if record.is_current:
@@ -293,10 +335,18 @@ class UserWriter(UserReader):
             if sessions.decode(raw).is_over(now, ttl_s):
                 self.delete_row("sessions", key)
 
-    def put_row(self, table: str, key: bytes, value: bytes) -> None:
+    def put_row(self, table: str, key: bytes, value: bytes, *, is_new: bool = False) -> None:
+        """
+        Args:
+            is_new: there is no such entry; which need not be looked up then.
+        """
+        if table in holdings.COUNTED:
+            self._count(table, key, None if is_new else self.row(table, key), value)
         self._txn.put(self._owner.prefix + key, value, db=self._dbs[table])
 
     def delete_row(self, table: str, key: bytes, value: bytes = b"") -> bool:
+        if table in holdings.COUNTED:
+            self._count(table, key, self.row(table, key), None)
         return bool(self._txn.delete(self._owner.prefix + key, value, db=self._dbs[table]))
 
     def clear(self, table: str, prefix: bytes = b"") -> int:
@@ -306,10 +356,17 @@ class UserWriter(UserReader):
         with self._txn.cursor(db=self._dbs[table]) as cursor:
             found = cursor.set_range(prefix)
             while found and cursor.key().startswith(prefix):
+                if table in holdings.COUNTED:
+                    self._count(table, cursor.key()[8:], cursor.value(), None)
                 cursor.delete()  # moves to the next entry
                 count += 1
                 found = bool(cursor.key())
         return count
+
+    def _count(self, table: str, key: bytes, old: bytes | None, new: bytes | None) -> None:
+        key = self._owner.prefix + key
+        memories = (new is not None) - (old is not None) if table == "records" else 0
+        self._growth = self._growth.plus(memories, holdings.entry_bytes(key, new) - holdings.entry_bytes(key, old))
 
     def _log(self, operation: bytes, memory_id: MemoryId) -> None:
         self._owner.seq += 1

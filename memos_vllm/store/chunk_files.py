@@ -30,6 +30,8 @@ MAX_TAG_BYTES = 64
 _DIRECTORY = re.compile(r"[0-9a-f]{16}")
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _FILE = re.compile(r"(?P<chunk>[0-9a-f]{40})\.(?P<tag>-|(?:[0-9a-f]{2})+)\.r(?P<rank>\d+)\.safetensors")
+PATHS = rf"{_DIRECTORY.pattern}(?:/{_FAN_OUT.pattern}(?:/(?:{_FILE.pattern}|\..*{re.escape(TEMPORARY_SUFFIX)}))?)?"
+"""Pattern of what is written here, below a root."""
 
 Name = tuple[str, str, bytes]
 """Identity, chunk and tag."""

@@ -84,13 +84,15 @@ def test_who_types_is_worth_a_swap() -> None:
         now += 1.2
 
 
-def test_the_reason_names_whose_turn_it_follows() -> None:
-    predictor = predictor_of(("a", "b"))
-    for now, user in enumerate("abab"):
-        turn(predictor, user, float(now))
-    prediction = predictor.predict("a", 4.0)
-    assert prediction is not None and "its turn is after b" in prediction.why
-    assert prediction.expected_in_s < 1.0
+def test_the_reason_names_whose_turn_it_follows_if_that_is_his_own() -> None:
+    for owner, place in (("owner of a", "its turn is after b"), ("owner of b", "its turn is next")):
+        predictor = predictor_of(("a",))
+        predictor.add(Scene("b", owner=owner))
+        for now, user in enumerate("abab"):
+            turn(predictor, user, float(now))
+        prediction = predictor.predict("a", 4.0)
+        assert prediction is not None and place in prediction.why
+        assert prediction.expected_in_s < 1.0
 
 
 def test_users_who_come_as_they_like_are_not_thought_to_take_turns() -> None:
@@ -122,7 +124,7 @@ def test_what_did_not_come_is_taken_back() -> None:
     turn(predictor, "c", 6.0)
     lowered = predictor.predict("a", 6.6)
     assert raised is not None and lowered is not None
-    assert "its turn is after b" in raised.why and "its turn is after" not in lowered.why
+    assert "its turn is next" in raised.why and "its turn is" not in lowered.why
     assert lowered.probability < raised.probability
 
 

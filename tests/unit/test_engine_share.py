@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
 
 from memos_vllm import activation
 from memos_vllm.config import MemosConfig
-from memos_vllm.integration.engine_share import config_of, num_engines_of
+from memos_vllm.integration.engine_share import config_of, num_engines_of, remove_gone_engines
 from tests.conftest import ROOT
 
 GIB = 2**30
@@ -68,10 +72,36 @@ def test_both_sides_of_an_engine_have_its_share(tmp_path: Path) -> None:
     environment |= {activation.ACTIVE_ENV: "1", activation.CONFIG_ENV: str(file)}
     model = str(ROOT / "tests" / "assets" / "recall-model")
     command = [sys.executable, "-c", BUILD, model, json.dumps([options for options, _ in CASES])]
+    for number in range(10):
+        make_directory(tmp_path / "data" / "kv" / f"dp{number}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     shares = [[8 * GIB // number, 16 * GIB // number] for _, number in CASES]
     assert json.loads(done.stdout.splitlines()[-1]) == [[share, share] for share in shares]
+    assert len(list((tmp_path / "data" / "kv").iterdir())) == 1, "the first of the cases has one engine"
+
+
+@pytest.mark.parametrize(
+    ("options", "num_left"),
+    [
+        ({"data_parallel_size": 4}, 4),
+        ({"data_parallel_size": 8, "data_parallel_size_local": 2, "data_parallel_address": "127.0.0.1"}, 10),
+    ],
+)
+def test_directories_of_engines_that_are_gone_are_removed_where_all_run_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], num_left: int
+) -> None:
+    for number in range(10):
+        make_directory(tmp_path / "kv" / f"dp{number}")
+    parallel = EngineArgs(model=str(ROOT / "tests" / "assets" / "recall-model"), **options)
+    config = SimpleNamespace(parallel_config=parallel.create_engine_config().parallel_config)
+    remove_gone_engines(config, tmp_path)  # type: ignore[arg-type]
+    assert len(list((tmp_path / "kv").iterdir())) == num_left
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "lock").touch()
 
 
 def test_only_the_budgets_are_shared() -> None:

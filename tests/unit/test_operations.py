@@ -13,6 +13,8 @@ from fastapi.testclient import TestClient
 from memos_vllm.config import MemosConfig
 from memos_vllm.errors import StoreUnavailable
 from memos_vllm.integration import engine_channel, operations
+from memos_vllm.memory.holdings import Holdings
+from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.results import Passage
 from memos_vllm.memory.sources.gathering import Sources
 from memos_vllm.types import Principal
@@ -87,17 +89,46 @@ COUNTS = {"name": "contracts", "left_out": 1, "failures": {}}
 @pytest.mark.parametrize(
     ("query", "key"), [("", None), ("", ""), ("", "somebody"), ("", "app"), ("?user=bob", "app"), ("?user=carol", "x")]
 )
-def test_names_of_files_are_told_to_nobody_whom_the_source_does_not_serve(
-    state: Any, query: str, key: str | None
-) -> None:
+def test_a_source_is_told_to_nobody_whom_it_does_not_serve(state: Any, query: str, key: str | None) -> None:
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    assert status_of(state, query, **headers)["sources"] == [COUNTS]
+    assert status_of(state, query, **headers)["sources"] == []
 
 
 @pytest.mark.parametrize(("query", "key"), [("", "carol"), ("?user=carol", "carol"), ("?user=carol", "app")])
 def test_names_of_files_are_told_to_whom_the_source_serves(state: Any, query: str, key: str) -> None:
     (told,) = status_of(state, query, authorization=f"Bearer {key}")["sources"]
     assert told == {**COUNTS, "problems": {"dismissal of Bob.pdf": "it is damaged"}}
+
+
+@pytest.mark.parametrize(("operator", "is_told"), [("all", True), ("tenant", False)])
+def test_the_operator_is_told_of_sources_that_serve_others(state: Any, operator: str, is_told: bool) -> None:
+    keys = {**KEYS, "ops": {"tenant": "operations", "operator": operator}}
+    state.config = MemosConfig.model_validate({"identity": {"keys": keys}})
+    told = status_of(state, authorization="Bearer ops")["sources"]
+    assert told == ([{**COUNTS, "problems": {"dismissal of Bob.pdf": "it is damaged"}}] if is_told else [])
+
+
+def test_what_a_gateway_sends_for_a_user_is_no_operators(state: Any) -> None:
+    keys = {"gateway": {"tenant": "shop", "operator": "all"}}
+    state.config = MemosConfig.model_validate({"identity": {"keys": keys, "trusted_user_header": "x-user"}})
+    headers = {"authorization": "Bearer gateway", "x-user": "bob"}
+    state.service.holdings = lambda who: Holdings(1, 2)
+    state.service.limits = UserLimits()
+    mine = {"memories": 1, "bytes": 2, "max_memories": None, "max_bytes": None}
+    assert status_of(state, **headers) == {"memory": mine, "sources": []}
+    del headers["x-user"]
+    assert status_of(state, **headers)["memory"] == {"memories": 3}
+
+
+def test_without_the_database_a_user_is_told_so(state: Any) -> None:
+    def holdings(who: Principal) -> Any:
+        raise StoreUnavailable("the database cannot be reached")
+
+    keys = {**KEYS, "ops": {"tenant": "operations", "operator": "all"}}
+    state.config = MemosConfig.model_validate({"identity": {"keys": keys}})
+    state.service.holdings = holdings
+    told = status_of(state, authorization="Bearer carol")
+    assert told["memory"] == {"error": "the database cannot be reached"} and len(told["sources"]) == 1
 
 
 def test_who_claims_to_be_somebody_needs_a_key(state: Any) -> None:

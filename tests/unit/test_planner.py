@@ -346,49 +346,6 @@ def test_nothing_new_is_expected_until_a_turns_first_token(run: Any, clock: Cloc
     run(body)
 
 
-def test_telling_the_engine_of_a_turn_does_not_slow_its_rendering(
-    run: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The start of a turn is told later, its end and hints at once."""
-
-    async def body(planner: ScenePlanner) -> None:
-        delays: list[float] = []
-        loop = asyncio.get_running_loop()
-        call_later = loop.call_later
-
-        def kept(delay_s: float, then: Callable[..., Any], *args: Any) -> Any:
-            return delays.append(delay_s) if then == planner._changed.set else call_later(delay_s, then, *args)
-
-        monkeypatch.setattr(loop, "call_later", kept)
-        planner._task = None  # its own loop runs, as in a server
-        planner.observe(Typing(planner.scene_id(user(7), "session 1")))
-        while planner.busy:
-            await asyncio.sleep(0)
-
-        scene_id = planner.turn_started(user(0), "session 1")
-        num_told = len(planner._engine.told)  # type: ignore[attr-defined]
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert len(planner._engine.told) == num_told  # type: ignore[attr-defined]
-        assert planner.busy
-
-        [delay_s] = delays
-        assert 0.0 < delay_s < FIRST_TOKEN_S
-        planner._changed.set()
-        while planner._changed.is_set() or planner._telling:
-            await asyncio.sleep(0)
-        assert told(planner)["busy"] == [scene_id]
-
-        planner.turn_started(user(1), "session 1")
-        planner.turn_ended(scene_id)
-        while planner._changed.is_set() or planner._telling:
-            await asyncio.sleep(0)
-        assert told(planner)["busy"] == [planner.scene_id(user(1), "session 1")]
-        planner._task.cancel()  # type: ignore[attr-defined]
-
-    run(lambda planner: asyncio.wait_for(body(planner), 60))
-
-
 def test_turns_that_start_all_the_time_do_not_put_it_off_for_ever(run: Any, clock: Clock) -> None:
     async def body(planner: ScenePlanner) -> None:
         await planner._replan(True)

@@ -14,6 +14,7 @@ from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.documents import formats, isolated, keeping
 from memos_vllm.memory.documents.isolated import Limits
 from memos_vllm.memory.documents.keeping import Stored
+from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.removal import Removed
 from memos_vllm.memory.results import DeletionReceipt, Document
@@ -42,6 +43,7 @@ class Library:
         now: Callable[[], datetime],
         receipt: Receipt,
         take_in: Callable[[Principal], Any],
+        limits: UserLimits,
         keeps_history: bool = True,
     ):
         self._store = store
@@ -49,6 +51,7 @@ class Library:
         self._now = now
         self._receipt = receipt
         self._take_in = take_in
+        self._limits = limits
         self._keeps_history = keeps_history
 
     def put(
@@ -86,7 +89,11 @@ class Library:
         cut = isolated.pieces_of(data, type, charset, limits)
 
         def keep(user: UserWriter) -> Stored:
-            return keeping.keep(user, name, type, cut, given, self._now(), history=self._keeps_history)
+            now = self._now()
+            stored = keeping.keep(user, name, type, cut, given, now, history=self._keeps_history)
+            user.was_used(now)
+            self._limits.check(user)
+            return stored
 
         stored = self._store.write(who, keep, frees=not self._keeps_history)
         self._take_in(who)

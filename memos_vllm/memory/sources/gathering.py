@@ -59,12 +59,14 @@ class Sources:
         asked = [each for each in self._asked if each.source.serves(who)]
         return Gathering([(each, each.ask(query, self._top_k)) for each in asked], self._monotonic_s)
 
-    def status(self, who: Principal | None = None) -> list[dict[str, Any]]:
-        """
+    def status(self, who: Principal | None = None, *, all: bool = False) -> list[dict[str, Any]]:
+        """Of the sources that serve a user: others' names say what others have.
+
         Args:
             who: asks; None: nobody who is known.
+            all: of every source, for the operator.
         """
-        return [each.status(who) for each in self._asked]
+        return [each.status() for each in self._asked if all or (who is not None and each.source.serves(who))]
 
 
 class Gathering:
@@ -130,11 +132,8 @@ class _Asked:
         question.add_done_callback(lambda _: self._free.release())
         return question
 
-    def status(self, who: Principal | None) -> dict[str, Any]:
-        told = self.source.status()
-        if who is None or not self.source.serves(who):
-            told.pop("problems", None)
-        return {**told, "failures": dict(self.failures)}
+    def status(self) -> dict[str, Any]:
+        return {**self.source.status(), "failures": dict(self.failures)}
 
     def failed(self, error: Exception) -> None:
         known = isinstance(error, SourceError)

@@ -34,7 +34,8 @@ def open_sources(
     sources: list[Source] = []
     if wanted.folders:
         store = MemoryStore(path, config.memory.max_map_bytes, NEVER)
-        service = MemoryService(store, config.memory, count_tokens, embedder=embedder, keeps_editions=False)
+        without_limits = config.memory.model_copy(update={"max_user_memories": None, "max_user_bytes": None})
+        service = MemoryService(store, without_limits, count_tokens, embedder=embedder, keeps_editions=False)
         folders = [
             FolderSource(folder, wanted.deadline_s, service, path / f"{folder.name}.json", config.memory.documents)
             for folder in wanted.folders
