@@ -263,6 +263,8 @@ class Predictor:
         self._end_hint(wait, True, now)
         wait.uses += 1
         wait.busy, wait.closed, wait.trigger, wait.turn = True, False, None, None
+        if wait.prompt_tokens is not None:
+            wait.past_tokens = wait.prompt_tokens + (wait.output_tokens or 0)
         wait.prompt_tokens = wait.new_tokens = wait.output_tokens = None
         if owner is not None:
             for scene_id, trigger in self._following.used(wait.scene, owner, now, self.scene):
@@ -278,6 +280,8 @@ class Predictor:
             wait.prompt_tokens = event.prompt_tokens
         if event.new_tokens is not None:
             wait.new_tokens = event.new_tokens
+        elif wait.new_tokens is None and wait.prompt_tokens is not None and wait.past_tokens is not None:
+            wait.new_tokens = max(0, wait.prompt_tokens - wait.past_tokens)
         wait.output_tokens = event.output_tokens
         wait.busy, wait.ended, wait.counted_s = False, now, 0.0
         wait.context = self._returns.context(wait)

@@ -62,7 +62,7 @@ class TurnEnded:
     scene_id: str
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    """As in ``TurnStarted``; None where that told already."""
+    """As in ``TurnStarted``; None where that told already, or where it follows from the turn before."""
     output_tokens: int | None = None
 
 

@@ -41,6 +41,8 @@ class Wait:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     output_tokens: int | None = None
+    past_tokens: int | None = None
+    """Of the last turn's prompt and answer, which this one's prompt repeats."""
     counted_s: float = 0.0
     """Up to where the wait has been learned from."""
     hint: Hint | None = None
@@ -90,6 +92,7 @@ _STATE = (
     "prompt_tokens",
     "new_tokens",
     "output_tokens",
+    "past_tokens",
     "counted_s",
     "probability",
     "urgency",

@@ -28,6 +28,7 @@ from memos_vllm.errors import LimitReached, MemosError, RequestError
 from memos_vllm.integration import identity, memory_default, salts
 from memos_vllm.integration.adapter_gate import Choice
 from memos_vllm.integration.fitting import Prompt
+from memos_vllm.integration.lengths import Lengths
 from memos_vllm.integration.refiner import REFINE_PARAM
 from memos_vllm.integration.rest import error_response
 from memos_vllm.integration.scene_builds import BUILD_PARAM
@@ -288,13 +289,18 @@ def finish_turn(
     if adapter is not None:
         response.headers[ADAPTER_HEADER] = adapter.header
     announced: list[asyncio.Future[None]] = []
+    lengths = Lengths(prompt.num_tokens)
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = lengths.count(response.body_iterator)
+    else:
+        lengths.read(bytes(response.body))
     if not turn.options.remember:
         pass
     elif isinstance(response, StreamingResponse):
         response.body_iterator = _announcing_end(response.body_iterator, turn.who, state, announced)
     else:
         announced.append(state.announce(turn.who))
-    end = BackgroundTask(end_turn, turn, prompt.recall, scene_id, state, announced)
+    end = BackgroundTask(end_turn, turn, prompt.recall, scene_id, state, announced, lengths)
     response.background = BackgroundTasks([task for task in (response.background, end) if task])
     return response
 
@@ -310,13 +316,18 @@ async def _announcing_end(
 
 
 async def end_turn(
-    turn: Turn, recall: Recall, scene_id: str, state: MemosState, announced: list[asyncio.Future[None]]
+    turn: Turn,
+    recall: Recall,
+    scene_id: str,
+    state: MemosState,
+    announced: list[asyncio.Future[None]],
+    lengths: Lengths | None = None,
 ) -> None:
     """The answer is out: predicts what comes next, writes what the user said, and notes which memories were used.
 
     A write that fails, or that the user's limit does not allow, is logged and counted; nobody waits for it any more.
     """
-    state.planner.turn_ended(scene_id)
+    state.planner.turn_ended(scene_id, lengths)
     superseded = False
     try:
         if turn.options.remember:

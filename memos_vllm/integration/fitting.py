@@ -52,6 +52,9 @@ class Prompt:
     left_out: tuple[str, ...] = ()
     """Ids of memories for which there was no room."""
 
+    num_tokens: int | None = None
+    """As rendered in the end; None before."""
+
     def put(self, told: Recall) -> None:
         self.request.messages = self.assembled(told)  # type: ignore[assignment]
 
@@ -95,6 +98,12 @@ async def fit(prompt: Prompt, render: Render, max_model_len: int) -> Any:
     Raises:
         VLLMValidationError: the request is refused without memory too.
     """
+    result = await _fitting(prompt, render, max_model_len)
+    prompt.num_tokens = _num_tokens(result)
+    return result
+
+
+async def _fitting(prompt: Prompt, render: Render, max_model_len: int) -> Any:
     if prompt.told == NOTHING:
         return await render(prompt.request)
     as_sent = dict(vars(prompt.request))
@@ -153,10 +162,15 @@ def _answer_tokens(request: ChatCompletionRequest) -> int:
 
 
 def _room(result: Any, max_model_len: int) -> int:
+    num_tokens = _num_tokens(result)
+    return -1 if num_tokens is None else max_model_len - num_tokens
+
+
+def _num_tokens(result: Any) -> int | None:
+    """None where vLLM refused the prompt."""
     if not isinstance(result, tuple):
-        return -1
-    lengths = [len(ids) for each in result[1] if (ids := each.get("prompt_token_ids")) is not None]
-    return max_model_len - max(lengths, default=0)
+        return None
+    return max((len(ids) for each in result[1] if (ids := each.get("prompt_token_ids")) is not None), default=0)
 
 
 def _wrap(serving: Any) -> None:

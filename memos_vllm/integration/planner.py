@@ -28,6 +28,7 @@ from memos_vllm.core.scenes import Event, Scene, SceneKind, TurnEnded, TurnStart
 from memos_vllm.integration import engine_channel
 from memos_vllm.integration.event_exchange import Heard
 from memos_vllm.integration.latest_only import LatestOnly
+from memos_vllm.integration.lengths import Lengths
 from memos_vllm.integration.predictor_file import PredictorFile
 from memos_vllm.types import Principal
 
@@ -188,12 +189,13 @@ class ScenePlanner:
         scene = self._predictor.scene(scene_id)
         return scene is not None and scene.kind is not SceneKind.ADAPTER
 
-    def turn_ended(self, scene_id: str) -> None:
+    def turn_ended(self, scene_id: str, lengths: Lengths | None = None) -> None:
         """A request is through; the scene's turn ends with its last one."""
         self._busy -= Counter([scene_id])
         self._held_since = None
         if scene_id not in self._busy:
-            self.observe(TurnEnded(scene_id))
+            seen = lengths or Lengths()
+            self.observe(TurnEnded(scene_id, seen.prompt_tokens, output_tokens=seen.output_tokens))
 
     def observe(self, event: Event, kind: SceneKind = SceneKind.CONVERSATION) -> None:
         """Learns from an event, and replans soon.

@@ -280,6 +280,24 @@ def test_a_predictor_can_start_with_the_habits_of_another() -> None:
     assert fresh.predict("b", 55).probability > 2 * novice.predict("b", 55).probability
 
 
+def test_what_a_turn_added_follows_from_the_turn_before() -> None:
+    """A server sees how long a prompt is when it is rendered, and no more."""
+    told, seen = predictor_with("a"), predictor_with("a")
+    past = None
+    for now, prompt, output in ((0.0, 100, 20), (60.0, 150, 30), (120.0, 800, 10), (180.0, 500, 10)):
+        added = None if past is None else max(0, prompt - past)
+        told.observe(TurnStarted("a", None, prompt, added), now)
+        told.observe(TurnEnded("a", output_tokens=output), now + 1)
+        seen.observe(TurnStarted("a"), now)
+        seen.observe(TurnEnded("a", prompt, output_tokens=output), now + 1)
+        seen = Predictor.from_bytes(seen.to_bytes())  # over a restart, too
+        past = prompt + output
+        assert seen.to_bytes() == told.to_bytes()
+    seen.observe(TurnStarted("a"), 240.0)
+    seen.observe(TurnEnded("a"), 241.0)  # an answer that nobody saw
+    assert seen.predict("a", 250.0) is not None
+
+
 def test_what_a_shared_scene_led_to_is_forgotten_with_its_owner() -> None:
     predictor = predictor_with("ada/notes", owner="ada")
     predictor.add(Scene("manual", None, SceneKind.PREFIX))

@@ -1,7 +1,8 @@
-"""A restart of the server, and a kill: memory and KV are still there."""
+"""A restart of the server, and a kill: memory, KV and what was learned are still there."""
 
 from __future__ import annotations
 
+import re
 import uuid
 from pathlib import Path
 
@@ -16,8 +17,12 @@ QUESTION, ANSWER = "What is my favourite drink?", "oolong tea"
 DOCUMENT = {"text": "The ferry leaves at seven. " * 40, "type": "document", "pinned": True}
 
 
+def data_dir_of(config_path: Path) -> Path:
+    return Path(yaml.safe_load(config_path.read_text())["data_dir"])
+
+
 def kv_files(config_path: Path) -> list[Path]:
-    return sorted(Path(yaml.safe_load(config_path.read_text())["data_dir"]).rglob("*.safetensors"))
+    return sorted(data_dir_of(config_path).rglob("*.safetensors"))
 
 
 def test_memory_and_kv_survive_a_restart_and_a_kill(memos: Memos, config_path: Path) -> None:
@@ -29,6 +34,8 @@ def test_memory_and_kv_survive_a_restart_and_a_kill(memos: Memos, config_path: P
     memos.settle()
 
     memos.server.restart()
+    learned = (data_dir_of(config_path) / "predictor.json").read_text()
+    assert re.search(r'"prompt_tokens": *[1-9]', learned) and re.search(r'"output_tokens": *[1-9]', learned)
     first = memos.chat(key, QUESTION, {"remember": False})
     assert first.choices[0].message.content == right
     assert cached_tokens(first) > 200, "the first request finds its KV on disk"

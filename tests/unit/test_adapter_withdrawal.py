@@ -34,7 +34,7 @@ class World:
         self.store = MemoryStore(folder / "memory", 2**30)
         self.service = MemoryService(self.store, MemoryConfig(), now=self.clock)
         self.state: MemosState = state_with(self.service, folder)
-        self.state.planner = SimpleNamespace(turn_ended=lambda scene_id: None)  # type: ignore[assignment]
+        self.state.planner = SimpleNamespace(turn_ended=lambda *_: None)  # type: ignore[assignment]
         self.service.life.take_snapshot(ALICE, "before")
         (self.job,) = self.service.remember(ALICE, [{"role": "user", "content": JOB}])
         self.city = self.service.add(ALICE, CITY, ttl_s=1000)

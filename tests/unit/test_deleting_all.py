@@ -96,7 +96,7 @@ def test_an_empty_id_is_not_everything(client: TestClient, path: str) -> None:
 
 def test_what_is_being_said_meanwhile_does_not_come_back(state: MemosState) -> None:
     """The answer is still generated while everything is deleted."""
-    state.planner = SimpleNamespace(turn_ended=lambda scene_id: None)  # type: ignore[assignment]
+    state.planner = SimpleNamespace(turn_ended=lambda *_: None)  # type: ignore[assignment]
 
     def say(between: Callable[[], Any]) -> list[str]:
         messages = [{"role": "user", "content": "My job is baker."}]

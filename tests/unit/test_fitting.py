@@ -105,6 +105,7 @@ def test_late_memory_goes_first_and_what_goes_is_not_used(
     conversation, (engine_input,) = render(prompt, serving)
     assert serving.rendered == tried
     assert len(engine_input["prompt_token_ids"]) + 50 <= WINDOW
+    assert prompt.num_tokens == len(engine_input["prompt_token_ids"])
     kept = [(LATE.strip(), left == ALL), (STANDING.strip(), left != NONE)]
     for text, is_there in kept:
         assert (text in str(conversation)) == (text in str(prompt.request.messages)) == is_there
@@ -165,6 +166,7 @@ def test_what_an_adapter_stands_for_takes_no_room_and_stays_used(serving: Servin
 def test_requests_without_memory_and_of_others_are_rendered_once(serving: Serving, recall: Recall) -> None:
     prompt, _ = prompt_of(Recall((), ()), WINDOW - 60, max_tokens=50)
     render(prompt, serving)
+    assert prompt.num_tokens == WINDOW - 60
     other, _ = prompt_of(recall, WINDOW - 300, max_tokens=50)
 
     async def body() -> None:

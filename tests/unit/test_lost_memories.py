@@ -29,7 +29,7 @@ def state(tmp_path: Path) -> Iterator[MemosState]:
     """A server without an engine, whose store holds 1 MiB."""
     store = MemoryStore(tmp_path / "memory", MIN_MAP_BYTES)
     made = state_with(MemoryService(store, MemoryConfig()), tmp_path)
-    made.planner = SimpleNamespace(turn_ended=lambda scene_id: None)  # type: ignore[assignment]
+    made.planner = SimpleNamespace(turn_ended=lambda *_: None)  # type: ignore[assignment]
     yield made
     store.close()
     made.adapters.registry.close()

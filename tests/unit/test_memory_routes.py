@@ -52,7 +52,7 @@ class Nobody:
     def forget(self, who: Principal) -> None:
         pass
 
-    def turn_ended(self, scene_id: str) -> None:
+    def turn_ended(self, scene_id: str, lengths: object = None) -> None:
         pass
 
 

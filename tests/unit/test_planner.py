@@ -19,6 +19,7 @@ from memos_vllm.core import snapshot
 from memos_vllm.core.predictor import Predictor
 from memos_vllm.core.scenes import TurnEnded, Typing, WillUse
 from memos_vllm.integration.latest_only import LatestOnly
+from memos_vllm.integration.lengths import Lengths
 from memos_vllm.integration.planner import FIRST_TOKEN_S, ScenePlanner
 from memos_vllm.integration.predictor_file import ForgottenOwners, PredictorFile
 from memos_vllm.types import Principal
@@ -342,6 +343,16 @@ def test_nothing_new_is_expected_until_a_turns_first_token(run: Any, clock: Cloc
                 planner.observe(Typing(planner.scene_id(user(7), "session 1")))
         await planner._replan(True)
         assert planner.told != before
+
+    run(body)
+
+
+def test_lengths_of_turns_are_learned_from(run: Any, clock: Clock) -> None:
+    async def body(planner: ScenePlanner) -> None:
+        scene_id = planner.turn_started(user(0), "session 1")
+        planner.turn_ended(scene_id, Lengths(2000, 30))
+        context = planner._predictor._waits[scene_id].context
+        assert context is not None and {"length", "answer"} <= set(context.names)
 
     run(body)
 

@@ -47,7 +47,7 @@ def state(tmp_path: Path, clock: Clock) -> Iterator[MemosState]:
     config = MemoryConfig(max_user_memories=3, max_user_bytes=50_000)
     made = state_with(MemoryService(store, config, now=clock), tmp_path)
     made.config = made.config.model_copy(update={"identity": IdentityConfig.model_validate({"keys": KEYS})})
-    made.planner = SimpleNamespace(turn_ended=lambda scene_id: None)  # type: ignore[assignment]
+    made.planner = SimpleNamespace(turn_ended=lambda *_: None)  # type: ignore[assignment]
     yield made
     store.close()
     made.adapters.registry.close()
