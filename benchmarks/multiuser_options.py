@@ -98,7 +98,7 @@ PRESETS = {
     # A good ten minutes on two cores that have nothing else to do.
     "cpu": Options(models.CPU, turns=4, dtype="float32"),
     "gpu": Options(
-        models.QWEN3_8B, turns=4, memory_tokens=2848, pause_s=1.0, pairs=7, stream_tokens=256, hint_every_s=0.25
+        models.QWEN3_8B, turns=4, memory_tokens=2848, pause_s=0.5, pairs=7, stream_tokens=256, hint_every_s=0.25
     ),
 }
 
