@@ -88,7 +88,8 @@ def test_what_comes_too_late_is_left_out() -> None:
     gathered = ask(sources)
     assert [each.text for each in gathered.passages] == ["f1"] and gathered.failures == ("late",)
     slow.may_answer.set()
-    assert sources.status() == [{"name": "slow", "failures": {"late": 1}}, {"name": "fast", "failures": {}}]
+    assert sources.status(ALICE) == [{"name": "slow", "failures": {"late": 1}}, {"name": "fast", "failures": {}}]
+    assert sources.status(BOB) == sources.status() == [] and len(sources.status(all=True)) == 2
 
 
 def test_the_deadline_counts_from_the_start_of_the_recall() -> None:
