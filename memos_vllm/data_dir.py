@@ -28,6 +28,7 @@ from memos_vllm.errors import DataDirError, DataDirInUse
 HOLDER_ENV = "MEMOS_DATA_DIR_HOLDER"
 _SECRET_BYTES = 32
 _held: BinaryIO | None = None
+_held_dir: Path | None = None
 
 
 def memory_dir(data_dir: Path) -> Path:
@@ -72,7 +73,7 @@ def acquire(data_dir: Path) -> None:
         DataDirError: the directory cannot be created or written, or the disk is full.
         DataDirInUse: another server holds it.
     """
-    global _held
+    global _held, _held_dir
     if _held is not None or HOLDER_ENV in os.environ:
         return
     try:
@@ -89,13 +90,13 @@ def acquire(data_dir: Path) -> None:
     except OSError as error:
         lock.close()
         raise _unusable(data_dir, error) from error
-    _held = lock
+    _held, _held_dir = lock, data_dir.resolve()
     os.environ[HOLDER_ENV] = str(os.getpid())
 
 
-def is_holder() -> bool:
-    """Whether it is this process that holds a directory, and not one that it descends from."""
-    return _held is not None
+def is_holder(data_dir: Path) -> bool:
+    """Whether it is this process that holds the directory, and not one that it descends from."""
+    return _held is not None and _held_dir == data_dir.resolve()
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def operator_of(headers: Mapping[str, str], config: IdentityConfig) -> Operator 
     _, entry = _credential(headers, config)
     if entry is None or entry.operator is None:
         return None
-    if config.trusted_user_header and headers.get(config.trusted_user_header):
+    if config.trusted_user_header and config.trusted_user_header in headers:  # also for an empty one: for nobody
         return None
     return Operator(None if entry.operator == "all" else entry.tenant)
 

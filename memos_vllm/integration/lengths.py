@@ -27,14 +27,13 @@ class Lengths:
 
     async def count(self, chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Hands a stream on. A chunk has one token as a rule; if the client asked for usage, that is exact."""
-        num_chunks = 0
-        try:
-            async for chunk in chunks:
-                if isinstance(chunk, str) and chunk.startswith(_CHUNK):
-                    num_chunks += 1
-                    if '"completion_tokens":' in chunk:
-                        self.read(chunk.encode())
-                yield chunk
-        finally:
-            if self.output_tokens is None and num_chunks:
-                self.output_tokens = max(1, num_chunks - 1)  # the first opens the message
+        num_chunks, is_exact = 0, False
+        async for chunk in chunks:
+            if isinstance(chunk, str) and chunk.startswith(_CHUNK):
+                num_chunks += 1
+                if '"completion_tokens":' in chunk:
+                    self.read(chunk.encode())
+                    is_exact = True
+                elif not is_exact:
+                    self.output_tokens = max(1, num_chunks - 1)  # the first opens the message
+            yield chunk

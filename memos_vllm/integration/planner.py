@@ -169,8 +169,8 @@ class ScenePlanner:
         scene_id = self.scene_id(who, session)
         if starts_session and (session is None or not self._is_seen(scene_id)):
             # The start is used as soon as the request is here; from now on the next session is expected.
-            self.observe(TurnStarted(self.start_id(who), owner=str(who)), SceneKind.SESSION_START)
-            self.observe(TurnEnded(self.start_id(who)))
+            self._note(TurnStarted(self.start_id(who), owner=str(who)), SceneKind.SESSION_START)
+            self._note(TurnEnded(self.start_id(who)), SceneKind.CONVERSATION)
         self._busy[scene_id] += 1
         if self._held_since is None:
             self._held_since = self._now()
@@ -207,11 +207,17 @@ class ScenePlanner:
             return
         if not isinstance(event, TurnStarted | TurnEnded):
             self._held_since = None  # a hint is not to wait
+        self._note(event, kind)
+        self._start(at_once=self._is_due(event))
+
+    def _note(self, event: Event, kind: SceneKind) -> None:
+        """Learns from an event, and tells other API processes."""
+        if not self.enabled:
+            return
         now = self._now()
         self._on_event(now, event, kind)
         self._events.append((now, event, kind))
         self._learn()
-        self._start(at_once=self._is_due(event))
 
     def hear(self, at: float, event: Event, kind: SceneKind) -> None:
         """Learns from what happened in another API process, which tells the engine what follows at once. This one

@@ -75,7 +75,7 @@ def _wrap_engine_config() -> None:
         self.kv_transfer_config = connector_config(self.kv_transfer_config, config)
         engine_config = original(self, *args, **kwargs)
         note_engines(engine_config)
-        if data_dir.is_holder():
+        if data_dir.is_holder(config.data_dir):
             remove_gone_engines(engine_config, config.data_dir)
         return engine_config
 

@@ -1,4 +1,4 @@
-"""How much one user may have in the store, so that he, or a fault of one application, does not fill it for all."""
+"""How much one user may have in the store, so that he does not fill it for all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from memos_vllm.config import MemoryConfig
 from memos_vllm.errors import LimitReached
-from memos_vllm.memory.transactions import UserWriter
+from memos_vllm.memory.transactions import UserReader, UserWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,15 @@ class UserLimits:
             LimitReached: the write, which is then taken back as a whole, would exceed a limit.
         """
         had, has = user.held_before, user.holdings
+        if not user.has_added:
+            return
         if self.memories is not None and has.memories > max(self.memories, had.memories):
             raise self._reached(f"{has.memories} memories", f"memory.max_user_memories ({self.memories})")
         if self.size_bytes is not None and has.size_bytes > max(self.size_bytes, had.size_bytes):
             what = f"{has.size_bytes} bytes of memories with their history, links and snapshots"
             raise self._reached(what, f"memory.max_user_bytes ({self.size_bytes})")
 
-    def has_room(self, user: UserWriter) -> bool:
+    def has_room(self, user: UserReader) -> bool:
         """Whether the user may have one more memory, however small."""
         held = user.holdings
         return not (

@@ -109,7 +109,8 @@ class Batch:
     who: Principal
     notes: tuple[MemoryRecord, ...]
     left_out: tuple[MemoryId, ...] = ()
-    """Notes that are gone, not to be recalled, or end some day: there is nothing to restate."""
+    """Notes that are gone, not to be recalled, or end some day, and all of a user who has no room: there is nothing
+    to restate."""
     too_long: tuple[MemoryId, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
@@ -153,9 +154,10 @@ class Refining:
         budget = self.config.prompt_tokens - self.count_tokens(INSTRUCTIONS)
         now, used = self.now(), 0
         with self.store.read(who) as user:
+            has_room = self.limits.has_room(user)
             for memory_id in waiting[who]:
                 note = user.get(memory_id)
-                if note is None or not note.is_recallable(now) or note.expires_at is not None:
+                if not has_room or note is None or not note.is_recallable(now) or note.expires_at is not None:
                     left_out.append(memory_id)
                     continue
                 cost = self.count_tokens(_line(len(notes) + 1, note))
@@ -184,8 +186,7 @@ class Refining:
             if statements is None:
                 outcomes[Outcome.INVALID] += 1
             for statement in statements or ():
-                has_room = self.limits.has_room(user)
-                outcomes[_take(user, batch, statement, model, now) if has_room else Outcome.NO_ROOM] += 1
+                outcomes[_take(user, batch, statement, model, now, self.limits)] += 1
             for memory_id in done:
                 user.delete_row("unrefined", uuid.UUID(memory_id).bytes)
             return outcomes
@@ -207,7 +208,9 @@ def _parse(answer: str) -> Sequence[Statement] | None:
         return None
 
 
-def _take(user: UserWriter, batch: Batch, statement: Statement, model: str, now: datetime) -> Outcome:
+def _take(
+    user: UserWriter, batch: Batch, statement: Statement, model: str, now: datetime, limits: UserLimits
+) -> Outcome:
     """Judges one statement and keeps it."""
     if max(statement.sources) > len(batch.notes):
         return Outcome.NO_SOURCE
@@ -220,6 +223,8 @@ def _take(user: UserWriter, batch: Batch, statement: Statement, model: str, now:
         return Outcome.KNOWN
     if _is_outdated(user, statement, notes, now):
         return Outcome.OUTDATED
+    if not limits.has_room(user):
+        return Outcome.NO_ROOM
     origin = _origin(statement, notes, model)
     since = _start(statement, notes) or max(note.said_at for note in notes)
     is_remark = statement.type == "fact" and all(note.type == "remark" for note in notes)

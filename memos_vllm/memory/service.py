@@ -216,7 +216,9 @@ class MemoryService:
             for derived in succession.restated(user, old) if limits else ():
                 user.change(derived, now, **limits)
             new = user.change(old, now, **ended)
-            self._note_addition(user, now)
+            user.was_used(now)
+            if not _only_lessens(old, new):
+                self.limits.check(user)
             return new
 
         return self._store.write(who, change)
@@ -517,3 +519,14 @@ def _filter(type: str | None, tag: str | None) -> Callable[[str, Iterable[str]],
     if type is not None:
         inputs.check_type(type)
     return lambda has_type, has_tags: type in (None, has_type) and (tag is None or tag in has_tags)
+
+
+def _only_lessens(old: MemoryRecord, new: MemoryRecord) -> bool:
+    """Whether a change only hides a memory, has it end some day or takes its pin, each of which it can do once."""
+    ends = new.expires_at != old.expires_at
+    hides, unpins = new.sensitivity != old.sensitivity, new.pinned != old.pinned
+    if (ends and old.expires_at is not None) or (hides and new.sensitivity != "sensitive") or (unpins and new.pinned):
+        return False
+    changed = {"expires_at": new.expires_at, "sensitivity": new.sensitivity, "pinned": new.pinned}
+    is_all = replace(old, **changed, version=new.version, updated_at=new.updated_at) == new
+    return is_all and (ends or hides or unpins)

@@ -153,6 +153,8 @@ class UserWriter(UserReader):
         self._held_before: Holdings | None = None
         self._growth = Holdings()
         """By this write; negative where it removes."""
+        self.has_added = False
+        """Whether this write made an entry that counts; what changes in its place is not more than before."""
 
         if self._owner is None:
             number = int(txn.get(b"next_owner", db=dbs["meta"]))
@@ -174,6 +176,8 @@ class UserWriter(UserReader):
     @property
     def holdings(self) -> Holdings:
         held = self.held_before.plus(self._growth.memories, self._growth.size_bytes)
+        # A count that was wrong (``memos doctor`` finds it) is not to become less than nothing.
+        held = replace(held, memories=max(0, held.memories), size_bytes=max(0, held.size_bytes))
         return replace(held, last_used_at=self._growth.last_used_at or held.last_used_at)
 
     def was_used(self, now: datetime) -> None:
@@ -185,7 +189,7 @@ class UserWriter(UserReader):
         key, held = holdings.key_of(self.who, self._owner.prefix), self.holdings
         if held:
             self._txn.put(key, holdings.encode(self.who, held), db=self._dbs["users"])
-        elif self.held_before:
+        else:
             self._txn.delete(key, db=self._dbs["users"])
 
     def insert(self, now: datetime, **values: Any) -> MemoryRecord:
@@ -310,6 +314,8 @@ class UserWriter(UserReader):
                 self._txn.delete(tables.moment_key(due_at) + self._owner.prefix + key, db=self._dbs["due"])
         removed = {table: self.clear(table) for table in tables.OF_A_USER}
         self._log(tables.CLEAR, MemoryId(str(records.NO_ID)))
+        self._txn.delete(holdings.key_of(self.who, self._owner.prefix), db=self._dbs["users"])
+        self._held_before, self._growth = Holdings(), Holdings()  # whatever it said
         return removed
 
     def forget_claims(self, record: MemoryRecord) -> None:
@@ -364,6 +370,7 @@ class UserWriter(UserReader):
         return count
 
     def _count(self, table: str, key: bytes, old: bytes | None, new: bytes | None) -> None:
+        self.has_added |= old is None and new is not None
         key = self._owner.prefix + key
         memories = (new is not None) - (old is not None) if table == "records" else 0
         self._growth = self._growth.plus(memories, holdings.entry_bytes(key, new) - holdings.entry_bytes(key, old))

@@ -160,9 +160,10 @@ def _spans(groups: Sequence[RowGroup], staged: Tensor) -> list[tuple[Tensor, Ten
 
 
 def machine_name(device: torch.device) -> str:
-    """What the speed of copies depends on."""
+    """What the speed of copies depends on, and how it is measured."""
     properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, driver {driver_version()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    software = f"driver {driver_version()}, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    return f"{properties.name}, {software}, {_PIECES} pieces in a row"
 
 
 def driver_version() -> int:

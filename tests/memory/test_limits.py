@@ -11,6 +11,7 @@ import pytest
 from memos_vllm.errors import Conflict, LimitReached, RequestError
 from memos_vllm.memory import holdings, maintenance, recount, tables
 from memos_vllm.memory.holdings import Holdings
+from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.refining import Outcome
 from memos_vllm.memory.service import MemoryService
 from memos_vllm.types import Principal
@@ -105,6 +106,28 @@ def test_who_is_deleted_is_not_listed_and_leaves_no_name(service: MemoryService)
     assert maintenance.examine_open(service._store).problems == []
     service.add(ALICE, "back again")
     assert kept(service) == counted_anew(service) and service.holdings(ALICE).memories == 1
+
+
+def test_who_has_snapshots_alone_is_never_counted_below_nothing(service: MemoryService) -> None:
+    """A store of before it was counted names him by his records alone; and any count may be wrong."""
+    for count in (None, b"?"):
+        record = service.add(ALICE, "one")
+        snapshot = service.life.take_snapshot(ALICE, "then")
+        service.delete(ALICE, record.id)
+
+        def forget_the_count(user: Any, count: bytes | None = count) -> None:
+            key = holdings.key_of(ALICE, user._owner.prefix)
+            user._txn.delete(key, db=user._dbs["users"])
+            if count is not None:
+                user._txn.put(key, count, db=user._dbs["users"])
+
+        service._store.write(ALICE, forget_the_count)
+        service.life.remove_snapshot(ALICE, snapshot.id)
+        assert service.holdings(ALICE) == Holdings() and kept(service) == {}
+        if count is not None:
+            service._store.write(ALICE, forget_the_count)
+        service.delete_all(ALICE)
+        assert service._store.examine(lambda txn, dbs: list(txn.cursor(db=dbs["users"]))) == []
 
 
 def test_time_that_moves_memories_is_no_use(make: Make, clock: Clock) -> None:
@@ -212,14 +235,55 @@ def test_what_is_known_already_is_remembered_at_the_limit(make: Make) -> None:
     assert texts(service.list(ALICE).records) == ["My job is baker."], "not superseded by what was not stored"
 
 
-def test_the_refiner_adds_nothing_at_the_limit_and_waits_no_longer(make: Make) -> None:
+def test_what_is_said_again_counts_although_it_takes_some_bytes(make: Make) -> None:
+    service = make(max_user_bytes=1)
+    service.limits = UserLimits()
+    service.remember(ALICE, says("My job is baker."))
+    service.limits = UserLimits(size_bytes=1)
+    before = service.holdings(ALICE).size_bytes
+    assert service.remember(ALICE, says("My job is baker."))[0].uses == 2
+    assert service.holdings(ALICE).size_bytes > before, "else this tests nothing"
+    with pytest.raises(LimitReached):
+        service.remember(ALICE, says("I like tea."))
+
+
+def test_over_the_limit_a_memory_can_still_be_hidden_ended_and_unpinned_once(make: Make) -> None:
+    service = make()
+    kept = service.add(ALICE, "my address", pinned=True).id
+    service.limits = UserLimits(size_bytes=1)
+    for changes in ({"tags": ["a"]}, {"text": "another"}, {"pinned": False, "priority": 1}, {"pinned": True}, {}):
+        with pytest.raises(LimitReached):
+            service.update(ALICE, kept, **changes)
+    for changes in ({"pinned": False}, {"sensitivity": "sensitive"}, {"ttl_s": 60.0}):
+        service.update(ALICE, kept, **changes)
+        with pytest.raises(LimitReached):
+            service.update(ALICE, kept, **changes)
+    for changes in ({"pinned": True}, {"sensitivity": "normal"}, {"ttl_s": None}, {"ttl_s": 30.0}):
+        with pytest.raises(LimitReached):
+            service.update(ALICE, kept, **changes)
+
+
+STATEMENT = {"sources": [1], "text": "My job is baker.", "type": "profile", "keys": [], "valid_from": None}
+
+
+def test_the_refiner_asks_nothing_about_who_has_no_room(make: Make) -> None:
     service = make(max_user_memories=1, refiner={"enabled": True})
     service.remember(ALICE, says("My job is baker in the old town, and has been for years."))
     batch = service.refining.next_batch()
+    assert batch is not None and not batch.notes and len(batch.left_out) == 1
+    assert not service.refining.finish(batch, "", "model")
+    assert service.refining.next_batch() is None
+
+
+def test_the_refiner_adds_nothing_to_what_is_full_meanwhile(make: Make) -> None:
+    service = make(max_user_memories=2, refiner={"enabled": True})
+    service.remember(ALICE, says("My job is baker in the old town, and has been for years."))
+    batch = service.refining.next_batch()
     assert batch is not None and len(batch.notes) == 1
-    statement = {"sources": [1], "text": "My job is baker.", "type": "profile", "keys": [], "valid_from": None}
-    outcomes = service.refining.finish(batch, json.dumps({"statements": [statement]}), "model")
-    assert outcomes == {Outcome.NO_ROOM: 1} and service.holdings(ALICE).memories == 1
+    service.add(ALICE, "Something else.")
+    unlike = {**STATEMENT, "text": "The moon is a cheese."}
+    outcomes = service.refining.finish(batch, json.dumps({"statements": [STATEMENT, unlike]}), "model")
+    assert outcomes == {Outcome.NO_ROOM: 1, Outcome.UNGROUNDED: 1} and service.holdings(ALICE).memories == 2
     assert service.refining.next_batch() is None
 
 

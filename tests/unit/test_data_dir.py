@@ -47,6 +47,19 @@ def test_a_second_server_is_refused_and_descendants_are_not(tmp_path: Path) -> N
     assert attempt(tmp_path, clean_environment()).stdout == "held\n", "a dead server's lock is gone with it"
 
 
+def test_a_process_holds_the_directory_that_it_took_and_no_other(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from memos_vllm import data_dir; one, other = map(Path, sys.argv[1:]); "
+        "data_dir.acquire(one); data_dir.acquire(other); "
+        "print(data_dir.is_holder(one), data_dir.is_holder(one / '..' / one.name), data_dir.is_holder(other))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")],
+        env=clean_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["True", "True", "False"]
+
+
 def test_the_secret_is_made_once_and_private(tmp_path: Path) -> None:
     first = data_dir.secret(tmp_path)
     assert len(first) == 32 and data_dir.secret(tmp_path) == first

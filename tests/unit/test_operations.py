@@ -116,6 +116,8 @@ def test_what_a_gateway_sends_for_a_user_is_no_operators(state: Any) -> None:
     state.service.limits = UserLimits()
     mine = {"memories": 1, "bytes": 2, "max_memories": None, "max_bytes": None}
     assert status_of(state, **headers) == {"memory": mine, "sources": []}
+    headers["x-user"] = ""  # a visitor whom it does not know
+    assert status_of(state, **headers).get("memory") != {"memories": 3}
     del headers["x-user"]
     assert status_of(state, **headers)["memory"] == {"memories": 3}
 

@@ -120,6 +120,18 @@ def test_the_start_of_a_turn_is_told_when_its_request_is_rendered(tmp_path: Path
     run(tmp_path, body)
 
 
+def test_the_first_turn_of_a_session_is_told_as_late(tmp_path: Path) -> None:
+    async def body(planner: ScenePlanner, engine: Engine, time: FakeTime) -> None:
+        planner.turn_started(user(2), "new", starts_session=True)
+        await settle()
+        assert not engine.told and planner.start_id(user(2)) in planner._predictor
+        time.now += 1.1 * RENDERING_S
+        await settle()
+        assert len(engine.told) == 1
+
+    run(tmp_path, body)
+
+
 def test_the_end_of_a_turn_is_told_at_once(tmp_path: Path) -> None:
     async def body(planner: ScenePlanner, engine: Engine, time: FakeTime) -> None:
         scene_id = planner.turn_started(user(2), "s")
