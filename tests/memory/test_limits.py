@@ -130,6 +130,18 @@ def test_who_has_snapshots_alone_is_never_counted_below_nothing(service: MemoryS
         assert service._store.examine(lambda txn, dbs: list(txn.cursor(db=dbs["users"]))) == []
 
 
+def test_who_is_deleted_leaves_no_name_although_more_was_counted_than_there_was(service: MemoryService) -> None:
+    service.add(ALICE, "one")
+
+    def count_too_much(user: Any) -> None:
+        key = holdings.key_of(ALICE, user._owner.prefix)
+        user._txn.put(key, holdings.encode(ALICE, Holdings(9, 9999)), db=user._dbs["users"])
+
+    service._store.write(ALICE, count_too_much)
+    service.delete_all(ALICE)
+    assert service._store.examine(lambda txn, dbs: list(txn.cursor(db=dbs["users"]))) == []
+
+
 def test_time_that_moves_memories_is_no_use(make: Make, clock: Clock) -> None:
     service = make()
     began = clock.now
