@@ -113,7 +113,7 @@ def _vllm(shape: Shape) -> dict[str, dict[str, Callable[[], None]]]:
             runs["load"]()
             host.zero_()
             runs["save"]()
-        except (AttributeError, NotImplementedError, RuntimeError) as error:  # an operation that this build lacks
+        except (AttributeError, NotImplementedError) as error:  # this build lacks it; the verdict says so
             print(f"{arm} is left out: {type(error).__name__}: {error}", file=sys.stderr)
             host.copy_(expected)
             continue

@@ -120,8 +120,20 @@ def test_the_verdict_on_a_gpu_names_every_point_that_is_slower_than_vllm():
     assert "missed" in lines[0] and "below 0.9 at 64 KiB, worst 0.88" in lines[0]
     assert "0.88 to 0.92" in lines[0]
     assert "met" in lines[1] and "both ways" in lines[1]
-    assert "1 of 2 points" in lines[2] and "load 64 KiB x 1024: 44.0 to 48.0" in lines[3]
+    assert (
+        "1 of 2 points; vllm_triton could not be measured everywhere" in lines[2]
+        and "load 64 KiB x 1024: 44.0 to 48.0" in lines[3]
+    )
     assert "missed" in lines[4] and "1.200" in lines[4]
+
+
+@pytest.mark.parametrize("lacking", [None, "vllm_dma", "vllm_triton"])
+def test_the_comparison_with_vllm_needs_both_of_its_ways(lacking):
+    arms = [arm for arm in ("vllm_dma", "vllm_triton") if arm != lacking]
+    rows = [gpu_row("engine", "load", 8192, 46.0, 0.92), gpu_row("engine", "both", 8192, 80.0, 1.6)]
+    (line,) = [each for each in kv_copy_table.verdict(rows + [gpu_row(arm, "load", 8192, 5.0, 0.1) for arm in arms])
+               if "1 of 1 points" in each]  # fmt: skip
+    assert ("missed" in line) == (lacking is not None) and (lacking or "") in line
 
 
 @pytest.mark.parametrize("method", Method)
