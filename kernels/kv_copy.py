@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .heads import HeadView
-from .planes import block_bytes, describe_planes, plane_bytes, planes_of
+from .planes import block_bytes, describe_planes, plane_bytes, plane_numbers, planes_of
 from .rotary import RotaryShift
 from .rows import RowLayout, check_coverage, exact_rows, fp8_rows
 from .torch_copy import TorchCopy
@@ -33,6 +33,7 @@ __all__ = [
     "describe_planes",
     "gather_blocks",
     "plane_bytes",
+    "plane_numbers",
     "planes_of",
     "scatter_blocks",
 ]

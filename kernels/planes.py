@@ -80,6 +80,15 @@ def halves(cache: Tensor, num_blocks: int, position: int) -> Iterator[Half]:
         yield Half(tensor.unflatten(0, (num_blocks, tensor.shape[0] // num_blocks)), part)
 
 
+def plane_numbers(kv_caches: Sequence[Tensor], num_blocks: int) -> list[tuple[int, ...]]:
+    """For each cache which of the views that ``planes_of`` returns for all of them are its own."""
+    numbers: dict[tuple, int] = {}
+    return [
+        tuple(numbers.setdefault(memory_of(half.plane), len(numbers)) for half in halves(cache, num_blocks, position))
+        for position, cache in enumerate(kv_caches)
+    ]
+
+
 def memory_of(tensor: Tensor) -> tuple:
     """Equal for two views of the same bytes in the same order."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

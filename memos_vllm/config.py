@@ -241,6 +241,15 @@ class KVConfig(Section):
     store_dtype: Literal["auto", "fp8"] = "auto"
     """How KV is kept off the GPU: as it is (exact), or as fp8 in half the bytes (approximate)."""
 
+    layer_groups: int = Field(default=1, ge=1, le=64)
+    """In how many groups of layers a request's KV comes from host memory; the request runs from the first one on."""
+
+    @model_validator(mode="after")
+    def _groups_only_as_it_is(self) -> Self:
+        if self.store_dtype == "fp8" and self.layer_groups > 1:
+            raise ValueError("KV that is kept as fp8 is loaded whole; with 'store_dtype: fp8' leave out 'layer_groups'")
+        return self
+
     @model_validator(mode="after")
     def _approximate_only_with_memory(self) -> Self:
         if self.store_dtype == "fp8" and self.save == "all":

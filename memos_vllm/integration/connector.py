@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from memos_vllm import data_dir
+from memos_vllm.compat import layer_waits
 from memos_vllm.integration import engine_share, salts
 from memos_vllm.integration.engine_metrics import MemosPromMetrics, MemosStats
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
@@ -97,6 +98,8 @@ class MemosConnector(KVConnectorBase_V1):
         meta = connector_output.kv_connector_worker_meta
         if isinstance(meta, MemosWorkerMeta):
             self._scheduler.complete(meta)
+        if connector_output.finished_recving:
+            self._scheduler.usable(connector_output.finished_recving)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._scheduler.plan_save(request, block_ids)
@@ -130,12 +133,14 @@ class MemosConnector(KVConnectorBase_V1):
         # Here and not in start_load_kv, which from 0.32 on runs after the forward pass: a load
         # would then wait for the pass of another request.
         self._worker.start(connector_metadata)
+        if not connector_metadata.idle and not layer_waits.layers_ask():
+            self._worker.wait_for_all_layers()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         return
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        return
+        self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         return

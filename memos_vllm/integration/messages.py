@@ -33,6 +33,9 @@ class MemosMetadata(KVConnectorMetadata):
     hurried: tuple[int, ...] = ()
     """Prefetches under way for which a request has begun to wait."""
 
+    arriving: tuple[int, ...] = ()
+    """Loads whose requests may be in this step's pass already, and of which later layers are still on their way."""
+
     idle: bool = False
     """No forward pass in this step: the worker may wait a moment for a copy to finish."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from memos_vllm.compat import weight_updates
@@ -66,6 +67,8 @@ class SchedulerSide:
         self._arrived: set[str] = set()
         self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
+        self._arriving: dict[int, tuple[int, ...]] = {}
+        """Loads whose requests may run before they have ended, and their blocks, which are held until then."""
         self._prefetch_waits: dict[str, tuple[int, float]] = {}
         """How many blocks the request had on the GPU, and since when."""
         self._hurried: list[int] = []
@@ -217,7 +220,9 @@ class SchedulerSide:
             if self._operations and self.memory.tiers.num_in_flight == len(self._operations):
                 self._progress_at = time.monotonic()
         paced = not (idle or self._is_waited_for)
-        metadata = MemosMetadata(self._operations, self._loads, tuple(self._hurried), idle, paced)
+        metadata = MemosMetadata(
+            self._operations, self._loads, tuple(self._hurried), tuple(self._arriving), idle, paced
+        )
         self._operations, self._loads, self._hurried, self._is_waited_for = [], {}, [], False
         self._without_blocks.clear()
         return metadata
@@ -230,6 +235,8 @@ class SchedulerSide:
         self._progress_at = time.monotonic()
         self._operations += follow_up
         memory.held.release(completion.released_blocks)
+        for op_id in completion.finished_ops & self._arriving.keys():
+            memory.held.release(self._arriving.pop(op_id))
         for request_id, op_ids in list(self._loading.items()):
             if op_ids & completion.failed_ops and request_id in memory.names:
                 self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
@@ -238,6 +245,18 @@ class SchedulerSide:
             if not op_ids:
                 del self._loading[request_id]
         self._operations += memory.complete(completion.finished_ops, completion.failed_ops)
+
+    def usable(self, request_ids: Iterable[str]) -> None:
+        """These requests may run; called behind ``complete`` of the same step.
+
+        Where they come before the end of their loads, later layers are still being written. So their blocks are held,
+        whatever becomes of the requests, and the workers are told to let passes wait.
+        """
+        if (memory := self.memory) is None:
+            return
+        for op_id in [op_id for each in request_ids for op_id in self._loading.pop(each, ())]:
+            self._arriving[op_id] = memory.tiers.blocks_of(op_id)
+            memory.held.hold(self._arriving[op_id])
 
     def take_stats(self) -> MemosStats | None:
         return self.memory.take_stats() if self.memory is not None else None

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memos_vllm.compat import layer_waits
 from memos_vllm.compat.cpu_affinity import threads_on_all_cores
 from memos_vllm.compat.kv_cache_specs import spec_of_layer
 from memos_vllm.config import MemosConfig
+from memos_vllm.integration.arriving_layers import ArrivingLayers
 from memos_vllm.integration.kv_heads import head_views
 from memos_vllm.integration.messages import MemosHandshake, MemosMetadata, MemosWorkerMeta
 from memos_vllm.integration.model_identity import identity_of, rank_of
-from memos_vllm.kernels.kv_copy import BlockCopier, describe_planes, planes_of
+from memos_vllm.kernels.kv_copy import BlockCopier, describe_planes, plane_numbers, planes_of
 from memos_vllm.store.copy_planner import CopyPlan
 from memos_vllm.store.cuda_device import plan_of
+from memos_vllm.store.layer_groups import LayerGroup, layer_groups
 from memos_vllm.store.link import link_for
 from memos_vllm.store.ops import Result
 from memos_vllm.store.transfer import TransferWorker
@@ -51,6 +54,7 @@ class WorkerSide:
         self._transfer: TransferWorker | None = None
         self._handshake: MemosHandshake | None = None
         self._loads: dict[str, set[int]] = {}
+        self._arriving = ArrivingLayers()
         self._results: list[Result] = []
         self._idle = False
 
@@ -65,7 +69,8 @@ class WorkerSide:
             copier = BlockCopier(planes, head_views(caches, self._num_blocks, self._specs(names)), fp8=True)
             layout += (f"stored as fp8, {copier.row_bytes} bytes",)  # approximate KV is another deployment's
         plan = plan_of(planes[0].device, self._config.data_dir) if planes[0].is_cuda else CopyPlan()
-        link = link_for(copier, planes, plan)
+        layers = self._layer_groups(names, caches)
+        link = link_for(copier, planes, plan, layers)
         world_size = self._vllm_config.parallel_config.world_size
         self._handshake = MemosHandshake(layout=layout, block_bytes=link.row_bytes)
         with nullcontext() if planes[0].is_cuda else threads_on_all_cores():  # a GPU's worker may be bound to its node
@@ -77,6 +82,20 @@ class WorkerSide:
                 io_threads=self._config.kv.io_threads,
                 pin_memory=planes[0].is_cuda,
             )
+
+    def _layer_groups(self, names: Sequence[str], caches: Sequence[torch.Tensor]) -> list[LayerGroup]:
+        """In which a request's loads come; none where a pass could read a layer that it has not asked for."""
+        if self._config.kv.layer_groups == 1:
+            return []
+        if (reason := layer_waits.why_not(self._vllm_config, names)) is not None:
+            logger.warning("kv.layer_groups has no effect: %s; a request's KV is loaded whole", reason)
+            return []
+        groups = layer_groups(self.planes, self._config.kv.layer_groups)
+        if len(groups) == 1:
+            return []
+        numbers = plane_numbers(caches, self._num_blocks)
+        self._arriving = ArrivingLayers(groups, dict(zip(names, numbers, strict=True)))
+        return groups
 
     def _specs(self, names: Sequence[str]) -> list[KVCacheSpec]:
         specs: dict[str, KVCacheSpec] = {}
@@ -98,6 +117,22 @@ class WorkerSide:
             self._transfer.submit(metadata.operations, after=self._after_queued_work())
         if metadata.hurried:
             self._transfer.hurry(metadata.hurried)
+        self._arriving.expect(metadata.arriving)
+
+    def wait_for_layer(self, name: str) -> None:
+        """Called by the pass before a layer reads its KV: what is copied after this call is too late for it."""
+        for op_id, group in self._arriving.take(name):
+            self._wait_for(op_id, group)
+
+    def wait_for_all_layers(self) -> None:
+        """The same for a pass that does not ask for each layer."""
+        for op_id, group in self._arriving.take_all():
+            self._wait_for(op_id, group)
+
+    def _wait_for(self, op_id: int, group: int) -> None:
+        assert self._transfer is not None
+        for event in self._transfer.wait_for_layers(op_id, group):
+            torch.cuda.current_stream(self.planes[0].device).wait_event(event)
 
     def _after_queued_work(self) -> torch.cuda.Event | None:
         """An event behind everything that the compute stream was given so far.
@@ -112,16 +147,24 @@ class WorkerSide:
         return event
 
     def take_finished_loads(self) -> set[str] | None:
-        """Requests whose blocks are all there, or failed; called once a step, before the two below."""
+        """Requests whose blocks are all there, or failed; called once a step, before the two below.
+
+        With groups of layers: whose blocks have the first, if a pass can wait for the others.
+
+        Raises:
+            RuntimeError: the device refused a copy for a request that runs already; what it computed is wrong.
+        """
         assert self._transfer is not None
         if self._idle and self._transfer.in_flight:
             self._transfer.wait(IDLE_WAIT_S)
+        self._arriving.begun(self._transfer.take_begun())  # before the results: what has ended is not begun
         self._results = self._transfer.drain()
+        self._arriving.ended(self._results)
         ended = {result.op_id for result in self._results}
         finished = set()
         for request_id, op_ids in self._loads.items():
             op_ids -= ended
-            if not op_ids:
+            if self._arriving.may_run(op_ids):
                 finished.add(request_id)
         for request_id in finished:
             del self._loads[request_id]

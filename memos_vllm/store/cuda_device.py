@@ -18,6 +18,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.store.copy_planner import CopyPlan, Direction, cached_plan, measure_plan
 from memos_vllm.store.fragments import fragment_views
 from memos_vllm.store.host_memory import HostMemory, RowGroup
+from memos_vllm.store.layer_groups import LayerGroup
 from memos_vllm.store.pipeline import Device, Event, Method
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,17 @@ class CudaDevice(Device):
     Args:
         copier: of the planes; an encoding one changes the bytes on their way.
         piece_blocks: the most blocks of one piece, hence rows of a buffer.
+        layers: in which groups of layers a load may come.
     """
 
-    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor], piece_blocks: int) -> None:
+    def __init__(
+        self, copier: BlockCopier, planes: Sequence[Tensor], piece_blocks: int, layers: Sequence[LayerGroup] = ()
+    ) -> None:
         self._copier, self._piece_blocks = copier, piece_blocks
+        self._layers = list(layers)
+        self._layer_copiers = [BlockCopier(planes[group.planes]) for group in layers]
+        for each in self._layer_copiers:
+            each.warm_up()
         self._device = copier.device
         self._fragments = fragment_views(planes) if copier.row_bytes == copier.block_bytes else None
         self._allocation = _allocation_stream(self._device)
@@ -79,9 +87,10 @@ class CudaDevice(Device):
             for host, device in _spans(groups, buffer):
                 device.copy_(host, non_blocking=True)
 
-    def scatter(self, stream: CudaStream, buffer: Tensor, block_ids: Sequence[int]) -> None:
+    def scatter(self, stream: CudaStream, buffer: Tensor, block_ids: Sequence[int], layers: int | None = None) -> None:
+        copier = self._loading(layers)
         with self._on(stream):
-            self._copier.scatter(buffer[: len(block_ids)], block_ids)
+            copier.scatter(_as_rows(buffer, len(block_ids), copier.row_bytes), block_ids)
 
     def gather(self, stream: CudaStream, block_ids: Sequence[int], buffer: Tensor) -> None:
         with self._on(stream):
@@ -92,19 +101,23 @@ class CudaDevice(Device):
             for host, device in _spans(groups, buffer):
                 host.copy_(device, non_blocking=True)
 
-    def load_direct(self, stream: CudaStream, groups: Sequence[RowGroup], block_ids: Sequence[int]) -> None:
+    def load_direct(
+        self, stream: CudaStream, groups: Sequence[RowGroup], block_ids: Sequence[int], layers: int | None = None
+    ) -> None:
         with self._on(stream):
             for group, ids in _by_group(groups, block_ids):
-                self._copier.scatter(group.matrix, ids, group.rows)
+                self._loading(layers).scatter(group.matrix, ids, group.rows)
 
     def save_direct(self, stream: CudaStream, block_ids: Sequence[int], groups: Sequence[RowGroup]) -> None:
         with self._on(stream):
             for group, ids in _by_group(groups, block_ids):
                 self._copier.gather(ids, group.matrix, group.rows)
 
-    def load_fragments(self, stream: CudaStream, groups: Sequence[RowGroup], block_ids: Sequence[int]) -> None:
+    def load_fragments(
+        self, stream: CudaStream, groups: Sequence[RowGroup], block_ids: Sequence[int], layers: int | None = None
+    ) -> None:
         with self._on(stream):
-            for host, device in self._fragment_pairs(groups, block_ids):
+            for host, device in self._fragment_pairs(groups, block_ids, layers):
                 device.copy_(host, non_blocking=True)
 
     def save_fragments(self, stream: CudaStream, block_ids: Sequence[int], groups: Sequence[RowGroup]) -> None:
@@ -112,12 +125,18 @@ class CudaDevice(Device):
             for host, device in self._fragment_pairs(groups, block_ids):
                 host.copy_(device, non_blocking=True)
 
-    def _fragment_pairs(self, groups: Sequence[RowGroup], block_ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loading(self, layers: int | None) -> BlockCopier:
+        return self._copier if layers is None else self._layer_copiers[layers]
+
+    def _fragment_pairs(
+        self, groups: Sequence[RowGroup], block_ids: Sequence[int], layers: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         assert self._fragments is not None
+        fragments = self._fragments if layers is None else self._fragments[self._layers[layers].planes]
         for group, ids in _by_group(groups, block_ids):
             for row, block in zip(group.rows, ids, strict=True):
                 begin = 0
-                for plane in self._fragments:
+                for plane in fragments:
                     end = begin + plane.shape[1]
                     yield group.matrix[row, begin:end], plane[block]
                     begin = end
@@ -143,15 +162,25 @@ def _by_group(groups: Sequence[RowGroup], block_ids: Sequence[int]) -> Iterator[
         begin = end
 
 
-def _spans(groups: Sequence[RowGroup], staged: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Runs of adjacent host rows beside their rows of ``staged``: one DMA each."""
+def _as_rows(buffer: Tensor, num_rows: int, row_bytes: int) -> Tensor:
+    """The beginning of a buffer as rows that may be narrower than its own, and then more."""
+    return buffer.view(-1)[: num_rows * row_bytes].view(num_rows, row_bytes)
+
+
+def _spans(groups: Sequence[RowGroup], buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Runs of adjacent host rows beside their place in the buffer: one DMA each.
+
+    Rows of a group of layers are never adjacent: torch would copy what lies apart together first, and wait for it.
+    """
     spans = []
     done = 0
+    staged = _as_rows(buffer, sum(len(group.rows) for group in groups), groups[0].matrix.shape[1])
     for group in groups:
         begin, rows = 0, group.rows
+        is_whole = group.matrix.is_contiguous()
         while begin < len(rows):
             end = begin + 1
-            while end < len(rows) and rows[end] == rows[end - 1] + 1:
+            while is_whole and end < len(rows) and rows[end] == rows[end - 1] + 1:
                 end += 1
             count = end - begin
             spans.append((group.matrix[rows[begin] : rows[begin] + count], staged[done : done + count]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from memos_vllm.store.copy_totals import ROUTES, CopyTotals, Route, TransferTotals, route_of
 from memos_vllm.store.disk_index import PlannedChunk
-from memos_vllm.store.ops import Load, Op, Read, Result
+from memos_vllm.store.ops import Load, Op, Read, Result, Write
 from memos_vllm.types import BlockKey
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,12 @@ class InFlight:
     def is_prefetching(self, key: BlockKey) -> bool:
         """Whether one is that no request waits for."""
         return key in self._prefetching
+
+    def blocks_of(self, op_id: int) -> tuple[int, ...]:
+        """The GPU blocks of a Load, Read or Save under way."""
+        operation = self._pending[op_id].operation
+        assert not isinstance(operation, Write)
+        return operation.block_ids
 
     def new_id(self) -> int:
         """For an operation that is then started."""

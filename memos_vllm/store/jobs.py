@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 
 from memos_vllm.errors import KVChecksumMismatch, KVFileError
@@ -26,18 +27,21 @@ class Job:
 
     Args:
         num_tasks: how many tasks work on it.
+        num_groups: in how many parts each block comes, all of which it needs (``layer_groups``).
     """
 
-    def __init__(self, op: Op, row_bytes: int, num_tasks: int, report: Callable[[Op, Result], None]) -> None:
+    def __init__(
+        self, op: Op, row_bytes: int, num_tasks: int, report: Callable[[Op, Result], None], num_groups: int = 1
+    ) -> None:
         self.op = op
         self.is_hurried = False
         """Whether a request has begun to wait for a prefetch."""
-        self._row_bytes, self._report = row_bytes, report
+        self._row_bytes, self._report, self._num_groups = row_bytes, report, num_groups
         self._lock = threading.Lock()
         self._parts = num_tasks
         self._error: str | None = None
         self._corrupt = self._checksum_failed = self._no_space = self._unreadable = False
-        self._landed: set[int] = set()
+        self._landed: Counter[int] = Counter()
         self._blocks = 0
         self._started: float | None = None
 
@@ -70,7 +74,7 @@ class Job:
         return landed
 
     def moved(self, block_ids: Sequence[int]) -> None:
-        """These blocks arrived, or left: counted, and not among the failed ones."""
+        """These blocks, or one part of each, arrived or left: counted, and with all parts not among the failed ones."""
         with self._lock:
             self._landed.update(block_ids)
             self._blocks += len(block_ids)
@@ -94,18 +98,24 @@ class Job:
                 return
         seconds = 0.0 if self._started is None else time.perf_counter() - self._started
         wanted = self.op.block_ids if isinstance(self.op, Load | Read) else ()
-        failed = tuple(block for block in wanted if block not in self._landed) if self._error else ()
-        nbytes = self._blocks * self._row_bytes
+        failed = tuple(block for block in wanted if self._landed[block] < self._num_groups) if self._error else ()
+        nbytes = self._blocks * self._row_bytes // self._num_groups
         ok = self._error is None
         causes = (self._corrupt, self._checksum_failed, self._no_space, self._unreadable)
         self._report(self.op, Result(self.op.op_id, ok, self._error, failed, nbytes, seconds, *causes))
 
 
 class Steps(Task):
-    """Runs a generator, one piece of work per step; whatever it raises becomes the job's error."""
+    """Runs a generator, one piece of work per step; whatever it raises becomes the job's error.
 
-    def __init__(self, job: Job, steps: Generator[None, None, None]) -> None:
-        self._job, self._steps = job, steps
+    Args:
+        ended: called after the last step, or instead of it; whether the job had failed.
+    """
+
+    def __init__(
+        self, job: Job, steps: Generator[None, None, None], ended: Callable[[bool], None] | None = None
+    ) -> None:
+        self._job, self._steps, self._ended = job, steps, ended
         self.op_id = job.op.op_id
 
     def step(self) -> bool:
@@ -114,9 +124,9 @@ class Steps(Task):
             next(self._steps)
             return True
         except StopIteration:
-            self._job.end_part(None)
+            self._end(None)
         except Exception as error:
-            self._job.end_part(error)
+            self._end(error)
         return False
 
     def cancel(self) -> None:
@@ -124,7 +134,12 @@ class Steps(Task):
             self._steps.close()
         except Exception as error:
             _describe(error, self._job.op)
-        self._job.end_part("the transfer worker was shut down")
+        self._end("the transfer worker was shut down")
+
+    def _end(self, error: Exception | str | None) -> None:
+        if self._ended is not None:
+            self._ended(error is not None or self._job.failed)
+        self._job.end_part(error)
 
 
 class Copy(Task):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from memos_vllm.store.cuda_device import CudaDevice
 from memos_vllm.store.fragments import fragment_views
 from memos_vllm.store.host_memory import RowGroup
 from memos_vllm.store.kv_file import Row, items_per_piece
-from memos_vllm.store.pipeline import Device, Landed, LoadPipeline, Method, SavePipeline
+from memos_vllm.store.layer_groups import LayerGroup
+from memos_vllm.store.pipeline import Device, Event, Landed, LoadPipeline, Method, SavePipeline
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +39,25 @@ class Link(ABC):
     """The most blocks of a call; None: as many as a piece of a file has (``kv_file.items_per_piece``)."""
     in_place: bool
     """Whether a call copies in the caller's thread, any thread, and returns when it has landed."""
+    layers: Sequence[LayerGroup] = ()
+    """In which groups of layers a load may come; none: whole blocks only."""
 
     @abstractmethod
-    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
+    def load(
+        self,
+        groups: Sequence[RowGroup],
+        block_ids: Sequence[int],
+        after: Any,
+        landed: Landed,
+        layers: int | None = None,
+    ) -> Event | None:
         """Rows to blocks, in order. Starts after the event: nothing uses the blocks' old content then.
+
+        Args:
+            layers: which group of layers; None: all.
+
+        Returns:
+            The point at which the bytes are in the blocks, for streams that need them; None: they are there.
 
         Raises:
             Exception: nothing is under way, and ``landed`` is not called.
@@ -58,6 +75,13 @@ class Link(ABC):
         """The blocks' own bytes, to read a file into; None if that cannot be done."""
         return None
 
+    def _of_layers(self, groups: Sequence[RowGroup], layers: int | None) -> Sequence[RowGroup]:
+        """The columns of a group of layers."""
+        if layers is None:
+            return groups
+        columns = self.layers[layers].columns
+        return [replace(group, matrix=group.matrix[:, columns]) for group in groups]
+
     def close(self, timeout_s: float) -> bool:
         """Lets what is under way land. False if the device does not answer."""
         return True
@@ -68,17 +92,26 @@ class CpuLink(Link):
 
     in_place = True
 
-    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor]) -> None:
-        self._copier = copier
+    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor], layers: Sequence[LayerGroup] = ()) -> None:
+        self._copier, self.layers = copier, layers
+        self._layer_copiers = [BlockCopier(planes[group.planes]) for group in layers]
         fragments = fragment_views(planes) if copier.row_bytes == copier.block_bytes else None
         self._fragments = None if fragments is None else [fragment.numpy() for fragment in fragments]
         self.row_bytes, self.device = copier.row_bytes, copier.device
 
-    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
+    def load(
+        self,
+        groups: Sequence[RowGroup],
+        block_ids: Sequence[int],
+        after: Any,
+        landed: Landed,
+        layers: int | None = None,
+    ) -> None:
+        copier = self._copier if layers is None else self._layer_copiers[layers]
         begin = 0
-        for group in groups:
+        for group in self._of_layers(groups, layers):
             end = begin + len(group.rows)
-            self._copier.scatter(group.matrix, block_ids[begin:end], group.rows)
+            copier.scatter(group.matrix, block_ids[begin:end], group.rows)
             begin = end
         landed(None)
 
@@ -105,6 +138,7 @@ class DeviceLink(Link):
         fragments: how many pieces of memory a block is on the device.
         plan: which method is the fastest for how many fragments.
         piece_blocks: that fit a buffer of the device.
+        layers: as ``device`` knows them.
     """
 
     in_place = False
@@ -117,26 +151,41 @@ class DeviceLink(Link):
         fragments: int,
         plan: CopyPlan,
         piece_blocks: int | None = None,
+        layers: Sequence[LayerGroup] = (),
     ) -> None:
+        self.layers = layers
         self.row_bytes, self.device, self.piece_blocks = row_bytes, torch_device, piece_blocks
-        self._chosen: dict[tuple[Direction, int, bool], Method] = {}
+        self._chosen: dict[tuple[Direction, int, bool, int | None], Method] = {}
         self._fragments, self._plan, self._methods = fragments, plan, device.methods
         self._loads = LoadPipeline(device, "memos-load-landing")
+        if layers:  # once its request runs, a load may not fail
+            self._loads.make_buffers()
         self._saves = SavePipeline(device, "memos-save-landing")
 
-    def load(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, landed: Landed) -> None:
-        self._loads.issue(groups, block_ids, after, self._method(Direction.LOAD, groups, len(block_ids)), landed)
+    def load(
+        self,
+        groups: Sequence[RowGroup],
+        block_ids: Sequence[int],
+        after: Any,
+        landed: Landed,
+        layers: int | None = None,
+    ) -> Event:
+        method = self._method(Direction.LOAD, groups, len(block_ids), layers)
+        return self._loads.issue(self._of_layers(groups, layers), block_ids, after, method, landed, layers)
 
     def save(self, block_ids: Sequence[int], groups: Sequence[RowGroup], after: Any, landed: Landed) -> None:
         self._saves.issue(groups, block_ids, after, self._method(Direction.SAVE, groups, len(block_ids)), landed)
 
-    def _method(self, direction: Direction, groups: Sequence[RowGroup], num_blocks: int) -> Method:
+    def _method(
+        self, direction: Direction, groups: Sequence[RowGroup], num_blocks: int, layers: int | None = None
+    ) -> Method:
         pinned = all(group.pinned for group in groups)
-        case = direction, num_blocks, pinned
+        case = direction, num_blocks, pinned, layers
         if case not in self._chosen:  # looked up once: it takes as long as a kernel's launch
             allowed = self._methods if pinned else self._methods - {Method.DIRECT}
             size_bytes = self.row_bytes // self._fragments
-            self._chosen[case] = self._plan.choose(direction, size_bytes, self._fragments * num_blocks, allowed)
+            fragments = self._fragments if layers is None else self.layers[layers].num_planes
+            self._chosen[case] = self._plan.choose(direction, size_bytes, fragments * num_blocks, allowed)
         return self._chosen[case]
 
     def close(self, timeout_s: float) -> bool:
@@ -149,14 +198,15 @@ def device_piece_blocks(row_bytes: int) -> int:
     return max(items_per_piece(row_bytes), DEVICE_PIECE_BYTES // row_bytes)
 
 
-def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> Link:
-    """The link to ``planes``, which ``copier`` copies."""
+def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan, layers: Sequence[LayerGroup] = ()) -> Link:
+    """The link to ``planes``, which ``copier`` copies; with ``layers`` also group by group, unless it encodes."""
+    assert not layers or copier.row_bytes == copier.block_bytes
     copier.warm_up()
     if copier.device.type != "cuda":
-        return CpuLink(copier, planes)
+        return CpuLink(copier, planes, layers)
     piece_blocks = device_piece_blocks(copier.row_bytes)
     fragment = (copier.row_bytes // len(planes), piece_blocks * len(planes))
-    device = CudaDevice(copier, planes, piece_blocks)
+    device = CudaDevice(copier, planes, piece_blocks, layers)
     methods = {each.value: plan.choose(each, *fragment, device.methods).value for each in Direction}
     logger.info("KV copies in pieces of %d x %d bytes: %s", fragment[1], fragment[0], methods)
-    return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan, piece_blocks)
+    return DeviceLink(device, copier.device, copier.row_bytes, len(planes), plan, piece_blocks, layers)

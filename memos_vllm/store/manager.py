@@ -124,6 +124,10 @@ class TierManager:
         """Whether a copy of the block to the GPU is under way."""
         return self._in_flight.brings(key)
 
+    def blocks_of(self, op_id: int) -> tuple[int, ...]:
+        """The GPU blocks that a copy under way reads or writes."""
+        return self._in_flight.blocks_of(op_id)
+
     def hurry(self, keys: Iterable[BlockKey]) -> list[int]:
         """Prefetches of these keys for which a request has begun to wait, each named once."""
         return self._in_flight.hurry(keys)

@@ -76,11 +76,14 @@ class Device(ABC):
     def buffer(self) -> Any:
         """Memory on the device for one piece; made for one place of a ring, kept for good."""
 
+    # A load may be of one group of layers (``layer_groups``), which is then named by its number; the rows that come
+    # with it have the columns of that group only.
+
     @abstractmethod
     def copy_in(self, stream: Stream, groups: Sequence[RowGroup], buffer: Any) -> None: ...
 
     @abstractmethod
-    def scatter(self, stream: Stream, buffer: Any, block_ids: Sequence[int]) -> None: ...
+    def scatter(self, stream: Stream, buffer: Any, block_ids: Sequence[int], layers: int | None) -> None: ...
 
     @abstractmethod
     def gather(self, stream: Stream, block_ids: Sequence[int], buffer: Any) -> None: ...
@@ -89,13 +92,17 @@ class Device(ABC):
     def copy_out(self, stream: Stream, buffer: Any, groups: Sequence[RowGroup]) -> None: ...
 
     @abstractmethod
-    def load_direct(self, stream: Stream, groups: Sequence[RowGroup], block_ids: Sequence[int]) -> None: ...
+    def load_direct(
+        self, stream: Stream, groups: Sequence[RowGroup], block_ids: Sequence[int], layers: int | None
+    ) -> None: ...
 
     @abstractmethod
     def save_direct(self, stream: Stream, block_ids: Sequence[int], groups: Sequence[RowGroup]) -> None: ...
 
     @abstractmethod
-    def load_fragments(self, stream: Stream, groups: Sequence[RowGroup], block_ids: Sequence[int]) -> None: ...
+    def load_fragments(
+        self, stream: Stream, groups: Sequence[RowGroup], block_ids: Sequence[int], layers: int | None
+    ) -> None: ...
 
     @abstractmethod
     def save_fragments(self, stream: Stream, block_ids: Sequence[int], groups: Sequence[RowGroup]) -> None: ...
@@ -111,9 +118,18 @@ class Pipeline(ABC):
         self._landing = Landing(name, device.begin_thread)
 
     def issue(
-        self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, method: Method, landed: Landed
-    ) -> None:
+        self,
+        groups: Sequence[RowGroup],
+        block_ids: Sequence[int],
+        after: Any,
+        method: Method,
+        landed: Landed,
+        layers: int | None = None,
+    ) -> Event:
         """Gives one piece to the device; waits while the ring is full.
+
+        Returns:
+            The point behind all of it.
 
         Raises:
             Exception: nothing of the piece is under way, and ``landed`` is not called.
@@ -122,16 +138,21 @@ class Pipeline(ABC):
         try:
             match method:
                 case Method.STAGED:
-                    ended = self._staged(groups, block_ids, self._ring.buffer(place), after)
+                    ended = self._staged(groups, block_ids, self._ring.buffer(place), after, layers)
                 case Method.DIRECT:
-                    ended = self._direct(groups, block_ids, after)
+                    ended = self._direct(groups, block_ids, after, layers)
                 case Method.DMA:
-                    ended = self._fragments(groups, block_ids, after)
+                    ended = self._fragments(groups, block_ids, after, layers)
         except BaseException:
             self._settle()  # what was given before the error still uses rows, blocks and buffer
             self._ring.give_back(place)
             raise
         self._landing.expect(ended, partial(self._land, place, landed))
+        return ended
+
+    def make_buffers(self) -> None:
+        """All of the ring now, so that no later piece can fail for want of memory."""
+        self._ring.make_buffers()
 
     def close(self, timeout_s: float) -> bool:
         """Lets what was issued land, refuses more. False if the device does not answer."""
@@ -139,13 +160,19 @@ class Pipeline(ABC):
         return self._landing.close(timeout_s)
 
     @abstractmethod
-    def _staged(self, groups: Sequence[RowGroup], block_ids: Sequence[int], buffer: Any, after: Any) -> Event: ...
+    def _staged(
+        self, groups: Sequence[RowGroup], block_ids: Sequence[int], buffer: Any, after: Any, layers: int | None
+    ) -> Event: ...
 
     @abstractmethod
-    def _direct(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any) -> Event: ...
+    def _direct(
+        self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, layers: int | None
+    ) -> Event: ...
 
     @abstractmethod
-    def _fragments(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any) -> Event: ...
+    def _fragments(
+        self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, layers: int | None
+    ) -> Event: ...
 
     def _wait(self, stream: Stream, event: Any) -> None:
         if event is not None:
@@ -167,29 +194,33 @@ class Pipeline(ABC):
 class LoadPipeline(Pipeline):
     """Host rows to blocks."""
 
-    def _staged(self, groups: Sequence[RowGroup], block_ids: Sequence[int], buffer: Any, after: Any) -> Event:
+    def _staged(
+        self, groups: Sequence[RowGroup], block_ids: Sequence[int], buffer: Any, after: Any, layers: int | None
+    ) -> Event:
         self._device.copy_in(self._copies, groups, buffer)
         copied = self._copies.record()
         self._wait(self._kernels, after)
         self._wait(self._kernels, copied)
-        self._device.scatter(self._kernels, buffer, block_ids)
+        self._device.scatter(self._kernels, buffer, block_ids, layers)
         return self._kernels.record()
 
-    def _direct(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any) -> Event:
+    def _direct(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, layers: int | None) -> Event:
         self._wait(self._kernels, after)
-        self._device.load_direct(self._kernels, groups, block_ids)
+        self._device.load_direct(self._kernels, groups, block_ids, layers)
         return self._kernels.record()
 
-    def _fragments(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any) -> Event:
+    def _fragments(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, layers: int | None) -> Event:
         self._wait(self._copies, after)
-        self._device.load_fragments(self._copies, groups, block_ids)
+        self._device.load_fragments(self._copies, groups, block_ids, layers)
         return self._copies.record()
 
 
 class SavePipeline(Pipeline):
     """Blocks to host rows."""
 
-    def _staged(self, groups: Sequence[RowGroup], block_ids: Sequence[int], buffer: Any, after: Any) -> Event:
+    def _staged(
+        self, groups: Sequence[RowGroup], block_ids: Sequence[int], buffer: Any, after: Any, layers: int | None
+    ) -> Event:
         self._wait(self._kernels, after)
         self._device.gather(self._kernels, block_ids, buffer)
         gathered = self._kernels.record()
@@ -197,12 +228,12 @@ class SavePipeline(Pipeline):
         self._device.copy_out(self._copies, buffer, groups)
         return self._copies.record()
 
-    def _direct(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any) -> Event:
+    def _direct(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, layers: int | None) -> Event:
         self._wait(self._kernels, after)
         self._device.save_direct(self._kernels, block_ids, groups)
         return self._kernels.record()
 
-    def _fragments(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any) -> Event:
+    def _fragments(self, groups: Sequence[RowGroup], block_ids: Sequence[int], after: Any, layers: int | None) -> Event:
         self._wait(self._copies, after)
         self._device.save_fragments(self._copies, block_ids, groups)
         return self._copies.record()
@@ -230,6 +261,10 @@ class Ring:
         if self._buffers[place] is None:
             self._buffers[place] = self._device.buffer()
         return self._buffers[place]
+
+    def make_buffers(self) -> None:
+        for place in range(len(self._buffers)):
+            self.buffer(place)
 
     def give_back(self, place: int) -> None:
         with self._changed:

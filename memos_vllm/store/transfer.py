@@ -23,6 +23,7 @@ from memos_vllm.store.host_memory import HostMemory, tensors
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.jobs import Copy, Job, Steps
 from memos_vllm.store.kv_file import ChunkReader, items_per_piece, parts_of, pieces, rows_of, write_chunk_in_pieces
+from memos_vllm.store.layer_groups import LayeredLoad
 from memos_vllm.store.link import Link
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write, path_for_rank
 from memos_vllm.store.pipeline import Event
@@ -65,7 +66,9 @@ class TransferWorker:
         self._writes_in_flight = 0
         self._closed = False
         self._prefetches: dict[int, Job] = {}
-        self._changed = threading.Condition()  # of the five above
+        self._layered: dict[int, LayeredLoad] = {}
+        self._begun: set[int] = set()
+        self._changed = threading.Condition()  # of the seven above
         self._io_threads = io_threads
         shares = {Priority.PREFETCH: PREFETCH_SHARE} if link.in_place else {}
         self._loads = TaskQueue(f"memos-load-{rank}", 1, shares=shares)
@@ -81,12 +84,15 @@ class TransferWorker:
             after: recorded behind the work that fills the blocks of Saves and that last used the
                 blocks of Loads and Reads. Not needed on CPU.
         """
+        layered = [op for op in ops if self._link.layers and isinstance(op, Load) and not op.prefetch]
         for op in ops:
             with self._changed:
                 assert not self._closed, "submit after shutdown"
                 self._in_flight += 1
                 self._writes_in_flight += isinstance(op, Write)
             match op:
+                case Load() if op in layered:
+                    pass
                 case Load():
                     job = self._loading(op, num_tasks=1)
                     priority = Priority.PREFETCH if op.prefetch else Priority.LOAD
@@ -99,6 +105,42 @@ class TransferWorker:
                 case Write():
                     job = Job(op, self.row_bytes, 1, self._report)
                     self._files.put(Priority.WRITE, Steps(job, self._write(op, job)))
+
+        self._start_layered(layered, after)
+
+    def _start_layered(self, ops: Sequence[Load], after: Event | None) -> None:
+        """The first layers of all these blocks, then the next."""
+        num_groups = len(self._link.layers)
+        jobs = [Job(op, self.row_bytes, num_groups, self._report, num_groups) for op in ops]
+        loads = [LayeredLoad(num_groups, partial(self._first_landed, op.op_id)) for op in ops]
+        with self._changed:
+            self._layered.update((op.op_id, load) for op, load in zip(ops, loads, strict=True))
+        for group in range(num_groups):
+            for op, job, load in zip(ops, jobs, loads, strict=True):
+                steps = self._load_group(op, job, load, group, after)
+                ended = partial(load.end, group)
+                self._loads.put(Priority.LOAD, Steps(job, steps, ended))
+
+    def _first_landed(self, op_id: int) -> None:
+        with self._changed:
+            if op_id in self._layered:
+                self._begun.add(op_id)
+                self._changed.notify_all()
+
+    def take_begun(self) -> set[int]:
+        """Loads in groups of layers whose first group has landed since the last call.
+
+        Their blocks may be used by a pass that asks ``wait_for_layers`` for each group before it needs it.
+        """
+        with self._changed:
+            begun, self._begun = self._begun, set()
+            return begun
+
+    def wait_for_layers(self, op_id: int, group: int) -> list[Event]:
+        """Blocks until a group of a load was given to the device; what a stream that needs it has to wait for."""
+        with self._changed:
+            load = self._layered.get(op_id)
+        return [] if load is None else load.wait(group)
 
     def _loading(self, op: Load | Read, num_tasks: int) -> Job:
         job = Job(op, self.row_bytes, num_tasks, self._report)
@@ -129,10 +171,13 @@ class TransferWorker:
             return results
 
     def wait(self, timeout_s: float) -> bool:
-        """Until ``drain`` has something to return; False after ``timeout_s``, or at once if nothing is in flight."""
+        """Until ``drain`` or ``take_begun`` has something to return.
+
+        False after ``timeout_s``, or at once if nothing is in flight.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._results or not self._in_flight, timeout_s)
-            return bool(self._results)
+            self._changed.wait_for(lambda: self._results or self._begun or not self._in_flight, timeout_s)
+            return bool(self._results or self._begun)
 
     @property
     def in_flight(self) -> int:
@@ -169,6 +214,25 @@ class TransferWorker:
             slots, block_ids = zip(*pairs, strict=True)
             copy = partial(self._link.load, self._host.groups(slots), block_ids, after)
             Copy(copy, job.piece(block_ids)).step()
+            yield
+
+    def _load_group(
+        self, op: Load, job: Job, load: LayeredLoad, group: int, after: Event | None
+    ) -> Generator[None, None, None]:
+        # As many bytes as a piece of whole blocks has.
+        step = max(1, self._link_rows * self.row_bytes // self._link.layers[group].row_bytes)
+        for pairs in parts_of(list(zip(op.slots, op.block_ids, strict=True)), step):
+            if job.failed:
+                return
+            slots, block_ids = zip(*pairs, strict=True)
+            rows = self._host.groups(slots)
+            landed = load.piece(group, job.piece(block_ids))
+            try:
+                event = self._link.load(rows, block_ids, after, landed, group)
+            except Exception as error:
+                landed(error)
+            else:
+                load.issued(group, event)
             yield
 
     def _save(self, op: Save, job: Job, after: Event | None) -> Generator[None, None, None]:
@@ -247,4 +311,5 @@ class TransferWorker:
             self._results.append(result)
             self._writes_in_flight -= isinstance(op, Write)
             self._prefetches.pop(op.op_id, None)
+            self._layered.pop(op.op_id, None)
             self._changed.notify_all()

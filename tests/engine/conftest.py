@@ -16,6 +16,8 @@ from memos_vllm.integration import salts
 
 BLOCK_SIZE = 32
 NUM_BLOCKS_BYTES = 64 * 2**20
+LAYER_GROUPS = int(os.environ.get("MEMOS_TEST_LAYER_GROUPS", "1"))
+"""``tests/engine/test_layer_groups.py`` runs tests with more than one."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +102,7 @@ def make_engine(model: Path, data_dir: Path, **options: Any) -> Engine:
 
     from memos_vllm.config import MemosConfig
 
-    kv = {"host_bytes": 64 * 2**20, "disk_bytes": 256 * 2**20, **options.pop("kv", {})}
+    kv = {"host_bytes": 64 * 2**20, "disk_bytes": 256 * 2**20, "layer_groups": LAYER_GROUPS, **options.pop("kv", {})}
     config = MemosConfig.model_validate({"data_dir": str(data_dir), "kv": kv})
     from memos_vllm.integration.plugin import connector_config
 

@@ -80,8 +80,9 @@ class SimulatedDevice(Device):
 
     methods = frozenset(Method)
 
-    def __init__(self, planes, piece_blocks, eager=(), removed=()):
+    def __init__(self, planes, piece_blocks, eager=(), removed=(), layers=()):
         self.copier, self.piece_blocks = BlockCopier(planes), piece_blocks
+        self.layer_copiers = [BlockCopier(planes[group.planes]) for group in layers]
         self.eager, self.removed = set(eager), set(removed)
         self.lock = threading.RLock()
         self.gate = lambda event: None  # called before anybody waits for an event
@@ -103,21 +104,27 @@ class SimulatedDevice(Device):
     def buffer(self):
         return torch.full((self.piece_blocks, self.copier.block_bytes), 0xEE, dtype=torch.uint8)
 
+    def loading(self, layers):
+        return self.copier if layers is None else self.layer_copiers[layers]
+
     def copy_in(self, stream, groups, buffer):
-        stream.put(lambda: self._each(groups, lambda row, done: buffer[done].copy_(row)))
+        rows = buffer.view(-1).split(groups[0].matrix.shape[1])
+        stream.put(lambda: self._each(groups, lambda row, done: rows[done].copy_(row)))
 
     def copy_out(self, stream, buffer, groups):
         stream.put(lambda: self._each(groups, lambda row, done: row.copy_(buffer[done])))
 
-    def scatter(self, stream, buffer, block_ids):
-        stream.put(lambda: self.copier.scatter(buffer[: len(block_ids)], block_ids))
+    def scatter(self, stream, buffer, block_ids, layers):
+        copier = self.loading(layers)
+        rows = buffer.view(-1)[: len(block_ids) * copier.row_bytes].view(-1, copier.row_bytes)
+        stream.put(lambda: copier.scatter(rows, block_ids))
 
     def gather(self, stream, block_ids, buffer):
         stream.put(lambda: self.copier.gather(block_ids, buffer[: len(block_ids)]))
 
-    def load_direct(self, stream, groups, block_ids):
+    def load_direct(self, stream, groups, block_ids, layers):
         def load():
-            self._each(groups, lambda row, done: self.copier.scatter(row[None], [block_ids[done]]))
+            self._each(groups, lambda row, done: self.loading(layers).scatter(row[None], [block_ids[done]]))
 
         stream.put(load)
 

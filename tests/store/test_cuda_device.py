@@ -19,7 +19,8 @@ from memos_vllm.store import cuda_device, host_memory, kv_file
 from memos_vllm.store import link as link_module
 from memos_vllm.store.copy_planner import CopyPlan, Direction
 from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
-from memos_vllm.store.host_memory import HostMemory
+from memos_vllm.store.host_memory import HostMemory, RowGroup
+from memos_vllm.store.layer_groups import layer_groups
 from memos_vllm.store.link import DeviceLink
 from memos_vllm.store.pipeline import Method
 
@@ -93,23 +94,43 @@ def make_planes():
 
 
 @pytest.mark.parametrize("method", Method)
-def test_every_method_moves_the_same_bytes(cudart, monkeypatch, method):
+@pytest.mark.parametrize("num_groups", [0, 2], ids=["whole", "in groups of layers"])
+def test_every_method_moves_the_same_bytes(cudart, monkeypatch, method, num_groups):
     monkeypatch.setattr(CopyPlan, "choose", lambda self, direction, size, count, allowed: method)
     monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 3 * 960)
     planes = make_planes()
     copier = BlockCopier(planes)
-    link = DeviceLink(CudaDevice(copier, planes, PIECE), CPU, copier.row_bytes, len(planes), CopyPlan())
+    layers = layer_groups(planes, num_groups)
+    device = CudaDevice(copier, planes, PIECE, layers)
+    link = DeviceLink(device, CPU, copier.row_bytes, len(planes), CopyPlan(), layers=layers)
     host = pinned_memory(8, copier.row_bytes)
     blocks, slots, errors = [3, 4, 9, 0], [6, 1, 2, 3], []
     expected = torch.empty(4, copier.row_bytes, dtype=torch.uint8)
     gather_reference(planes, blocks, expected)
     event = torch.cuda.Event(blocking=True)
     link.save(blocks, host.groups(slots), event, errors.append)
-    link.load(host.groups(slots), [5, 6, 7, 8], event, errors.append)
-    assert link.close(60.0) and errors == [None, None]
+    for group in range(num_groups) or (None,):
+        link.load(host.groups(slots), [5, 6, 7, 8], event, errors.append, group)
+    assert link.close(60.0) and errors == [None] * (1 + max(1, num_groups))
     arrived = torch.empty_like(expected)
     gather_reference(planes, [5, 6, 7, 8], arrived)
     assert torch.equal(arrived, expected)
+
+
+def test_each_copy_to_the_device_is_of_memory_in_one_piece(cudart):
+    """torch copies other memory together first, and waits for it."""
+    planes = make_planes()
+    columns = layer_groups(planes, 2)[1].columns
+    memory = pinned_memory(8, 960)
+    buffer = torch.empty(PIECE, 960, dtype=torch.uint8)
+    whole = memory.groups([1, 2, 3, 5])
+    assert [len(host) for host, _ in cuda_device._spans(whole, buffer)] == [3, 1]
+    narrow = [RowGroup(group.matrix[:, columns], group.rows, group.pinned) for group in whole]
+    spans = cuda_device._spans(narrow, buffer)
+    assert [len(host) for host, _ in spans] == [1] * 4
+    assert all(host.is_contiguous() and device.is_contiguous() for host, device in spans)
+    width = columns.stop - columns.start
+    assert [device.data_ptr() - buffer.data_ptr() for _, device in spans] == [row * width for row in range(4)]
 
 
 def test_threads_that_wait_for_a_gpu_wait_for_their_own(cudart):

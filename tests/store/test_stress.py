@@ -1,11 +1,14 @@
 """Ten thousand operations beside a forward pass: no block is ever wrong, and a removed wait is seen."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.store import host_memory, kv_file
 from memos_vllm.store.copy_planner import CopyPlan
+from memos_vllm.store.layer_groups import layer_groups
 from memos_vllm.store.link import CpuLink, DeviceLink
 from memos_vllm.store.transfer import TransferWorker
 from tests.store.simulated_device import NAMES, SimulatedDevice
@@ -40,14 +43,16 @@ def make_stress(tmp_path):
         worker.shutdown(60.0)
 
 
-def in_cpu_memory(planes):
-    return CpuLink(BlockCopier(planes), planes), ThreadPass(planes)
+def in_cpu_memory(planes, num_groups=0):
+    return CpuLink(BlockCopier(planes), planes, layer_groups(planes, num_groups)), ThreadPass(planes)
 
 
-def on_a_device(eager=(), removed=()):
+def on_a_device(eager=(), removed=(), num_groups=0):
     def link_of(planes):
-        device = SimulatedDevice(planes, PIECE_BLOCKS, eager, removed)
-        link = DeviceLink(device, torch.device("cpu"), device.copier.row_bytes, len(planes), CopyPlan())
+        layers = layer_groups(planes, num_groups)
+        device = SimulatedDevice(planes, PIECE_BLOCKS, eager, removed, layers)
+        row_bytes = device.copier.row_bytes
+        link = DeviceLink(device, torch.device("cpu"), row_bytes, len(planes), CopyPlan(), PIECE_BLOCKS, layers)
         return link, StreamPass(planes, device)
 
     return link_of
@@ -68,6 +73,17 @@ def test_thousands_of_operations_on_a_device_in_the_worst_order(make_stress, num
     stress = make_stress(on_a_device(eager), in_flight=8)
     assert stress.run(num_ops) == []
     assert stress.done >= num_ops
+
+
+@pytest.mark.parametrize(
+    "link_of",
+    [partial(in_cpu_memory, num_groups=3), on_a_device(num_groups=3), on_a_device(NAMES, num_groups=3)],
+    ids=["in CPU memory", "lazy", "eager"],
+)
+def test_loads_in_groups_of_layers_are_as_sound(make_stress, link_of):
+    stress = make_stress(link_of, in_flight=8)
+    assert stress.run(1_500) == []
+    assert stress.done >= 1_500
 
 
 @pytest.mark.parametrize(

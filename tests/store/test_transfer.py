@@ -321,7 +321,7 @@ def test_host_slots_go_over_the_link_in_pieces_of_its_size(make_rig, monkeypatch
 class GatedLink:
     """Copies like the real one in a thread of its own, but logs every piece and holds it at a gate."""
 
-    in_place = False
+    in_place, layers = False, ()
     memory = staticmethod(lambda block_ids: None)
 
     def __init__(self, link):

@@ -11,7 +11,7 @@ import vllm
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from memos_vllm.compat import cpu_lora, hashing, sleep_mode, weight_updates
+from memos_vllm.compat import cpu_lora, hashing, layer_waits, sleep_mode, weight_updates
 from memos_vllm.integration import activation_memory
 from tests.conftest import ROOT
 
@@ -150,3 +150,55 @@ def test_vllms_own_ways_to_change_weights_count_as_such(method: str) -> None:
 
     assert method not in weight_updates.LEAVES_WEIGHTS_ALONE
     assert hasattr(Worker, method) or Version(vllm.__version__) < Version("0.32"), "vLLM calls it otherwise now"
+
+
+@pytest.mark.parametrize(
+    ("context", "ask"),
+    [
+        ({}, True),
+        ({"cudagraph_runtime_mode": "PIECEWISE"}, True),
+        ({"cudagraph_runtime_mode": "FULL"}, False),
+        ({"ubatch_slices": [object()]}, False),
+        ({"attn_metadata": None}, False),
+    ],
+    ids=["eager", "piecewise graph", "full graph", "two batches at a time", "no pass"],
+)
+def test_layers_ask_where_their_operators_run(context: dict, ask: bool) -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import override_forward_context
+
+    mode = CUDAGraphMode[context.pop("cudagraph_runtime_mode", "NONE")]
+    fields = {"attn_metadata": {}, "ubatch_slices": None, "cudagraph_runtime_mode": mode, **context}
+    with override_forward_context(SimpleNamespace(**fields)):
+        assert layer_waits.layers_ask() is ask
+
+
+def test_outside_of_a_pass_it_is_not_certain_that_layers_ask() -> None:
+    assert not layer_waits.layers_ask()
+
+
+class TestWhyLayersDoNotAsk:
+    @staticmethod
+    def config(**layers: object) -> SimpleNamespace:
+        compilation = SimpleNamespace(static_forward_context=layers)
+        return SimpleNamespace(speculative_config=None, compilation_config=compilation)
+
+    def test_attention_and_mla_ask(self) -> None:
+        from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+        layers = {"a": object.__new__(Attention), "b": object.__new__(MLAAttention)}
+        assert layer_waits.why_not(self.config(**layers), layers) is None
+
+    def test_other_layers_do_not(self) -> None:
+        from vllm.model_executor.layers.attention import Attention
+
+        class Indexer(Attention): ...
+
+        layers = {"a": object.__new__(Attention), "b.indexer": object.__new__(Indexer)}
+        assert "b.indexer is a Indexer" in (layer_waits.why_not(self.config(**layers), layers) or "")
+        assert layer_waits.why_not(self.config(), ["unknown"]) is not None
+
+    def test_with_a_drafter_they_do_not(self) -> None:
+        config = self.config()
+        config.speculative_config = object()
+        assert "speculative" in (layer_waits.why_not(config, []) or "")
