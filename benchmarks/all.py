@@ -82,8 +82,6 @@ STEPS = [
         ),
         least_s=90,
     ),
-    # Its model has no weights on a GPU: whether answers are the same is asked of one that has.
-    Step("layer_groups-equal", "layer_groups", ("--preset", "smoke"), presets=("gpu",), least_s=60),
     Step("layer_groups", "layer_groups", least_s=90),
     Step("fp8_divergence", "fp8_divergence", least_s=60),
     Step("adapters", "adapters", least_s=120),

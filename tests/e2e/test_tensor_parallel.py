@@ -25,7 +25,7 @@ def parallel(recall_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     config = directory / "memos.yaml"
     config.write_text(
         f"data_dir: {directory / 'data'}\nmemory: {{long_lived_tokens: 2048, max_map_bytes: 1MiB}}\n"
-        "kv: {host_bytes: 32MiB, disk_bytes: 64MiB, min_load_tokens: 32}\n"
+        "kv: {host_bytes: 32MiB, disk_bytes: 64MiB, min_load_tokens: 32, layer_groups: 2}\n"
     )
     with serve(
         recall_model,

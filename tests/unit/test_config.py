@@ -89,6 +89,8 @@ def test_default_yaml_states_the_defaults() -> None:
         ("kv:\n  save: sometimes", ["'kv.save'"]),
         ("kv:\n  store_dtype: int4", ["'kv.store_dtype'", "'int4'"]),
         ("kv:\n  store_dtype: fp8\n  save: all", ["'kv'", "approximate", "save: memory"]),
+        ("kv:\n  layer_groups: 0", ["'kv.layer_groups'", "1"]),
+        ("kv:\n  store_dtype: fp8\n  layer_groups: 2", ["'kv'", "loaded whole", "leave out 'layer_groups'"]),
         ("identity:\n  keys:\n    k: {user: alice}", ["'identity.keys.k.tenant'", "required"]),
         ("- a\n- b", ["must be a mapping", "list"]),
         ("a: [1, 2", ["not valid YAML", "line"]),
