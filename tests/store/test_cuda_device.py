@@ -17,7 +17,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.kernels.reference import gather_reference
 from memos_vllm.store import cuda_device, host_memory, kv_file
 from memos_vllm.store import link as link_module
-from memos_vllm.store.copy_planner import CopyPlan, Direction
+from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
 from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
 from memos_vllm.store.host_memory import HostMemory
 from memos_vllm.store.link import DeviceLink
@@ -61,7 +61,7 @@ def cudart(monkeypatch):
 
     class Stream:
         def __init__(self, device, priority):
-            pass
+            assert priority == 0, "the lowest: torch's range ends there, and none of vLLM's has less"
 
         def wait_event(self, event):
             assert isinstance(event, Event)
@@ -259,6 +259,20 @@ def test_measuring_takes_few_of_the_streams_that_torch_has_for_the_process(cudar
 def test_a_piece_over_the_link_is_larger_than_one_of_a_file_and_never_smaller(monkeypatch):
     assert link_module.device_piece_blocks(2**20) == 16 > kv_file.items_per_piece(2**20) == 8
     assert link_module.device_piece_blocks(2**26) == kv_file.items_per_piece(2**26) == 1
+
+
+def test_on_a_gpu_the_link_is_warm_and_has_the_plan_and_pieces_of_its_size(cudart, caplog):
+    planes, warmed = make_planes(), []
+    copier = SimpleNamespace(
+        device=torch.device("cuda", 0), row_bytes=960, block_bytes=960, warm_up=lambda: warmed.append(True)
+    )
+    plan = CopyPlan([Measured(Direction.SAVE, Method.DMA, 160, 8, 9.0)])
+    with caplog.at_level("INFO"):
+        link = link_module.link_for(copier, planes, plan)
+    assert isinstance(link, DeviceLink) and link._plan is plan and warmed
+    assert link.piece_blocks == link_module.device_piece_blocks(960) and link._methods == frozenset(Method)
+    assert "{'load': 'staged', 'save': 'dma'}" in caplog.text
+    assert link.close(60.0)
 
 
 def test_a_machine_has_a_name_by_calls_that_every_torch_has(cudart, monkeypatch):
