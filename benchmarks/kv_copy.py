@@ -45,7 +45,6 @@ from benchmarks.kv_copy_rig import (
     paired,
     row,
 )
-from benchmarks.serving import has_gpu
 from memos_vllm.store.copy_planner import CopyPlan
 
 
@@ -75,6 +74,11 @@ PRESETS = {
         file_fragment_bytes=(64 * 2**10,),
     ),
 }
+
+
+def has_gpu() -> bool:
+    """Whether torch reaches one. Copies need no vLLM; without its CUDA build only the comparison with it is missing."""
+    return torch.cuda.is_available()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,7 +203,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.preset = arguments.preset or ("gpu" if has_gpu() else "cpu")
     if arguments.preset == "gpu" and not has_gpu():
-        parser.error("the preset gpu needs an NVIDIA GPU and vLLM's CUDA build; take --preset cpu")
+        parser.error("the preset gpu needs an NVIDIA GPU and a CUDA build of PyTorch; take --preset cpu")
     options = PRESETS[arguments.preset]
     if arguments.sizes:
         options = replace(options, fragment_bytes=tuple(sorted(set(arguments.sizes))))

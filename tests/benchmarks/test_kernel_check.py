@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks import kernel_check
 from memos_vllm.kernels.kv_copy import BlockCopier
+from tests.conftest import ROOT
 from tests.kernels.kernel_factories import DTYPES
 
 EVERY = kernel_check.cases
@@ -76,3 +80,13 @@ def test_a_case_that_raises_has_failed_and_the_others_run(monkeypatch, capsys):
 def test_without_a_gpu_it_says_so(capsys):
     assert kernel_check.main([]) == 2
     assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_another_package_of_that_name_does_not_hide_the_tests_factories(tmp_path):
+    """Some environments have a package ``tests`` of somebody's, and a folder that is none would come after it."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    command = [sys.executable, "-m", "benchmarks.kernel_check", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from benchmarks.kv_copy_rig import PLANES, Shape, paired
 from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
 from memos_vllm.store.link import CpuLink
 from memos_vllm.store.pipeline import Method
+from tests.conftest import ROOT
 
 
 def run(tmp_path):
@@ -33,6 +36,27 @@ def test_a_run_writes_a_row_per_direction_and_size(tmp_path, capsys):
         assert row["gb_per_s"] > 0 and row["limit_gb_per_s"] > 0 and row["share"] > 0
     assert "no targets" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_copies_are_measured_without_vllm_and_without_what_clients_need(tmp_path):
+    """On a machine with a GPU that has PyTorch and no more."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'openai', 'httpx', 'pydantic'])); "
+    code += "from benchmarks import kv_copy; sys.exit(kv_copy.main(sys.argv[1:]))"
+    flags = ["--preset", "smoke", "--sizes", "4096", "--repeats", "1", "--directory", str(tmp_path)]
+    command = [sys.executable, "-c", code, *flags, "--json", str(tmp_path / "r.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["rows"]
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = (4096, 2**21)
+    arms = [("engine", "load"), ("dma", "load"), ("vllm_dma", "save"), ("engine", "save"), ("engine", "both")]
+    rows = [gpu_row(arm, direction, size, 40.0, 0.8) for arm, direction in arms for size in sizes]
+    rows += [gpu_row("engine", "disk", size, 2.0, 0.9) | {"cache": "cold"} for size in sizes]
+    kv_copy_table.plot(tmp_path / "copies.png", rows)
+    assert (tmp_path / "copies.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("link_call", ["load", "memory"])
