@@ -9,6 +9,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.store import kv_file
 from memos_vllm.store.kv_file import ChunkReader
 from memos_vllm.store.link import CpuLink
+from memos_vllm.store.task_queue import Priority
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
 from tests.store.store_factories import make_identity, make_keys
 
@@ -58,10 +59,11 @@ def read(path, op_id=2):
 
 
 def test_a_save_that_waits_for_a_long_pass_holds_up_no_load(make_worker, monkeypatch):
-    worker, gate = make_worker(), threading.Event()
+    worker, begun, gate = make_worker(), threading.Event(), threading.Event()
     save = worker._link.save
-    monkeypatch.setattr(worker._link, "save", lambda *piece: (gate.wait(PATIENCE_S), save(*piece)))
+    monkeypatch.setattr(worker._link, "save", lambda *piece: (begun.set(), gate.wait(PATIENCE_S), save(*piece)))
     worker.submit([Save(1, (0,), (0,))])
+    assert begun.wait(PATIENCE_S)
     worker.submit([Load(2, (1,), (1,))])
     assert finish(worker, 1) == [2]
     gate.set()
@@ -81,11 +83,17 @@ def test_two_threads_read_pieces_of_one_file_at_a_time(make_worker, monkeypatch,
 
 def test_writes_leave_a_thread_for_reads(make_worker, monkeypatch, tmp_path):
     """Each of them waits for its disk, more of them than there are threads."""
-    worker, gate = make_worker(io_threads=2), threading.Event()
+    worker, begun, gate = make_worker(io_threads=2), threading.Event(), threading.Event()
     worker.submit([write(tmp_path / "c.r0")])
     finish(worker, 1)
-    monkeypatch.setattr("os.fdatasync", lambda fd: gate.wait(PATIENCE_S))
+    monkeypatch.setattr("os.fdatasync", lambda fd: (begun.set(), gate.wait(PATIENCE_S)))
     worker.submit([write(tmp_path / f"{op_id}.r0", op_id) for op_id in (3, 4, 5)])
+    assert begun.wait(PATIENCE_S)
+    queue = worker._files
+    with queue._changed:
+        assert queue._most_urgent() is None and len(queue._waiting[Priority.WRITE]) == 2, (
+            "they wait beside a free thread"
+        )
     worker.submit([read(tmp_path / "c.r0")])
     assert finish(worker, 1) == [2]
     gate.set()
