@@ -256,6 +256,27 @@ def test_measuring_takes_few_of_the_streams_that_torch_has_for_the_process(cudar
     assert len(made) <= 8, "of 32, and vLLM's own come from them too"
 
 
+def test_a_buffer_is_of_the_engines_own_part_of_the_allocator(cudart, monkeypatch):
+    """Not of the stream that is current: memory that the forward pass gave back may still be in use by it."""
+    current, of = [], []
+
+    @contextlib.contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    cuda_device._allocation_stream.cache_clear()
+    planes = make_planes()
+    device = CudaDevice(BlockCopier(planes), planes, PIECE)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: (of.append(list(current)), empty(*args, **kwargs))[1])
+    device.buffer()
+    assert of == [[device._allocation.torch]]
+    cuda_device._allocation_stream.cache_clear()
+
+
 def test_a_piece_over_the_link_is_larger_than_one_of_a_file_and_never_smaller(monkeypatch):
     assert link_module.device_piece_blocks(2**20) == 16 > kv_file.items_per_piece(2**20) == 8
     assert link_module.device_piece_blocks(2**26) == kv_file.items_per_piece(2**26) == 1

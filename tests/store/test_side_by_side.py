@@ -1,4 +1,5 @@
-"""Copies that must not wait for each other: saves and loads of a device, the pieces of a Read, Reads and Writes."""
+"""Copies that must not wait for each other: saves and loads of a device, the pieces of a Read, Reads and Writes. And
+what a shutdown does with those that wait for good."""
 
 import threading
 
@@ -98,3 +99,30 @@ def test_writes_leave_a_thread_for_reads(make_worker, monkeypatch, tmp_path):
     assert finish(worker, 1) == [2]
     gate.set()
     assert sorted(finish(worker, 3)) == [3, 4, 5]
+
+
+def test_a_shutdown_ends_the_thread_that_waits_for_a_staging_buffer(make_worker, monkeypatch, tmp_path):
+    """What is read never lands: the device has failed."""
+    worker, asked, held = make_worker(io_threads=1), threading.Semaphore(0), []
+    worker.submit([write(tmp_path / "c.r0")])
+    finish(worker, 1)
+    monkeypatch.setattr(kv_file, "PIECE_BYTES", worker.row_bytes)  # four pieces for the two buffers
+    monkeypatch.setattr(worker._link, "load", lambda *piece: held.append(piece))
+    take = worker._staging.take
+    monkeypatch.setattr(worker._staging, "take", lambda num_rows: (asked.release(), take(num_rows))[1])
+    worker.submit([read(tmp_path / "c.r0")])
+    for _ in range(3):
+        assert asked.acquire(timeout=PATIENCE_S)
+    worker.shutdown(0.0)
+    assert not any(thread.is_alive() for thread in worker._files._threads)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_memory_that_a_copy_may_still_use_stays_locked_and_mapped(make_worker, monkeypatch, caplog, ended):
+    worker, closed = make_worker(), []
+    monkeypatch.setattr(worker._link, "close", lambda timeout_s: ended)
+    monkeypatch.setattr(worker._host, "close", lambda: closed.append("host"))
+    monkeypatch.setattr(worker._staging, "unpin", lambda: closed.append("staging"))
+    worker.shutdown(0.0)
+    assert closed == (["host", "staging"] if ended else [])
+    assert ("left to the end of the process" in caplog.text) is not ended
