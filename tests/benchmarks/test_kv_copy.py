@@ -188,6 +188,27 @@ def test_on_cpu_there_is_nothing_to_plan(capsys, monkeypatch):
     assert "one way to copy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_the_presets_go_from_4_kib_to_2_mib_each_with_more_than_one_block(preset):
+    options = kv_copy.PRESETS[preset]
+    assert min(options.fragment_bytes) == 4096 and max(options.fragment_bytes) == 2**21
+    assert all(total >= 2 * PLANES * size for total in options.total_bytes for size in options.fragment_bytes)
+
+
+def test_the_plan_of_a_benchmark_is_whole_where_one_start_has_no_time_for_it(monkeypatch, tmp_path, capsys):
+    measured = [
+        [Measured(Direction.LOAD, Method.DMA, 4096, count, 1.0) for count in range(1, number + 1)] for number in (1, 2, 2)
+    ]
+    plans = iter(map(CopyPlan, measured))
+    monkeypatch.setattr(kv_copy, "has_gpu", lambda: True)
+    monkeypatch.setattr("memos_vllm.store.cuda_device.plan_of", lambda device, directory: next(plans))
+    monkeypatch.setattr("memos_vllm.store.cuda_device.machine_name", lambda device: "a GPU")
+    assert kv_copy.main(["--plan", "--data-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert next(plans, None) is None, "as long as a start measures more"
+    assert "a GPU: GB/s" in printed and printed.count("load") == 2 and "taken" in printed
+
+
 def test_a_shape_is_whole_blocks():
     shape = Shape(4096, 32 * PLANES)
     assert shape.num_blocks == 32 and shape.block_bytes * shape.num_blocks == shape.size_bytes
