@@ -39,7 +39,7 @@ from memos_vllm.kernels.reference import (
     scatter_reference,
 )
 from memos_vllm.kernels.rotary import RotaryShift
-from memos_vllm.store.host_memory import HostMemory
+from memos_vllm.store.host_memory import HostMemory, RowGroup
 from tests.kernels.kernel_factories import BLOCKS, DTYPES, LAYOUTS, MLA, ODD_LAYOUTS, POISON, VALUE_DTYPES, bits
 
 TOKENS, HEADS = 16, 4
@@ -268,6 +268,7 @@ def _host_pool(device: str) -> float:
     host = HostMemory(64, copier.row_bytes, True, torch.device(device))
     slots = [40, 3, 4, 63, 0, 17, 18]
     [group] = host.groups(slots)
+    reachable(group, device)
     copier.gather(IDS, group.matrix, group.rows)
     _wait(device)
     expected = _rows(len(IDS), copier.row_bytes, device, "device")
@@ -279,6 +280,15 @@ def _host_pool(device: str) -> float:
     _wait(device)
     host.close()
     return max(share, _differs(cache, before))
+
+
+def reachable(group: RowGroup, device: str) -> None:
+    """Raises RuntimeError where a kernel may not use the rows: it would end the process's use of the GPU."""
+    if device == "cuda" and not group.pinned:
+        raise RuntimeError(
+            "cudaHostRegister failed, so no kernel can read host memory here, and all copies are slow; raise the limit "
+            "of locked memory (ulimit -l). Kernels themselves are not wrong for it"
+        )
 
 
 def _far(device: str) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import kernel_check
 from memos_vllm.kernels.kv_copy import BlockCopier
+from memos_vllm.store.host_memory import RowGroup
 from tests.conftest import ROOT
 from tests.kernels.kernel_factories import DTYPES
 
@@ -90,3 +91,13 @@ def test_another_package_of_that_name_does_not_hide_the_tests_factories(tmp_path
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_kernel_is_run_on_memory_that_could_not_be_locked(monkeypatch):
+    rows = torch.zeros(1, 16, dtype=torch.uint8)
+    kernel_check.reachable(RowGroup(rows, [0], pinned=True), "cuda")
+    with pytest.raises(RuntimeError, match="ulimit -l"):
+        kernel_check.reachable(RowGroup(rows, [0]), "cuda")
+    asked = []
+    monkeypatch.setattr(kernel_check, "reachable", lambda group, device: asked.append(group.pinned))
+    assert kernel_check._host_pool("cpu") == 0 and asked == [False]

@@ -197,7 +197,8 @@ def test_the_presets_go_from_4_kib_to_2_mib_each_with_more_than_one_block(preset
 
 def test_the_plan_of_a_benchmark_is_whole_where_one_start_has_no_time_for_it(monkeypatch, tmp_path, capsys):
     measured = [
-        [Measured(Direction.LOAD, Method.DMA, 4096, count, 1.0) for count in range(1, number + 1)] for number in (1, 2, 2)
+        [Measured(Direction.LOAD, Method.DMA, 4096, count, 1.0) for count in range(1, number + 1)]
+        for number in (1, 2, 2)
     ]
     plans = iter(map(CopyPlan, measured))
     monkeypatch.setattr(kv_copy, "has_gpu", lambda: True)
