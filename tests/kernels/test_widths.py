@@ -7,6 +7,7 @@ from memos_vllm.kernels import kv_copy
 from memos_vllm.kernels.heads import HeadShape, heads_of
 from memos_vllm.kernels.kv_copy import DEFAULT_PROGRAMS, BlockCopier
 from memos_vllm.kernels.planes import block_bytes, planes_of
+from memos_vllm.kernels.rotary import RotaryShift
 from tests.kernels.kernel_factories import BLOCKS, filled
 
 
@@ -56,19 +57,28 @@ class Launches:
         return lambda *args, **kwargs: None
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_a_launch_takes_a_few_sms_however_much_there_is_to_copy(monkeypatch, fp8):
-    """And no more than there is work for, and never none."""
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels are counted instead of run."""
     from memos_vllm.kernels import gpu_copy, gpu_heads
 
     launches = Launches()
-    monkeypatch.setattr(gpu_copy, "copy_blocks", launches)
-    monkeypatch.setattr(gpu_heads, "encode_slabs", launches)
-    monkeypatch.setattr(gpu_heads, "scatter_slabs", launches)
+    for module, kernel in ((gpu_copy, "copy_blocks"), (gpu_heads, "encode_slabs"), (gpu_heads, "scatter_slabs")):
+        monkeypatch.setattr(module, kernel, launches)
     monkeypatch.setattr(kv_copy, "_copy_for", gpu_copy.GpuCopy)
     monkeypatch.setattr(kv_copy, "_heads_for", lambda heads, layout, copy: gpu_heads.GpuHeads(heads, layout))
-    caches = [filled(2, BLOCKS, 16, 8, 64) for _ in range(4)]
-    copier = BlockCopier(planes_of(caches, BLOCKS), heads_of(caches, BLOCKS, HeadShape(8, 64, "NHD")), fp8=fp8)
+    return launches
+
+
+def make_copier(fp8, layers=4, tokens=16, heads=8):
+    caches = [filled(2, BLOCKS, tokens, heads, 64) for _ in range(layers)]
+    return BlockCopier(planes_of(caches, BLOCKS), heads_of(caches, BLOCKS, HeadShape(heads, 64, "NHD")), fp8=fp8)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_launch_takes_a_few_sms_however_much_there_is_to_copy(launches, fp8):
+    """And no more than there is work for, and never none."""
+    copier = make_copier(fp8)
     rows = torch.empty(100, copier.row_bytes, dtype=torch.uint8)
     ids = [number % BLOCKS for number in range(100)]
     copier.gather(ids, rows)
@@ -77,8 +87,24 @@ def test_a_launch_takes_a_few_sms_however_much_there_is_to_copy(monkeypatch, fp8
     copier.gather(ids, rows, num_programs=3)
     copier.scatter(rows[:BLOCKS], range(BLOCKS), num_programs=3)
     assert launches.programs[2:] == [3, 3]
-    small = [filled(2, BLOCKS, 4, 1, 64)]
-    copier = BlockCopier(planes_of(small, BLOCKS), heads_of(small, BLOCKS, HeadShape(1, 64, "NHD")), fp8=fp8)
-    copier.gather([0], torch.empty(1, copier.row_bytes, dtype=torch.uint8))
-    copier.warm_up()
+    small = make_copier(fp8, layers=1, tokens=4, heads=1)
+    small.gather([0], torch.empty(1, small.row_bytes, dtype=torch.uint8))
+    small.warm_up()
     assert launches.programs[4:] == [1] * (5 if fp8 else 3)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_launch_sends_the_gpu_one_table_and_another_one_only_for_a_shift(launches, fp8, monkeypatch):
+    """Each is a small copy that stands in the way of the large ones."""
+    from memos_vllm.kernels.uploads import Uploads
+
+    sent = []
+    monkeypatch.setattr(Uploads, "send", lambda self, table: (sent.append(table), table)[1])
+    copier, ids = make_copier(fp8), [1, 2, 3]
+    rows = torch.empty(3, copier.row_bytes, dtype=torch.uint8)
+    copier.gather(ids, rows)
+    assert len(sent) == 1
+    copier.scatter(rows, ids)
+    assert len(sent) == 2
+    copier.scatter(rows, ids, shift=RotaryShift.by(1, torch.ones(32)))
+    assert len(sent) == 4 and len(launches.programs) == 3
