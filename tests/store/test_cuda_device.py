@@ -17,7 +17,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.kernels.reference import gather_reference
 from memos_vllm.store import cuda_device, host_memory, kv_file
 from memos_vllm.store import link as link_module
-from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
+from memos_vllm.store.copy_planner import CELLS, CopyPlan, Direction, Measured, cached_plan
 from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
 from memos_vllm.store.host_memory import HostMemory
 from memos_vllm.store.link import DeviceLink
@@ -318,3 +318,16 @@ def test_without_memory_to_measure_everything_is_staged_and_the_next_start_measu
     monkeypatch.setattr(CopyMeasure, "__call__", full)
     assert plan_of(CPU, tmp_path).choose(Direction.LOAD, 4096, 8) is Method.STAGED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_measures_only_what_the_plan_lacks(cudart, monkeypatch, tmp_path):
+    *known, lacking = CELLS[1:] + CELLS[:1]
+    part = CopyPlan([Measured(each, method, *cell, 1.0) for each in Direction for method in Method for cell in known])
+    cached_plan(tmp_path, "a GPU", lambda _: part)
+    asked = []
+    monkeypatch.setattr(cuda_device, "machine_name", lambda device: "a GPU")
+    monkeypatch.setattr(CopyMeasure, "__call__", lambda self, *what: (asked.append(what[2:]), 1.0)[1])
+    assert plan_of(CPU, tmp_path).complete and lacking in asked
+    assert set(asked) == {lacking, CELLS[-1]}, "the latter for what a first use costs"
+    asked.clear()
+    assert plan_of(CPU, tmp_path).complete and not asked
