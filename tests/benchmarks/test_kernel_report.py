@@ -1,5 +1,6 @@
 """The kernels that matter compile for every GPU generation without spills and with the widest accesses there are."""
 
+import dataclasses
 import json
 
 import pytest
@@ -43,6 +44,12 @@ def test_no_spills_and_128_bits(name, target):
 def test_an_unaligned_cache_is_seen_as_such():
     variant = next(variant for variant in variants() if variant.name == "gather, runs in 2 dimensions, 2 bytes")
     assert examine(variant, "sm_80")["store_bits"] == 16
+
+
+def test_spills_are_seen():
+    variant = next(variant for variant in variants() if variant.name == "scatter with fp8 and shift (neox), bfloat16")
+    row = examine(dataclasses.replace(variant, options=variant.options | {"maxnreg": 32}), "sm_90")
+    assert row["registers"] <= 32 and row["spills"] > 0 and row["stack_bytes"] > 0
 
 
 def test_the_report_as_json(tmp_path, capsys):
