@@ -127,11 +127,21 @@ def check_kernel(device: str, kernel: str) -> list[Verdict]:
     return [check(case, device) for case in cases(device) if case.kernel == kernel]
 
 
+_ended_by: list[str] = []
+"""The case of this process whose error was the GPU's: after an illegal access CUDA answers nothing but that error."""
+
+
 def check(case: Case, device: str) -> Verdict:
+    if _ended_by:
+        return Verdict(case.name, None, f"not run: {_ended_by[0]!r} ended this process's use of the GPU")
     try:
         share = case.run()
         _wait(device)
     except Exception as error:  # a case that cannot run says nothing about the others
+        try:
+            _wait(device)
+        except Exception:
+            _ended_by.append(case.name)
         return Verdict(case.name, None, f"{type(error).__name__}: {error}")
     return Verdict(case.name, share)
 

@@ -101,3 +101,19 @@ def test_no_kernel_is_run_on_memory_that_could_not_be_locked(monkeypatch):
     asked = []
     monkeypatch.setattr(kernel_check, "reachable", lambda group, device: asked.append(group.pinned))
     assert kernel_check._host_pool("cpu") == 0 and asked == [False]
+
+
+@pytest.mark.parametrize("gpu_is_lost", [False, True])
+def test_after_an_error_of_the_gpu_the_other_cases_of_the_process_are_not_blamed(monkeypatch, gpu_is_lost):
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernel_check, "_ended_by", [])
+    monkeypatch.setattr(kernel_check, "_wait", lambda device: fail() if gpu_is_lost else None)
+    first, second = kernel_check.Case("wrong", "k", fail), kernel_check.Case("right", "k", lambda: 0.0)
+    assert "illegal" in kernel_check.check(first, "cuda").error
+    verdict = kernel_check.check(second, "cuda")
+    if gpu_is_lost:
+        assert not verdict.ok and verdict.error.startswith("not run: 'wrong'")
+    else:
+        assert verdict.ok
