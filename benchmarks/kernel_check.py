@@ -39,7 +39,7 @@ from memos_vllm.kernels.reference import (
     scatter_reference,
 )
 from memos_vllm.kernels.rotary import RotaryShift
-from memos_vllm.store.host_memory import HostMemory
+from memos_vllm.store.host_memory import HostMemory, RowGroup
 from tests.kernels.kernel_factories import BLOCKS, DTYPES, LAYOUTS, MLA, ODD_LAYOUTS, POISON, VALUE_DTYPES, bits
 
 TOKENS, HEADS = 16, 4
@@ -127,11 +127,21 @@ def check_kernel(device: str, kernel: str) -> list[Verdict]:
     return [check(case, device) for case in cases(device) if case.kernel == kernel]
 
 
+_ended_by: list[str] = []
+"""The case of this process whose error was the GPU's: after an illegal access CUDA answers nothing but that error."""
+
+
 def check(case: Case, device: str) -> Verdict:
+    if _ended_by:
+        return Verdict(case.name, None, f"not run: {_ended_by[0]!r} ended this process's use of the GPU")
     try:
         share = case.run()
         _wait(device)
     except Exception as error:  # a case that cannot run says nothing about the others
+        try:
+            _wait(device)
+        except Exception:
+            _ended_by.append(case.name)
         return Verdict(case.name, None, f"{type(error).__name__}: {error}")
     return Verdict(case.name, share)
 
@@ -268,6 +278,7 @@ def _host_pool(device: str) -> float:
     host = HostMemory(64, copier.row_bytes, True, torch.device(device))
     slots = [40, 3, 4, 63, 0, 17, 18]
     [group] = host.groups(slots)
+    reachable(group, device)
     copier.gather(IDS, group.matrix, group.rows)
     _wait(device)
     expected = _rows(len(IDS), copier.row_bytes, device, "device")
@@ -279,6 +290,15 @@ def _host_pool(device: str) -> float:
     _wait(device)
     host.close()
     return max(share, _differs(cache, before))
+
+
+def reachable(group: RowGroup, device: str) -> None:
+    """Raises RuntimeError where a kernel may not use the rows: it would end the process's use of the GPU."""
+    if device == "cuda" and not group.pinned:
+        raise RuntimeError(
+            "cudaHostRegister failed, so no kernel can read host memory here, and all copies are slow; raise the limit "
+            "of locked memory (ulimit -l). Kernels themselves are not wrong for it"
+        )
 
 
 def _far(device: str) -> float:

@@ -88,6 +88,7 @@ class GpuHeads:
         self._device = heads[0].view.device
         self._uploads = Uploads(self._device)
         self._layout, self._fp8 = layout, layout.scale_starts is not None
+        self._no_angles = torch.zeros(2, 1).to(self._device)  # never read, and not to be sent with every load
         lines: dict[SlabShape, list[list[int]]] = {}
         for number, head in enumerate(heads):
             _, parts, _, tokens, head_size = head.view.shape
@@ -127,7 +128,7 @@ class GpuHeads:
         shift: RotaryShift | None,
         num_programs: int,
     ) -> None:
-        angles = self._uploads.send(torch.stack([shift.cos, shift.sin]) if shift else torch.zeros(2, 1))
+        angles = self._uploads.send(torch.stack([shift.cos, shift.sin])) if shift else self._no_angles
         for shape, arguments, aligned in self._launches(block_ids, chunk, rows):
             turned = shift if shape in self._with_keys else None  # heads of V may be smaller
             constants = shape.scatter_constants(*aligned, self._fp8, turned)

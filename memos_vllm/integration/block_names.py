@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Literal
 
 from memos_vllm.integration import salts
@@ -30,6 +30,8 @@ class BlockNames:
         self._save = save
         self._generation = b""
         self._keys: dict[str, list[BlockKey]] = {}
+        self._first_keys: dict[str, frozenset[BlockKey]] = {}
+        """Of requests for which they were asked."""
         self._adapters: dict[tuple[int, str], bytes | None] = {}
         self._contents: dict[tuple[str, str], set[bytes | None]] = {}
         """Of adapters by name and path, which is all that vLLM's hashes of blocks tell of them."""
@@ -51,6 +53,13 @@ class BlockNames:
             keys += new
         return keys
 
+    def first_keys(self, request: Request, num_blocks: int) -> Set[BlockKey]:
+        """Of the first full blocks, without their order; a request that waits asks in every step, so kept too."""
+        held = self._first_keys.get(request.request_id)
+        if held is None or len(held) != num_blocks:  # a block's hash has those before it in it: no two are equal
+            held = self._first_keys[request.request_id] = frozenset(self.keys(request)[:num_blocks])
+        return held
+
     def of(self, block_hashes: Sequence[BlockHash], lora: LoRARequest | None) -> list[BlockKey] | None:
         """None where the adapter's content cannot be named: such blocks are not kept."""
         digest = self._adapter_digest(lora)
@@ -71,12 +80,14 @@ class BlockNames:
 
     def drop(self, request_id: str) -> None:
         self._keys.pop(request_id, None)
+        self._first_keys.pop(request_id, None)
 
     def start_generation(self) -> set[str]:
         """From now on nothing has the name that it had; the requests whose KV is of before."""
         self._generation = secrets.token_bytes(16)
         before = set(self._keys)
         self._keys.clear()
+        self._first_keys.clear()
         return before
 
     def _adapter_digest(self, lora: LoRARequest | None) -> bytes | None:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SCENES = 16_384
 """How many scenes' adapters one process remembers; those used least recently are forgotten first."""
+MAX_SCENES_PER_USER = 1_024
+"""Of them of one user, so that no user pushes out those of all others."""
 
 
 class ExpectedAdapters:
@@ -33,16 +35,31 @@ class ExpectedAdapters:
         self._registry = registry
         self._loader = loader
         self._scenes: OrderedDict[str, tuple[Principal, str]] = OrderedDict()
+        self._of_user: dict[Principal, OrderedDict[str, None]] = {}
+        """The same scenes, by whose they are, in the same order."""
         self._brought: list[int] = []
         """By the last ``prefetch``, most valuable first; as far as the engine took them."""
 
     def expect(self, scene_id: str, who: Principal, reference: str | None) -> None:
         """The next request of a scene will use this adapter; None: no adapter."""
-        self._scenes.pop(scene_id, None)
-        if reference is not None:
-            self._scenes[scene_id] = (who, reference)
-            if len(self._scenes) > MAX_SCENES:
-                self._scenes.popitem(last=False)
+        self._forget(scene_id)
+        if reference is None:
+            return
+        self._scenes[scene_id] = (who, reference)
+        own = self._of_user.setdefault(who, OrderedDict())
+        own[scene_id] = None
+        if len(own) > MAX_SCENES_PER_USER:
+            self._forget(next(iter(own)))
+        elif len(self._scenes) > MAX_SCENES:
+            self._forget(next(iter(self._scenes)))
+
+    def _forget(self, scene_id: str) -> None:
+        if (known := self._scenes.pop(scene_id, None)) is None:
+            return
+        own = self._of_user[known[0]]
+        del own[scene_id]
+        if not own:
+            del self._of_user[known[0]]
 
     async def hint(self, scene_id: str, who: Principal, named: str | None) -> bool:
         """A request of the scene is announced; whether it will use an adapter.
@@ -104,7 +121,7 @@ class ExpectedAdapters:
             try:
                 _, version = self._registry.find(*known)
             except NotFound:
-                del self._scenes[scene_id]
+                self._forget(scene_id)
                 continue
             if version.lora_int_id not in in_use:
                 wanted.setdefault(version.lora_int_id, known)

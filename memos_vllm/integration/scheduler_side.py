@@ -116,13 +116,14 @@ class SchedulerSide:
         last = (request.num_tokens - 1) // self._block_size
         self._note_arrival(memory, request, first)
         keys = memory.names.keys(request)[first:last]
-        match = memory.tiers.match(keys)
-        if match.pending is Pending.LOAD:
+        pending = memory.tiers.pending(keys)
+        if pending is Pending.LOAD:
             return None, False
-        if match.pending is Pending.PREFETCH and self._waits(request, first):
+        if pending is Pending.PREFETCH and self._waits(request, first):
             self._is_waited_for = True
-            self._hurried += memory.tiers.hurry(keys)
+            self._hurried += memory.tiers.hurry(memory.names.first_keys(request, last))
             return None, False
+        match = memory.tiers.match(keys)
         num_tokens = match.num_blocks * self._block_size
         self._without_blocks.add(request.request_id)
         self._matched[request.request_id] = (first, [])

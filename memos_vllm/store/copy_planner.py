@@ -2,8 +2,9 @@
 
 Published crossovers do not carry over: a batch of DMA descriptors falls from 40 to 7 GB/s between
 fragments of 28 and 24 KiB on one H100, elsewhere on another device and count. So a worker with a GPU
-measures at its first start (about two seconds) each method over sizes and counts of fragments, and keeps
-the table in the data directory. In CPU memory there is one way and nothing to measure.
+measures at its first start (a second at most) each method over sizes and counts of fragments, and keeps
+the table in the data directory; what a slow machine could not measure in that time follows at its next
+starts. In CPU memory there is one way and nothing to measure.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ FRAGMENT_BYTES = (64 * 2**10, 16 * 2**10, 256 * 2**10, 4 * 2**10, 2**20)
 FRAGMENTS = (512, 64, 8)
 CELL_BYTES = 32 * 2**20
 """No cell copies more; it would take too long and say nothing new."""
-BUDGET_S = 2.0
-"""Cells that do not fit are left out; the nearest measured one stands for them until the next start measures again."""
+BUDGET_S = 1.0
+"""Of a start. For cells that do not fit the nearest measured one stands until the next start measures them."""
 MARGIN = 1.03
 """How much faster than staged another method must be to be taken: staged disturbs the least."""
 
@@ -71,7 +72,12 @@ class CopyPlan:
     @property
     def complete(self) -> bool:
         """Whether every cell was measured."""
-        return all(set(cells) >= set(CELLS) for cells in self._cells.values())
+        return not self.missing
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """Cells that were not measured, the most telling first."""
+        return [cell for cell in CELLS if not all(cell in cells for cells in self._cells.values())]
 
     def choose(
         self, direction: Direction, fragment_bytes: int, fragments: int, allowed: frozenset[Method] = frozenset(Method)
@@ -117,19 +123,24 @@ Measure = Callable[[Direction, Method, int, int], float]
 """Direction, method, fragment bytes, fragments; returns GB/s."""
 
 
-def measure_plan(measure: Measure, budget_s: float = BUDGET_S, now: Callable[[], float] = time.monotonic) -> CopyPlan:
-    """Measures cell by cell until the time is used up. A cell is whole or absent.
+def measure_plan(
+    measure: Measure,
+    known: CopyPlan | None = None,
+    budget_s: float = BUDGET_S,
+    now: Callable[[], float] = time.monotonic,
+) -> CopyPlan:
+    """Measures what ``known`` lacks, cell by cell, until another one may not fit. A cell is whole or absent.
 
     What the first use of a direction or method costs, compiling above all, is not of that time.
     """
+    known = known or CopyPlan()
     for direction in Direction:
         for method in Method:
             measure(direction, method, *CELLS[-1])
-    begin = now()
-    measured: list[Measured] = []
-    for fragment_bytes, fragments in CELLS:
-        if now() - begin > budget_s:
-            break
+    begin = before = now()
+    longest_s = 0.0
+    measured = list(known.measured)
+    for fragment_bytes, fragments in known.missing:
         measured += [
             Measured(
                 direction,
@@ -141,25 +152,33 @@ def measure_plan(measure: Measure, budget_s: float = BUDGET_S, now: Callable[[],
             for direction in Direction
             for method in Method
         ]
+        ended = now()
+        longest_s, before = max(longest_s, ended - before), ended
+        if ended - begin + longest_s > budget_s:
+            break
     return CopyPlan(measured)
 
 
-def cached_plan(directory: Path, machine: str, measure: Callable[[], CopyPlan]) -> CopyPlan:
-    """The plan that was measured here before, or a new one, written down if it is complete.
+def cached_plan(directory: Path, machine: str, measure: Callable[[CopyPlan], CopyPlan]) -> CopyPlan:
+    """The plan that was measured here before, with what it lacked, written down.
 
     Args:
         machine: what the speeds depend on, in words; another text, another plan.
+        measure: adds to the plan that it is given.
     """
     digest = hashlib.blake2b(machine.encode(), digest_size=8).hexdigest()
     path = directory / f"copy-plan-{digest}.json"
+    known = CopyPlan()
     try:
-        return CopyPlan.from_json(path.read_text(encoding="utf-8"), machine)
+        known = CopyPlan.from_json(path.read_text(encoding="utf-8"), machine)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("the copy plan %s cannot be used (%s); it is measured again", path, error)
-    plan = measure()
-    if not plan.complete:
+    if known.complete:
+        return known
+    plan = measure(known)
+    if plan.measured == known.measured:
         return plan
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

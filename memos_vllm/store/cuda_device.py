@@ -208,13 +208,13 @@ def driver_version() -> int:
 def plan_of(device: torch.device, directory: Path) -> CopyPlan:
     """This machine's plan: from ``directory``, or measured now and kept there."""
 
-    def measure() -> CopyPlan:
+    def measure(known: CopyPlan) -> CopyPlan:
         timer = CopyMeasure(device)
         try:
-            return measure_plan(timer)
+            return measure_plan(timer, known)
         except torch.OutOfMemoryError as error:
-            logger.warning("no memory on the GPU to measure copies (%s); all of them are staged", error)
-            return CopyPlan()
+            logger.warning("no memory on the GPU to measure copies (%s); what was not is staged", error)
+            return known
         finally:
             timer.close()
 

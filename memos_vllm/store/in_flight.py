@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
 from memos_vllm.store.copy_totals import ROUTES, CopyTotals, Route, TransferTotals, route_of
@@ -103,9 +103,8 @@ class InFlight:
         if isinstance(progress.operation, Load | Read):
             self._on_their_way(progress.operation).update(progress.keys)
 
-    def hurry(self, keys: Iterable[BlockKey]) -> list[int]:
+    def hurry(self, keys: Set[BlockKey]) -> list[int]:
         """Prefetches of these keys for which a request has begun to wait, each named once."""
-        keys = set(keys)
         hurried = [
             progress
             for progress in self._pending.values()

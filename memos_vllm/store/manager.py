@@ -19,7 +19,7 @@ only after its copy finished on every rank; results are counted to ``world_size`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,12 +101,9 @@ class TierManager:
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
         """Longest prefix of ``keys`` in any tier. Changes nothing."""
-        pending = Pending.NO
-        if keys and self._in_flight.is_loading(keys[0]):
-            pending = Pending.LOAD
+        pending = self.pending(keys)
+        if pending is Pending.LOAD:
             keys = keys[:1]
-        elif keys and self._in_flight.is_prefetching(keys[0]):
-            pending = Pending.PREFETCH
         num_blocks = num_host = 0
         for key in keys:
             if self.slots.lookup(key) is not None:
@@ -115,6 +112,14 @@ class TierManager:
                 break
             num_blocks += 1
         return Match(num_blocks, num_host, pending)
+
+    def pending(self, keys: Sequence[BlockKey]) -> Pending:
+        """Whether the first of ``keys`` is on its way to the GPU, at the cost of one look whatever their number."""
+        if keys and self._in_flight.is_loading(keys[0]):
+            return Pending.LOAD
+        if keys and self._in_flight.is_prefetching(keys[0]):
+            return Pending.PREFETCH
+        return Pending.NO
 
     def holds(self, key: BlockKey) -> bool:
         """Whether a tier has the block, ready to be loaded."""
@@ -128,7 +133,7 @@ class TierManager:
         """The GPU blocks that a copy under way reads or writes."""
         return self._in_flight.blocks_of(op_id)
 
-    def hurry(self, keys: Iterable[BlockKey]) -> list[int]:
+    def hurry(self, keys: Set[BlockKey]) -> list[int]:
         """Prefetches of these keys for which a request has begun to wait, each named once."""
         return self._in_flight.hurry(keys)
 

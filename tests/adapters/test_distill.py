@@ -95,7 +95,7 @@ def test_a_memory_that_is_deleted_meanwhile_is_not_published(server: Path, monke
 
 
 def test_it_learns_what_it_is_taught_and_says_where_it_came_from(server: Path) -> None:
-    report = run(server, "--steps", "60", "--num-controls", "60", "--facts-per-step", "6", "--controls-per-step", "12")
+    report = run(server, "--steps", "40", "--num-controls", "60", "--facts-per-step", "6", "--controls-per-step", "10")
     assert report["refused"] is None and report["published"] == "knows@1"
     evaluation = report["evaluation"]
     assert evaluation["answered"] >= 0.9 and evaluation["answered_before"] == 0 and evaluation["left_out"] == []
@@ -103,7 +103,7 @@ def test_it_learns_what_it_is_taught_and_says_where_it_came_from(server: Path) -
     (adapter,) = published(server)
     origin = adapter.version().origin["distilled"]
     assert len(origin["memories"]) == 4 and all(memory["version"] == 1 for memory in origin["memories"])
-    assert origin["took_s"] > 0 and origin["settings"]["steps"] == 60 and origin["evaluation"] == evaluation
+    assert origin["took_s"] > 0 and origin["settings"]["steps"] == 40 and origin["evaluation"] == evaluation
 
 
 def test_memories_that_ask_nothing_need_questions_of_the_caller(server: Path, tmp_path: Path) -> None:

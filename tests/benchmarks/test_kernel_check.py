@@ -2,12 +2,17 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks import kernel_check
 from memos_vllm.kernels.kv_copy import BlockCopier
+from memos_vllm.store.host_memory import RowGroup
+from tests.conftest import ROOT
 from tests.kernels.kernel_factories import DTYPES
 
 EVERY = kernel_check.cases
@@ -76,3 +81,39 @@ def test_a_case_that_raises_has_failed_and_the_others_run(monkeypatch, capsys):
 def test_without_a_gpu_it_says_so(capsys):
     assert kernel_check.main([]) == 2
     assert "there is no GPU" in capsys.readouterr().err
+
+
+def test_another_package_of_that_name_does_not_hide_the_tests_factories(tmp_path):
+    """Some environments have a package ``tests`` of somebody's, and a folder that is none would come after it."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    command = [sys.executable, "-m", "benchmarks.kernel_check", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_kernel_is_run_on_memory_that_could_not_be_locked(monkeypatch):
+    rows = torch.zeros(1, 16, dtype=torch.uint8)
+    kernel_check.reachable(RowGroup(rows, [0], pinned=True), "cuda")
+    with pytest.raises(RuntimeError, match="ulimit -l"):
+        kernel_check.reachable(RowGroup(rows, [0]), "cuda")
+    asked = []
+    monkeypatch.setattr(kernel_check, "reachable", lambda group, device: asked.append(group.pinned))
+    assert kernel_check._host_pool("cpu") == 0 and asked == [False]
+
+
+@pytest.mark.parametrize("gpu_is_lost", [False, True])
+def test_after_an_error_of_the_gpu_the_other_cases_of_the_process_are_not_blamed(monkeypatch, gpu_is_lost):
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernel_check, "_ended_by", [])
+    monkeypatch.setattr(kernel_check, "_wait", lambda device: fail() if gpu_is_lost else None)
+    first, second = kernel_check.Case("wrong", "k", fail), kernel_check.Case("right", "k", lambda: 0.0)
+    assert "illegal" in kernel_check.check(first, "cuda").error
+    verdict = kernel_check.check(second, "cuda")
+    if gpu_is_lost:
+        assert not verdict.ok and verdict.error.startswith("not run: 'wrong'")
+    else:
+        assert verdict.ok

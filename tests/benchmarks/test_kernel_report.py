@@ -1,5 +1,6 @@
 """The kernels that matter compile for every GPU generation without spills and with the widest accesses there are."""
 
+import dataclasses
 import json
 
 import pytest
@@ -17,6 +18,9 @@ ALIGNED = {
     "scatter with shift (neox), bfloat16": (4, 4),
     "scatter with shift (gptj), bfloat16": (4, 4),
     "scatter with fp8 and shift (neox), bfloat16": (2, 4),
+    "gather, runs in 4 dimensions, 16 bytes": (4, 4),
+    "gather with fp8, bfloat16 [64, 576]": (4, 1),
+    "scatter with fp8 and shift (gptj), bfloat16": (2, 4),
 }
 
 
@@ -42,6 +46,12 @@ def test_an_unaligned_cache_is_seen_as_such():
     assert examine(variant, "sm_80")["store_bits"] == 16
 
 
+def test_spills_are_seen():
+    variant = next(variant for variant in variants() if variant.name == "scatter with fp8 and shift (neox), bfloat16")
+    row = examine(dataclasses.replace(variant, options=variant.options | {"maxnreg": 32}), "sm_90")
+    assert row["registers"] <= 32 and row["spills"] > 0 and row["stack_bytes"] > 0
+
+
 def test_the_report_as_json(tmp_path, capsys):
     file = tmp_path / "report.json"
     assert kernel_report.main(["--target", "sm_90", "--kernel", "gather, whole blocks, 8", "--json", str(file)]) == 0
@@ -50,7 +60,17 @@ def test_the_report_as_json(tmp_path, capsys):
     [row] = written["rows"]
     assert row["kernel"] == "gather, whole blocks, 8 bytes" and row["target"] == "sm_90"
     assert {"registers", "spills", "shared_bytes", "load_bits", "store_bits"} <= row.keys()
-    assert "1 compilations, 0 with spills" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 compilations, 0 with spills" in printed
+    assert all(column in printed for column in ("registers", "spills", "shared_bytes", "load_bits", "store_bits"))
+
+
+@pytest.mark.parametrize("column", ["spills", "stack_bytes"])
+def test_a_kernel_that_spills_ends_in_code_1(monkeypatch, capsys, column):
+    row = {"kernel": "k", "target": "sm_90", "spills": 0, "stack_bytes": 0} | {column: 8}
+    monkeypatch.setattr(kernel_report, "examine", lambda variant, target: row)
+    assert kernel_report.main(["--target", "sm_90", "--kernel", "gather, whole blocks, 16"]) == 1
+    assert "1 compilations, 1 with spills" in capsys.readouterr().out
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from benchmarks.kv_copy_rig import PLANES, Shape, paired
 from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
 from memos_vllm.store.link import CpuLink
 from memos_vllm.store.pipeline import Method
+from tests.conftest import ROOT
 
 
 def run(tmp_path):
@@ -33,6 +36,27 @@ def test_a_run_writes_a_row_per_direction_and_size(tmp_path, capsys):
         assert row["gb_per_s"] > 0 and row["limit_gb_per_s"] > 0 and row["share"] > 0
     assert "no targets" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_copies_are_measured_without_vllm_and_without_what_clients_need(tmp_path):
+    """On a machine with a GPU that has PyTorch and no more."""
+    code = "import sys; sys.modules.update(dict.fromkeys(['vllm', 'openai', 'httpx', 'pydantic'])); "
+    code += "from benchmarks import kv_copy; sys.exit(kv_copy.main(sys.argv[1:]))"
+    flags = ["--preset", "smoke", "--sizes", "4096", "--repeats", "1", "--directory", str(tmp_path)]
+    command = [sys.executable, "-c", code, *flags, "--json", str(tmp_path / "r.json")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["rows"]
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = (4096, 2**21)
+    arms = [("engine", "load"), ("dma", "load"), ("vllm_dma", "save"), ("engine", "save"), ("engine", "both")]
+    rows = [gpu_row(arm, direction, size, 40.0, 0.8) for arm, direction in arms for size in sizes]
+    rows += [gpu_row("engine", "disk", size, 2.0, 0.9) | {"cache": "cold"} for size in sizes]
+    kv_copy_table.plot(tmp_path / "copies.png", rows)
+    assert (tmp_path / "copies.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("link_call", ["load", "memory"])
@@ -162,6 +186,28 @@ def test_on_cpu_there_is_nothing_to_plan(capsys, monkeypatch):
     monkeypatch.setattr(kv_copy, "has_gpu", lambda: False)
     assert kv_copy.main(["--plan"]) == 0
     assert "one way to copy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu"])
+def test_the_presets_go_from_4_kib_to_2_mib_each_with_more_than_one_block(preset):
+    options = kv_copy.PRESETS[preset]
+    assert min(options.fragment_bytes) == 4096 and max(options.fragment_bytes) == 2**21
+    assert all(total >= 2 * PLANES * size for total in options.total_bytes for size in options.fragment_bytes)
+
+
+def test_the_plan_of_a_benchmark_is_whole_where_one_start_has_no_time_for_it(monkeypatch, tmp_path, capsys):
+    measured = [
+        [Measured(Direction.LOAD, Method.DMA, 4096, count, 1.0) for count in range(1, number + 1)]
+        for number in (1, 2, 2)
+    ]
+    plans = iter(map(CopyPlan, measured))
+    monkeypatch.setattr(kv_copy, "has_gpu", lambda: True)
+    monkeypatch.setattr("memos_vllm.store.cuda_device.plan_of", lambda device, directory: next(plans))
+    monkeypatch.setattr("memos_vllm.store.cuda_device.machine_name", lambda device: "a GPU")
+    assert kv_copy.main(["--plan", "--data-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert next(plans, None) is None, "as long as a start measures more"
+    assert "a GPU: GB/s" in printed and printed.count("load") == 2 and "taken" in printed
 
 
 def test_a_shape_is_whole_blocks():

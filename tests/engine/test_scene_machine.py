@@ -747,8 +747,8 @@ def test_a_valuable_scene_takes_the_place_of_less_valuable_blocks() -> None:
         machine.teardown()
 
 
-def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again() -> None:
-    """It waits as long as one after the other ends."""
+def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits as long as one after the other ends; what it asks for in each step is put together once."""
     machine = SceneMachine()
     try:
         machine.turn(0, PATHS[1], SCENES[0])
@@ -760,6 +760,10 @@ def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again() -> No
         keys_of = {op_id: machine.tiers._in_flight._pending[op_id].keys for op_id in machine.under_way}
         ours = [op_id for op_id, keys in keys_of.items() if own & set(keys)]
         assert 2 <= len(ours) < len(keys_of)
+        asked, looked_up = [], []
+        hurry, match = machine.tiers.hurry, machine.tiers.match
+        monkeypatch.setattr(machine.tiers, "hurry", lambda keys: (asked.append(keys), hurry(keys))[1])
+        monkeypatch.setattr(machine.tiers, "match", lambda keys: (looked_up.append(len(keys)), match(keys))[1])
         machine.arrive(0, PATHS[1], SCENES[0])
         (live,) = machine.lives
         for op_id in ours:
@@ -772,6 +776,9 @@ def test_a_request_has_its_prefetches_hurried_and_loads_none_of_it_again() -> No
             assert live.state == "waiting"
             for rank in range(WORLD_SIZE):
                 machine.end_copy(machine.under_way[op_id], rank)
+        assert len(asked) > 2 and all(keys is asked[0] for keys in asked)
+        assert max(looked_up, default=0) <= 1, "what it would find is not counted while it waits"
+        monkeypatch.undo()
         machine.try_schedule(live)
         assert live.state in ("running", "loading")
         again = {key for op_id in live.ops for key in machine.tiers._in_flight._pending[op_id].keys}

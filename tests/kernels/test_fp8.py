@@ -10,7 +10,7 @@ from memos_vllm.kernels.heads import HeadShape, heads_of
 from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.kernels.planes import planes_of
 from memos_vllm.kernels.reference import gather_fp8_reference, scatter_heads_reference
-from tests.kernels.generated import GENERATED
+from tests.kernels.generated import GENERATED, every_head_size_with_one_of
 from tests.kernels.kernel_factories import BLOCKS, LAYOUTS, MLA, POISON, VALUE_DTYPES, bits, filled, shape_of
 
 
@@ -101,6 +101,12 @@ def test_any_shape_equals_the_reference(device, data):
     rows = data.draw(st.permutations(range(BLOCKS)))[: len(ids)]
     store = Store(device, layout, dtype, tokens, num_heads, head_size)
     check(store, ids, rows, data.draw(st.integers(0, 17)), data.draw(st.sampled_from([1, 2, 1000])))
+
+
+@pytest.mark.parametrize(("head_size", "dtype", "name"), every_head_size_with_one_of(VALUE_DTYPES, list(LAYOUTS)))
+def test_every_head_size_and_dtype_equals_the_reference(head_size, dtype, name, device):
+    """Also where few shapes are generated."""
+    check(Store(device, LAYOUTS[name], dtype, 5, 3, head_size), [7, 2, 10, 2], [1, 4, 3, 0], 16, 2)
 
 
 @pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)

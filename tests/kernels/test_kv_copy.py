@@ -16,7 +16,7 @@ from memos_vllm.kernels.kv_copy import (
 )
 from memos_vllm.kernels.reference import gather_reference, scatter_reference
 from memos_vllm.store.fragments import fragment_views
-from tests.kernels.generated import GENERATED, INTERPRETED
+from tests.kernels.generated import GENERATED, INTERPRETED, every_head_size_with_one_of
 from tests.kernels.kernel_factories import (
     BLOCKS,
     DTYPES,
@@ -84,11 +84,24 @@ def test_any_shape_any_rows_any_order(device, data):
     head_size = data.draw(st.sampled_from([1, 5, 64, 80, 96, 128, 192, 256]))
     planes = planes_of(caches_of(name, dtype, device, tokens, heads, head_size), BLOCKS)
     programs = data.draw(st.sampled_from([1, 2, 8, 1000]))
-    copier = BlockCopier(planes)
-
     ids = data.draw(st.lists(st.integers(0, BLOCKS - 1), max_size=BLOCKS))
     rows = data.draw(st.permutations(range(BLOCKS)))[: len(ids)]
-    gap = data.draw(st.integers(0, 33))
+    check(planes, ids, rows, data.draw(st.integers(0, 33)), programs)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "name"),
+    every_head_size_with_one_of(DTYPES, ["kv_in_one_head", "small_kernel_blocks", "mla"]),
+)
+def test_every_head_size_and_dtype(device, head_size, dtype, name):
+    """Also where few shapes are generated: repeated ids, blocks in any order, rows apart, more tiles than programs."""
+    planes = planes_of(caches_of(name, dtype, device, tokens=5, heads=3, head_size=head_size), BLOCKS)
+    check(planes, [7, 2, 10, 2, 0], [1, 4, 3, 0, 9], gap=16, programs=2)
+
+
+def check(planes, ids, rows, gap, programs):
+    """Gathers blocks ``ids`` to ``rows`` of a poisoned matrix, ``gap`` bytes apart, and scatters them back."""
+    copier, device = BlockCopier(planes), planes[0].device
     chunk, expected = (torch.full((BLOCKS, copier.row_bytes + gap), POISON, dtype=torch.uint8) for _ in range(2))
     chunk, expected = chunk.to(device), expected.to(device)
     copier.gather(ids, chunk[:, : copier.row_bytes], rows, num_programs=programs)

@@ -11,7 +11,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier
 from memos_vllm.kernels.planes import planes_of
 from memos_vllm.kernels.reference import gather_reference, rotate, scatter_heads_reference
 from memos_vllm.kernels.rotary import RotaryShift
-from tests.kernels.generated import GENERATED
+from tests.kernels.generated import GENERATED, every_head_size_with_one_of
 from tests.kernels.kernel_factories import BLOCKS, LAYOUTS, MLA, VALUE_DTYPES, bits, poisoned, shape_of
 
 
@@ -78,6 +78,17 @@ def test_any_shape_stays_within_the_bound(device, data):
     ids = data.draw(st.lists(st.integers(0, BLOCKS - 1), max_size=4))
     programs = data.draw(st.sampled_from([1, 2, 1000]))
     check(device, layout, dtype, tokens, num_heads, head_size, shift, data.draw(st.booleans()), ids, programs)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "name", "use_fp8"), every_head_size_with_one_of(VALUE_DTYPES, list(LAYOUTS), [False, True])
+)
+@pytest.mark.parametrize("style", ["neox", "gptj"])
+def test_every_head_size_and_dtype_stays_within_the_bound(head_size, dtype, name, use_fp8, style, device):
+    """Also where few shapes are generated: whole heads, and a part of them that is no power of two."""
+    for rotary_dim, first_dim in [(head_size, 0), (head_size // 4 + 4, 6)]:
+        shift = RotaryShift.by(4321, frequencies(rotary_dim), style, first_dim)
+        check(device, LAYOUTS[name], dtype, 5, 2, head_size, shift, use_fp8, [7, 2, 10], 2)
 
 
 @pytest.mark.parametrize("style", ["neox", "gptj"])

@@ -1,9 +1,13 @@
-"""How wide an access may be: what the least aligned of all addresses, strides and sizes allows."""
+"""How wide an access may be: what the least aligned of all addresses allows. How much of the GPU a launch takes."""
 
 import pytest
 import torch
 
+from memos_vllm.kernels import kv_copy
+from memos_vllm.kernels.heads import HeadShape, heads_of
+from memos_vllm.kernels.kv_copy import DEFAULT_PROGRAMS, BlockCopier
 from memos_vllm.kernels.planes import block_bytes, planes_of
+from memos_vllm.kernels.rotary import RotaryShift
 from tests.kernels.kernel_factories import BLOCKS, filled
 
 
@@ -40,3 +44,67 @@ def test_dimensions_outside_a_run_are_few():
     assert width(filled(BLOCKS, 2, 3, 16, 64)[:, :, 1]).dims == 2
     assert width(filled(BLOCKS * 2, 2, 16, 64)).dims == 0
     assert width(filled(BLOCKS, 4, 4, 4, 4, 64)[:, :2, :3, :3, :2]).dims == 4
+
+
+class Launches:
+    """In a kernel's place: notes how many programs it is launched with."""
+
+    def __init__(self):
+        self.programs = []
+
+    def __getitem__(self, grid):
+        self.programs.append(grid[0])
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels are counted instead of run."""
+    from memos_vllm.kernels import gpu_copy, gpu_heads
+
+    launches = Launches()
+    for module, kernel in ((gpu_copy, "copy_blocks"), (gpu_heads, "encode_slabs"), (gpu_heads, "scatter_slabs")):
+        monkeypatch.setattr(module, kernel, launches)
+    monkeypatch.setattr(kv_copy, "_copy_for", gpu_copy.GpuCopy)
+    monkeypatch.setattr(kv_copy, "_heads_for", lambda heads, layout, copy: gpu_heads.GpuHeads(heads, layout))
+    return launches
+
+
+def make_copier(fp8, layers=4, tokens=16, heads=8):
+    caches = [filled(2, BLOCKS, tokens, heads, 64) for _ in range(layers)]
+    return BlockCopier(planes_of(caches, BLOCKS), heads_of(caches, BLOCKS, HeadShape(heads, 64, "NHD")), fp8=fp8)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_launch_takes_a_few_sms_however_much_there_is_to_copy(launches, fp8):
+    """And no more than there is work for, and never none."""
+    copier = make_copier(fp8)
+    rows = torch.empty(100, copier.row_bytes, dtype=torch.uint8)
+    ids = [number % BLOCKS for number in range(100)]
+    copier.gather(ids, rows)
+    copier.scatter(rows[:BLOCKS], range(BLOCKS))
+    assert launches.programs == [DEFAULT_PROGRAMS] * 2 and 1 < DEFAULT_PROGRAMS <= 16, "of the 108 or more of a GPU"
+    copier.gather(ids, rows, num_programs=3)
+    copier.scatter(rows[:BLOCKS], range(BLOCKS), num_programs=3)
+    assert launches.programs[2:] == [3, 3]
+    small = make_copier(fp8, layers=1, tokens=4, heads=1)
+    small.gather([0], torch.empty(1, small.row_bytes, dtype=torch.uint8))
+    small.warm_up()
+    assert launches.programs[4:] == [1] * (5 if fp8 else 3)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_launch_sends_the_gpu_one_table_and_another_one_only_for_a_shift(launches, fp8, monkeypatch):
+    """Each is a small copy that stands in the way of the large ones."""
+    from memos_vllm.kernels.uploads import Uploads
+
+    sent = []
+    monkeypatch.setattr(Uploads, "send", lambda self, table: (sent.append(table), table)[1])
+    copier, ids = make_copier(fp8), [1, 2, 3]
+    rows = torch.empty(3, copier.row_bytes, dtype=torch.uint8)
+    copier.gather(ids, rows)
+    assert len(sent) == 1
+    copier.scatter(rows, ids)
+    assert len(sent) == 2
+    copier.scatter(rows, ids, shift=RotaryShift.by(1, torch.ones(32)))
+    assert len(sent) == 4 and len(launches.programs) == 3

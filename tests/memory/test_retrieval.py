@@ -368,8 +368,13 @@ def test_a_link_leads_nowhere_once_it_is_over_or_to_what_the_filter_keeps_out(
 
 def test_gaps_are_closed_and_nothing_moves(make: Callable[..., MemoryService]) -> None:
     service = make()
-    for number in range(200):
-        service.add(ALICE, f"tea number {number}", session=str(number % 3), tags=[str(number % 2)])
+    service.add_many(
+        ALICE,
+        [
+            {"text": f"tea number {number}", "session": str(number % 3), "tags": [str(number % 2)]}
+            for number in range(200)
+        ],
+    )
     service.search(ALICE, "tea")
     for record in service.list(ALICE, limit=200).records[::-1]:
         service.update(ALICE, record.id, pinned=True)

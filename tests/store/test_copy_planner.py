@@ -3,6 +3,7 @@
 import pytest
 
 from memos_vllm.store.copy_planner import (
+    BUDGET_S,
     CELLS,
     FRAGMENT_BYTES,
     FRAGMENTS,
@@ -86,17 +87,40 @@ def test_what_a_first_use_costs_is_not_of_the_time():
     assert plan.complete and len(plan.measured) == len(CELLS) * len(Direction) * len(Method)
 
 
-def test_a_plan_that_is_not_complete_is_not_kept(tmp_path):
-    part = CopyPlan(WHOLE.measured[:-1])
-    assert cached_plan(tmp_path, "m", lambda: part) is part
-    assert list(tmp_path.iterdir()) == []
+def test_what_a_start_had_no_time_for_the_next_ones_measure(tmp_path):
+    """No start measures longer than a second, and on a slow machine not every start measures the same again."""
+    asked = []
+
+    def start():
+        seconds = iter(range(10**6))
+        asked.clear()
+
+        def measure(*what):
+            asked.append(what)
+            return 1.0
+
+        return cached_plan(
+            tmp_path, "m", lambda known: measure_plan(measure, known, budget_s=5.5, now=lambda: float(next(seconds)))
+        )
+
+    cells_before: set[tuple[int, int]] = set()
+    for _ in range(len(CELLS)):
+        plan = start()
+        cells = {(one.fragment_bytes, one.fragments) for one in plan.measured}
+        assert len(cells - cells_before) == min(5, len(CELLS) - len(cells_before)) and cells > cells_before
+        assert {what[2:] for what in asked} <= (cells - cells_before) | {CELLS[-1]}, "CELLS[-1]: what a first use costs"
+        cells_before = cells
+        if plan.complete:
+            break
+    assert plan.complete and len(plan.measured) == len(CELLS) * len(Direction) * len(Method) and BUDGET_S <= 1.0
+    assert start().measured == plan.measured and not asked
 
 
 def test_a_plan_is_measured_once_per_machine(tmp_path):
     measured = []
 
     def plan_for(machine):
-        return cached_plan(tmp_path, machine, lambda: (measured.append(machine), WHOLE)[1])
+        return cached_plan(tmp_path, machine, lambda known: (measured.append(machine), WHOLE)[1])
 
     assert plan_for("H100, driver 1").measured == WHOLE.measured
     assert plan_for("H100, driver 1").measured == WHOLE.measured
@@ -106,19 +130,19 @@ def test_a_plan_is_measured_once_per_machine(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": "other", "measured": []}', '{"machine": "m"}'])
 def test_a_plan_that_cannot_be_read_is_measured_again(tmp_path, caplog, text):
-    cached_plan(tmp_path, "m", lambda: WHOLE)
+    cached_plan(tmp_path, "m", lambda known: WHOLE)
     (path,) = tmp_path.iterdir()
     path.write_text(text)
-    assert cached_plan(tmp_path, "m", lambda: WHOLE).measured == WHOLE.measured
+    assert cached_plan(tmp_path, "m", lambda known: WHOLE).measured == WHOLE.measured
     assert "measured again" in caplog.text
-    assert cached_plan(tmp_path, "m", lambda: pytest.fail("it was written again")).measured == WHOLE.measured
+    assert cached_plan(tmp_path, "m", lambda known: pytest.fail("it was written again")).measured == WHOLE.measured
 
 
 def test_a_plan_that_cannot_be_written_is_used(tmp_path, caplog):
-    assert cached_plan(tmp_path / "missing", "m", lambda: WHOLE).measured == WHOLE.measured
+    assert cached_plan(tmp_path / "missing", "m", lambda known: WHOLE).measured == WHOLE.measured
     assert "not written" in caplog.text
 
 
 def test_nothing_measured_is_not_kept(tmp_path):
-    cached_plan(tmp_path, "m", CopyPlan)
+    cached_plan(tmp_path, "m", lambda known: known)
     assert list(tmp_path.iterdir()) == []

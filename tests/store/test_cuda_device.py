@@ -17,7 +17,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.kernels.reference import gather_reference
 from memos_vllm.store import cuda_device, host_memory, kv_file
 from memos_vllm.store import link as link_module
-from memos_vllm.store.copy_planner import CopyPlan, Direction
+from memos_vllm.store.copy_planner import CELLS, CopyPlan, Direction, Measured, cached_plan
 from memos_vllm.store.cuda_device import CopyMeasure, CudaDevice, plan_of
 from memos_vllm.store.host_memory import HostMemory, RowGroup
 from memos_vllm.store.layer_groups import layer_groups
@@ -62,7 +62,7 @@ def cudart(monkeypatch):
 
     class Stream:
         def __init__(self, device, priority):
-            pass
+            assert priority == 0, "the lowest: torch's range ends there, and none of vLLM's has less"
 
         def wait_event(self, event):
             assert isinstance(event, Event)
@@ -277,9 +277,44 @@ def test_measuring_takes_few_of_the_streams_that_torch_has_for_the_process(cudar
     assert len(made) <= 8, "of 32, and vLLM's own come from them too"
 
 
+def test_a_buffer_is_of_the_engines_own_part_of_the_allocator(cudart, monkeypatch):
+    """Not of the stream that is current: memory that the forward pass gave back may still be in use by it."""
+    current, of = [], []
+
+    @contextlib.contextmanager
+    def stream(one):
+        current.append(one)
+        yield
+        current.pop()
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    cuda_device._allocation_stream.cache_clear()
+    planes = make_planes()
+    device = CudaDevice(BlockCopier(planes), planes, PIECE)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: (of.append(list(current)), empty(*args, **kwargs))[1])
+    device.buffer()
+    assert of == [[device._allocation.torch]]
+    cuda_device._allocation_stream.cache_clear()
+
+
 def test_a_piece_over_the_link_is_larger_than_one_of_a_file_and_never_smaller(monkeypatch):
     assert link_module.device_piece_blocks(2**20) == 16 > kv_file.items_per_piece(2**20) == 8
     assert link_module.device_piece_blocks(2**26) == kv_file.items_per_piece(2**26) == 1
+
+
+def test_on_a_gpu_the_link_is_warm_and_has_the_plan_and_pieces_of_its_size(cudart, caplog):
+    planes, warmed = make_planes(), []
+    copier = SimpleNamespace(
+        device=torch.device("cuda", 0), row_bytes=960, block_bytes=960, warm_up=lambda: warmed.append(True)
+    )
+    plan = CopyPlan([Measured(Direction.SAVE, Method.DMA, 160, 8, 9.0)])
+    with caplog.at_level("INFO"):
+        link = link_module.link_for(copier, planes, plan)
+    assert isinstance(link, DeviceLink) and link._plan is plan and warmed
+    assert link.piece_blocks == link_module.device_piece_blocks(960) and link._methods == frozenset(Method)
+    assert "{'load': 'staged', 'save': 'dma'}" in caplog.text
+    assert link.close(60.0)
 
 
 def test_a_machine_has_a_name_by_calls_that_every_torch_has(cudart, monkeypatch):
@@ -304,3 +339,16 @@ def test_without_memory_to_measure_everything_is_staged_and_the_next_start_measu
     monkeypatch.setattr(CopyMeasure, "__call__", full)
     assert plan_of(CPU, tmp_path).choose(Direction.LOAD, 4096, 8) is Method.STAGED
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_measures_only_what_the_plan_lacks(cudart, monkeypatch, tmp_path):
+    *known, lacking = CELLS[1:] + CELLS[:1]
+    part = CopyPlan([Measured(each, method, *cell, 1.0) for each in Direction for method in Method for cell in known])
+    cached_plan(tmp_path, "a GPU", lambda _: part)
+    asked = []
+    monkeypatch.setattr(cuda_device, "machine_name", lambda device: "a GPU")
+    monkeypatch.setattr(CopyMeasure, "__call__", lambda self, *what: (asked.append(what[2:]), 1.0)[1])
+    assert plan_of(CPU, tmp_path).complete and lacking in asked
+    assert set(asked) == {lacking, CELLS[-1]}, "the latter for what a first use costs"
+    asked.clear()
+    assert plan_of(CPU, tmp_path).complete and not asked

@@ -323,6 +323,36 @@ def test_the_number_of_remembered_scenes_is_bounded(
     assert list(gate.expected._scenes) == ["scene-2", "scene-3"]
 
 
+def test_a_user_with_many_scenes_pushes_out_his_own_and_nobody_elses(
+    engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected_adapters, "MAX_SCENES", 4)
+    monkeypatch.setattr(expected_adapters, "MAX_SCENES_PER_USER", 2)
+    expected = gate_of(engine, registry).expected
+    expected.expect("bob-0", BOB, "b0")
+    for index in (0, 1, 2, 1, 3):  # said again, a scene is the latest
+        expected.expect(f"scene-{index}", ALICE, "a0")
+    assert list(expected._scenes) == ["bob-0", "scene-1", "scene-3"]
+    expected.expect("scene-1", ALICE, None)
+    expected.expect("scene-4", ALICE, "a0")
+    assert list(expected._scenes) == ["bob-0", "scene-3", "scene-4"], "what is not expected any more takes no share"
+    expected.expect("scene-3", BOB, "b0")
+    expected.expect("scene-5", ALICE, "a0")
+    assert list(expected._scenes) == ["bob-0", "scene-4", "scene-3", "scene-5"], "a share goes with the scene"
+
+
+def test_the_shares_of_users_are_forgotten_with_their_scenes(
+    engine: FakeEngine, registry: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expected_adapters, "MAX_SCENES", 1)
+    expected = gate_of(engine, registry).expected
+    expected.expect("bob", BOB, "b0")
+    expected.expect("alice", ALICE, "gone")
+    assert list(expected._of_user) == [ALICE], "what had the room before"
+    run(lambda: expected.prefetch(["alice"]))
+    assert not expected._of_user and not expected._scenes, "there is no such adapter"
+
+
 def knows(registry: Any, tmp_path: Path, name: str, *memories: str) -> None:
     sources = [{"id": each, "version": 1, "fingerprint": "f"} for each in memories]
     origin = {"distilled": {"tenant": "shop", "user": "alice", "memories": sources}}

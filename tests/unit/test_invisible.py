@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -40,32 +42,56 @@ print(json.dumps({
 """
 
 
-def look(*arguments: str, **environment: str) -> dict:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MEMOS_") and k != "VLLM_PLUGINS"}
-    result = subprocess.run(
-        [sys.executable, "-c", LOOK, *arguments], env=clean | environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+RUNS = {  # name -> arguments, environment
+    "no plugin": ((), {"VLLM_PLUGINS": ""}),  # vLLM is told to load none at all
+    "no flag": ((), {}),
+    "flag": (("--plugin", "memos"), {}),
+}
 
 
 @pytest.fixture(scope="module")
-def without_plugin() -> dict:
-    seen = look(VLLM_PLUGINS="")  # vLLM is told to load no plugin at all
-    assert seen.pop("environment") == ["VLLM_PLUGINS"] and seen.pop("modules") == []
+def seen() -> Callable[[str], dict[str, Any]]:
+    """What each of the runs tells; they import vLLM side by side."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MEMOS_") and k != "VLLM_PLUGINS"}
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", LOOK, *arguments],
+            env=clean | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, (arguments, environment) in RUNS.items()
+    }
+    told = {name: (*process.communicate(), process.returncode) for name, process in processes.items()}
+
+    def seen(name: str) -> dict[str, Any]:
+        output, errors, code = told[name]
+        assert code == 0, errors[-3000:]
+        return json.loads(output.splitlines()[-1])
+
     return seen
 
 
-def test_without_the_flag_nothing_is_different(without_plugin: dict) -> None:
-    seen = look()
-    assert seen.pop("environment") == []
-    assert set(seen.pop("modules")) <= {"memos_vllm", "memos_vllm.activation"}
-    assert seen == without_plugin
+@pytest.fixture
+def without_plugin(seen: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    found = seen("no plugin")
+    assert found.pop("environment") == ["VLLM_PLUGINS"] and found.pop("modules") == []
+    return found
 
 
-def test_with_the_flag_it_is(without_plugin: dict) -> None:
-    seen = look("--plugin", "memos")
-    assert "--plugin" in seen["options"]
-    assert "/v1/memories" in seen["openapi"]["paths"] and "/v1/memories" not in without_plugin["openapi"]["paths"]
-    assert seen["wrapped"] and not without_plugin["wrapped"]
-    assert set(seen["middleware"]) - set(without_plugin["middleware"]) == {"LiveRequests", "RefusesMemory"}
+def test_without_the_flag_nothing_is_different(
+    seen: Callable[[str], dict[str, Any]], without_plugin: dict[str, Any]
+) -> None:
+    found = seen("no flag")
+    assert found.pop("environment") == []
+    assert set(found.pop("modules")) <= {"memos_vllm", "memos_vllm.activation"}
+    assert found == without_plugin
+
+
+def test_with_the_flag_it_is(seen: Callable[[str], dict[str, Any]], without_plugin: dict[str, Any]) -> None:
+    found = seen("flag")
+    assert "--plugin" in found["options"]
+    assert "/v1/memories" in found["openapi"]["paths"] and "/v1/memories" not in without_plugin["openapi"]["paths"]
+    assert found["wrapped"] and not without_plugin["wrapped"]
+    assert set(found["middleware"]) - set(without_plugin["middleware"]) == {"LiveRequests", "RefusesMemory"}

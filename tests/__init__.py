@@ -1,0 +1,1 @@
+"""A package, so that the factories in it, which benchmarks use too, are found before those of another `tests`."""
