@@ -13,7 +13,7 @@ _NAMES = (
     r"|(?:api|secret|access|private|encryption|recovery|ssh)[\ _-]?keys?"
     r"|(?:access|auth|authentication|bearer|api|refresh|secret)[\ _-]?tokens?|client[\ _-]?secrets?"
     r"|(?:security|recovery|backup|verification|one[\ -]time)[\ ]codes?|(?:recovery|seed)\ phrase"
-    r"|social\ security\ number"
+    r"|social\ security\ (?:number|no)|ssn"
     r"|passw[oö]rt(?:er)?|kennwort|mot\ de\ passe|contraseña|senha|palavra-passe|wachtwoord|lösenord|hasło|пароль|şifre"
 )
 _UNSPACED_NAMES = r"密码|密碼|パスワード|暗証番号|비밀번호"

@@ -2,8 +2,9 @@
 
 Kept: statements, in the user's own words (less a greeting in front). Not kept: questions, greetings,
 thanks, acknowledgements and commands to the assistant, unless the sentence asks to remember
-something; then its content is kept. Code and long pastes become one document. What tells a password, a
-key or a card number is not kept, whatever it asks (``credentials``).
+something; then its content is kept. Code and long pastes become one document. A text that is handed over to be
+worked on is not the user's word (``own_words``). What tells a password, a key or a card number is not kept,
+whatever it asks (``credentials``).
 
 The word lists are for English, with the commonest forms of Chinese and Japanese and the commonest
 commands of other languages (``imperatives``). All else counts as a statement unless it ends with a question
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory import claims, credentials, sentences, speech, standing
+from memos_vllm.memory import claims, credentials, own_words, sentences, speech, standing
 
 LONG_TEXT_CHARS = 2000
 _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
@@ -35,9 +36,12 @@ class Extract:
 def extract(text: str) -> list[Extract]:
     """What to keep of one message, in its order."""
     text = text.strip()
+    if own_words.is_task_prompt(text):
+        return []
     if len(text) > LONG_TEXT_CHARS:
         return [] if credentials.are_in_document(text) else [Extract(text, "document", "long")]
-    kept = [extracted for sentence in sentences.split(_CODE.sub("\n\n", text)) if (extracted := judge(sentence))]
+    said = own_words.of(_CODE.sub("\n\n", text))
+    kept = [extracted for sentence in sentences.split(said) if (extracted := judge(sentence))]
     code = "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text))
     if code and not credentials.are_in_document(code):
         kept.append(Extract(code, "document", "code"))

@@ -11,7 +11,7 @@ from typing import Any
 from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import OVER, State
 from memos_vllm.errors import Conflict, RequestError, StoreError
-from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
+from memos_vllm.memory import inputs, own_words, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.abstract_store import Store, StoreSize
 from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
@@ -343,6 +343,7 @@ class MemoryService:
     ) -> Sequence[MemoryRecord]:
         """Stores what is worth keeping of the last user message (``memory.extraction``), all or nothing.
 
+        Nothing of a message that asks not to be remembered (``memory.own_words``), nor of the calls made for it.
         See ``memory.remembering`` for what happens to repetitions and contradictions, and ``memory.tool_use``
         for what is kept of the calls of tools after the message.
 
@@ -354,7 +355,10 @@ class MemoryService:
             A record per statement, tool and trajectory, new or known.
         """
         session = inputs.check_session(session)
-        kept = extract(last_user_text(messages))
+        said = last_user_text(messages)
+        if own_words.are_withheld(said):
+            return []
+        kept = extract(said)
         for extracted in kept:
             inputs.check_text(extracted.text, "message")
         if not kept and not tool_use.steps(messages):

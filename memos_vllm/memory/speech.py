@@ -84,7 +84,7 @@ _VERBS = (
     "suggest|draft|convert|check|review|analy[sz]e|define|name|think|imagine|act|pretend|behave|forget|stop|try|use|add|"
     "remove|delete|change|update|run|open|play|send|read|look|go|do|don't|keep|teach|ask|format|sort|count|extract|"
     "classify|debug|refactor|implement|code|design|plan|provide|correct|proofread|edit|shorten|expand|elaborate|wait|"
-    "start|begin|guess|pick|choose|draw|build|sing|complete|finish|consider|identify|assume|speak|talk|put|set|turn|call|"
+    "start|begin|guess|suppose|supposing|pick|choose|draw|build|sing|complete|finish|consider|identify|assume|speak|talk|put|set|turn|call|"
     "remind|let|let's|lets|be|never|always"
 )
 _COMMAND = regex.compile(

@@ -93,6 +93,7 @@ def test_keeps_statements_verbatim(text: str) -> None:
         *(
             "I want you to act as a pirate.",
             "Don't use emojis.",
+            "Suppose I live in Tokyo.",
             "请翻译这句话。",
             "詩を書いてください。",
             "Help me, please.",
