@@ -188,13 +188,15 @@ def parse_field(value: Any) -> MemosField | None:
         return None
     if value is True:
         return MemosField()
+    shape = f"'memos' is true, false or an object with {', '.join(MemosField.model_fields)}"
+    if not isinstance(value, dict):
+        raise RequestError(f"{shape}, not {repr(value)[:100]}")
     try:
         return MemosField.model_validate(value)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(["memos", *(str(part) for part in problem["loc"])])
-        known = ", ".join(MemosField.model_fields)
-        raise RequestError(f"'{where}': {problem['msg']}; 'memos' is true, false or an object with {known}") from error
+        raise RequestError(f"'{where}': {problem['msg']}; {shape}") from error
 
 
 def next_start(

@@ -62,3 +62,10 @@ def test_the_servers_default_goes_for_each_key(state: Any, caplog: pytest.LogCap
     assert alone is not None and alone.user == "default"
     assert whose(state, "app") is None and whose(state, "tool") is None
     assert len(caplog.messages) == 2, "once for each key"
+
+
+@pytest.mark.parametrize("memos", [1, "yes", [], ["user"]])
+def test_memos_of_another_shape_is_refused_in_the_apis_words(state: Any, memos: Any) -> None:
+    with pytest.raises(RequestError, match="'memos' is true, false or an object with user, session") as caught:
+        whose(state, "carol", memos)
+    assert repr(memos) in str(caught.value) and "MemosField" not in str(caught.value)
