@@ -172,6 +172,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
+    if options.user is None:
+        memory_default.warn_of_openai_user(who, request.user, state)
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     return Turn(who, options, [_as_dict(message) for message in request.messages], tools, request.request_id)
 
