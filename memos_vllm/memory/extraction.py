@@ -54,6 +54,8 @@ def judge(sentence: str) -> Extract | None:
         return None
     if asked := _asked_to_remember(sentence):
         return Extract(asked, kind_of(asked), "asked")
+    if speech.is_standing_order(sentence.strip().replace("’", "'").lower()):
+        return Extract(sentence, kind_of(sentence) if claims.claim_of(sentence) else "preference", "asked")
     lead_in = _LEAD_IN.match(sentence)
     statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
     plain = statement.strip().replace("’", "'").lower()
@@ -61,6 +63,8 @@ def judge(sentence: str) -> Extract | None:
         return None
     kind = kind_of(statement)
     if kind == "fact" and not standing.may_stand(statement):
+        kind = "remark"
+    if kind == "preference" and claims.claim_of(statement) is None and standing.is_of_what_was_said(statement):
         kind = "remark"
     return Extract(statement, kind, "statement")
 

@@ -37,7 +37,7 @@ _OF_THE_MOMENT = regex.compile(
     r"""
     \b(?: again|still|right\ now|at\ the\ moment|just\ now|today|tonight|yesterday|tomorrow|so\ far
       | this\ (?:morning|afternoon|evening|time|week)
-      | errors?|exception|traceback|fehler(?:meldung)?|erreur|errore|erro
+      | \w*errors?|\w*exceptions?|traceback|fehler(?:meldung)?|erreur|errore|erro
       | heute|gestern|morgen|gerade|immer\ noch|schon\ wieder|aujourd'hui|encore|demain|hoy|ayer|mañana|todavía
       | oggi|ieri|domani|ancora|hoje|ontem|amanhã|ainda )\b
     | 今天|昨天|明天|现在|還是|还是|今日|昨日|明日
@@ -56,6 +56,8 @@ _TO_THE_ASSISTANT = regex.compile(
     | i\ (?:just\ |also\ |still\ |really\ )* (?:
           (?:need|want|could\ use)\ (?:some\ |your\ |more\ |a\ (?:bit\ of|little|quick)\ )*
             (?:help|advice|assistance|tips|ideas|suggestions|feedback|input|to\ (?:know|ask|understand))
+        | (?:need|want)\ (?:an?|the|some|another|more)\ (?:\p{L}+\ ){0,2}(?:summary|list|table|example|explanation
+            |answer|translation|version|script|function|poem|story|essay|outline|draft|overview|paragraph|sentence)s?
         | have\ (?:an?|another|one|two|some|a\ few|several)\ (?:more\ |quick\ |small\ |last\ |other\ )*
             (?:questions?|requests?)
         | (?:do\ not|don't|dont|did\ not|didn't|can't|cannot)\ (?:
@@ -69,6 +71,22 @@ _TO_THE_ASSISTANT = regex.compile(
 )
 _SUPPOSED = regex.compile(r"(?:as )?if\b.*\bi(?:'d| would| could| might)\b", regex.S)
 _QUOTATION = regex.compile(r"[\"“«„「『].*[\"”»“」』][.!]?", regex.S)
+
+_OF_WHAT_WAS_SAID = regex.compile(
+    r"""
+    \b(?:like|love|prefer|enjoy|adore|hate|dislike|detest|stand)\ (?:
+        (?:it|this|that|these|those|them|both|neither|what)\b (?!\ (?:when|if|because)\b)
+      | the\ (?:(?:first|second|third|last|latter|former|other|previous)\ ?)?(?:one|answer|version|idea|option)?
+        (?<!the\ )\b (?= [^\p{L}]*$ | \ (?:better|best|more|most)\b )
+      | your\b | option\b | how\ you\b )
+    """,
+    regex.X,
+)
+
+
+def is_of_what_was_said(preference: str) -> bool:
+    """Whether it is about something in the conversation: "I like it", "I prefer the second version"."""
+    return _OF_WHAT_WAS_SAID.search(preference.replace("’", "'").lower()) is not None
 
 
 def may_stand(statement: str) -> bool:

@@ -19,6 +19,8 @@ ABOUT_LAURA = "My name is Laura and I live in London. My phone number is 555 123
         *("Translate this to French:\n", "Can you translate this?\n", "Translate: ", "please rewrite this: "),
         *("Proofread this email:\n\n", "Fix the grammar: ", "Check my spelling:\n", "Reply to this message:\n"),
         *("Summarize the following text.\n\n", "Hi, could you improve my cover letter:\n", "Shorten it please\n"),
+        *("Übersetze: ", "Bitte korrigiere das:\n", "Traduis en anglais : ", "Traduce al inglés:\n", "Traduci: "),
+        *("Traduza para inglês:\n", "Переведи: ", "翻译成英文：", "请润色这段话：\n"),
         *("### Task:\nGenerate a title for the chat.\n### Chat History:\nUSER: ", "> ", "Hello! Translate: "),
     ],
 )
@@ -39,6 +41,9 @@ def test_a_text_that_is_handed_over_is_not_the_users_word(service: MemoryService
         ("USER: My name is Bob.\nASSISTANT: Nice, I am glad!\nI live in Rome.", ["I live in Rome."]),
         ("> I am Ann\nI disagree with my sister.", ["I disagree with my sister."]),
         ("User: Ann, that is me.", ["User: Ann, that is me."]),
+        ("# About me\nI am a nurse.\n\n## Hobbies\nI play chess.", ["I am a nurse.", "I play chess."]),
+        ("#1 of my hobbies is chess.", ["#1 of my hobbies is chess."]),
+        ("Résumé : je suis médecin.", ["Résumé : je suis médecin."]),
     ],
 )
 def test_what_stands_beside_it_is_kept(text: str, kept: list[str]) -> None:
@@ -61,6 +66,9 @@ def test_a_long_task_of_a_front_end_is_no_document() -> None:
             "dont remember this im sick",
             "I drink. Never store what I tell you.",
         ),
+        *("Speicher das nicht: ich bin krank.", "Das bitte nicht merken: ich bin krank.", "别记住这个：我生病了"),
+        *("Ne retiens pas ça : je suis enceinte.", "No guardes esto: estoy enfermo.", "これは覚えないで：私は病気です"),
+        *("Non salvare questo: sono malato.", "Não guarde isso: estou doente.", "Не запоминай: я болен."),
         *(
             "Without saving this: my cat is ill.",
             "This is off the record, but I drink.",
@@ -84,6 +92,13 @@ def test_who_asks_so_has_nothing_remembered(service: MemoryService, text: str) -
             "I asked him off the record.",
         ),
         *("My milk is warm, don't keep it in the sun.", "I never remember that word.", "We do not store any data."),
+        *(
+            "Ich merke mir das nicht so gut.",
+            "Je ne retiens pas ça.",
+            "No recuerdo eso.",
+            "我不记得这个",
+            "请不要忘记我",
+        ),
         *("Remember this: I never save anything.", "Don't write this in capitals.", "He said don't log in."),
     ],
 )

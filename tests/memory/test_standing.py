@@ -24,6 +24,7 @@ CARD = "4111 1111 1111 1111"
         *("Mon chat s'appelle Tom.", "Tengo dos gatos.", "Soy médico.", "Mi gato se llama Tom.", "Abito a Roma."),
         *("Ho due figli.", "Il mio gatto si chiama Tom.", "Moro em Lisboa.", "Meu gato se chama Tom."),
         *("You should know that I'm allergic to nuts.", "You can call me Sam.", "I'd like to visit Japan one day."),
+        *("I like it when people are on time.", "I love the first snow.", "I hate the idea of flying to my aunt."),
         *("I need a wheelchair.", "I have a daughter.", "I don't understand German.", "I think Python is my language."),
         *("If I eat nuts, I get hives.", "im allergic to nuts", "ok so basically im 34 and live in Austin"),
         *("У меня есть кот.", "我住在上海。", "私は医者です。", "Ik heb een kat.", "Mam dwa koty.", "मेरा नाम राम है।"),
@@ -51,6 +52,8 @@ def test_what_is_about_the_user_stands(service: MemoryService, text: str) -> Non
         ),
         *("I have a quick question about my cat.", "I don't understand this.", "I was wondering whether cats fly."),
         *("I asked you for a shorter text.", "I meant the second one.", "If I lived in Tokyo, I would eat sushi."),
+        *("I love this!", "I like it", "I like your answer.", "I prefer the first one.", "I prefer option B."),
+        *("I want a short summary of my article.", "I get `KeyError: 'x'` in my script.", "This is great, I love it!"),
         *('"I am an engineer with 10 years at Google."', "“My cat is a lion.”"),
     ],
 )
