@@ -124,7 +124,9 @@ SECRETS = [
         "PIN: 1234",
         "My PIN code is 1234.",
     ),
-    *("My SSN is 123-45-6789.", "ssn: 123-45-6789"),
+    *("My SSN is 123-45-6789.", "ssn: 123-45-6789", "My PIN's 4821.", "The password's hunter22.", "pw: hunter2"),
+    *("I set my password to hunter2.", "I changed the password of my bank to hunter2.", "My pass is hunter2."),
+    *("Authorization: Bearer abcdefghijklmnop.qrstuvwxyz12", "My db is postgres://admin:s3cret@db.example.com/prod"),
     *("hunter2 is my password.", "I use the password hunter2 there.", "My API key is abc.", "Our secret key = abc"),
     *("My verification code is 123456.", f"My card is {CARD}.", "My CVV is 123."),
     *(
@@ -163,6 +165,10 @@ def test_secrets_are_not_kept_even_where_that_is_asked(service: MemoryService, t
             "My phone number is 555 12 34.",
             "I forgot my password.",
             "I lost my SSN card.",
+            "I have a ski pass.",
+            "My boarding pass is on my phone.",
+            "My site is https://example.com:8080/a@b.",
+            "I am a bearer of bad news about my company.",
         ),
         *(
             "My order is 4111 1111 1111 1112.",
@@ -193,6 +199,10 @@ def test_a_number_with_a_check_digit_is_a_card_and_its_neighbours_are_not(
     [
         ("```\nx = 1\n```", True),
         ('```\npassword = "hunter2"\n```', False),
+        ("```\nDB_PASS=foo12345\n```", False),
+        ("```\nCOMPASS=north12\n```", True),
+        ("```\nurl = redis://app:s3cret@cache:6379\n```", False),
+        ("```\nurl = redis://app:password@cache:6379  # or app:${PW}@\n```", True),
         ("```\nexport AWS_SECRET_ACCESS_KEY=abcdefgh\n```", False),
         ("```\npassword = getpass()\ndef login(password: str): ...\n```", True),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3Blbn" * 400, False),
