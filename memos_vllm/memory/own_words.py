@@ -43,6 +43,7 @@ _OPERATION = regex.compile(
     rf"""
     (?: ^[ \t]* (?:[-*\d.)]+[ \t]+)? | (?<=[.!?])\ + ) {_POLITE}
     (?: (?:translate|paraphrase|summari[sz]e|proof-?read|rephrase|re-?write|reword|shorten)\b
+        (?!\ (?:what\ you|our|every(?:thing)?|all)\b)
       | (?:fix|correct|improve|edit|check|polish|simplify|review|revise|reply\ to|respond\ to|answer|analy[sz]e|classify
           |continue|complete|expand|format) \b [^:\n]{{0,60}}? \b{_TEXT} )
     [^:\n]{{0,120}} (?: : | [.!?]?[ \t]*\n )

@@ -36,6 +36,7 @@ def test_a_text_that_is_handed_over_is_not_the_users_word(service: MemoryService
         ("I like tea.\nTranslate: I like coffee", ["I like tea."]),
         ("Plan my week: I work on Mondays.\nI love hiking.", ["I love hiking."]),
         ("Improve my meal plan.\nI am vegan.", ["I am vegan."]),
+        ("Summarize what you know about me.\nI also have a dog.", ["I also have a dog."]),
         ("I translate books.\nI live in Rome.", ["I translate books.", "I live in Rome."]),
         ("Rewriting old songs is my hobby: it calms me.", ["Rewriting old songs is my hobby: it calms me."]),
         ("USER: My name is Bob.\nASSISTANT: Nice, I am glad!\nI live in Rome.", ["I live in Rome."]),
