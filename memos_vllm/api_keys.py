@@ -29,8 +29,10 @@ def checked(listed: str) -> str:
     """A key of ``identity.keys`` as requests are compared with it.
 
     Raises:
-        ValueError: a digest that no key has, or one of a key that anybody guesses.
+        ValueError: no key at all, a digest that no key has, or one of a key that anybody guesses.
     """
+    if not listed.strip():
+        raise ValueError("is no key; give one, or its digest")
     if not listed.lower().startswith(PREFIX):
         return listed
     digest = listed[len(PREFIX) :].strip().lower()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -52,11 +53,24 @@ def parse_on_off(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 ListedKey = Annotated[str, AfterValidator(api_keys.checked)]
 OnOff = Annotated[Literal["off", "on"], BeforeValidator(parse_on_off)]
-ExpandedPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+MAX_SECONDS = 100 * 365 * 86400
+"""More than a date can be moved by is an error of every request; a hundred years are for ever."""
+
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+
+
+def checked_path(value: Any) -> Any:
+    """No path at all would be the folder that the server is started in."""
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError("must be a path, such as /var/lib/memos")
+    return value
+
+
+ExpandedPath = Annotated[Path, BeforeValidator(checked_path), AfterValidator(lambda path: path.expanduser().absolute())]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class KeyConfig(Section):
@@ -80,7 +94,7 @@ class IdentityConfig(Section):
     unlisted_keys: Literal["own_tenant", "refuse"] = "own_tenant"
     """A key that is not listed is a tenant of its own (its digest), or has no memory."""
 
-    trusted_user_header: str | None = None
+    trusted_user_header: str | None = Field(default=None, max_length=256)
     """Header in which a trusted gateway names the user, within the key's tenant."""
 
     @property
@@ -94,6 +108,16 @@ class IdentityConfig(Section):
         if isinstance(keys, dict):
             api_keys.check_distinct(str(key) for key in keys)
         return keys
+
+    @field_validator("trusted_user_header")
+    @classmethod
+    def _is_a_header(cls, name: str | None) -> str | None:
+        """One that no request can have would leave the gateway's users without a name."""
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise ValueError("is no name of a header; write for example X-Authenticated-User")
+        if name is not None and name.lower() == "authorization":
+            raise ValueError("has the API key, which is no user; name the header that the gateway sets")
+        return name
 
 
 class EmbedderConfig(Section):
@@ -112,7 +136,7 @@ class EmbedderConfig(Section):
     api_key_env: str | None = Field(default=None, min_length=1)
     """Environment variable with the endpoint's key."""
 
-    timeout_s: float = Field(default=10.0, gt=0)
+    timeout_s: float = Field(default=10.0, gt=0, le=MAX_SECONDS)
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
@@ -133,7 +157,7 @@ class DocumentsConfig(Section):
     """Longest piece that a document is cut into. Words and not tokens: a document is then cut the same whichever
     model is served, so that its pieces keep their ids."""
 
-    read_timeout_s: float = Field(default=60.0, gt=0)
+    read_timeout_s: float = Field(default=60.0, gt=0, le=MAX_SECONDS)
     """How long a document may take to be read, in a process of its own."""
 
 
@@ -173,17 +197,17 @@ class MemoryConfig(Section):
     top_k: int = Field(default=10, ge=1, le=1000)
     """How many memories one query recalls at most."""
 
-    session_ttl_s: float = Field(default=3600.0, gt=0)
+    session_ttl_s: float = Field(default=3600.0, gt=0, le=MAX_SECONDS)
     """How long an idle session keeps its frozen long-lived memory."""
 
     embedder: EmbedderConfig = EmbedderConfig()
 
     documents: DocumentsConfig = DocumentsConfig()
 
-    archive_after_s: float = Field(default=90 * 86400.0, ge=0)
+    archive_after_s: Seconds = 90 * 86400.0
     """An unused memory leaves recall after this time, a used one later (``core.lifecycle``); 0: never."""
 
-    remove_expired_after_s: float = Field(default=30 * 86400.0, ge=0)
+    remove_expired_after_s: Seconds = 30 * 86400.0
     """How long an expired memory is kept before it is deleted; 0: for ever."""
 
     store: Literal["lmdb", "postgresql"] = "lmdb"
@@ -344,7 +368,7 @@ class FolderConfig(Section):
     users: SourceUsers
     """Who is given what stands in it; there is no default."""
 
-    refresh_s: float = Field(default=60.0, ge=1)
+    refresh_s: float = Field(default=60.0, ge=1, le=MAX_SECONDS)
     """How often changes are looked for; each time every file's size and time are read."""
 
     max_files: int = Field(default=10_000, ge=1)
@@ -370,7 +394,7 @@ class WebConfig(Section):
     text: str = "content"
     """Names in a result."""
 
-    deadline_s: float = Field(default=2.0, gt=0)
+    deadline_s: float = Field(default=2.0, gt=0, le=MAX_SECONDS)
     """How long a chat waits for it, counted from the start of its recall."""
 
 
@@ -383,7 +407,7 @@ class SourcesConfig(Section):
     top_k: int = Field(default=5, ge=1, le=100)
     """How many passages each source gives at most."""
 
-    deadline_s: float = Field(default=0.3, gt=0)
+    deadline_s: float = Field(default=0.3, gt=0, le=MAX_SECONDS)
     """How long a chat waits for folders, counted from the start of its recall."""
 
     folders: list[FolderConfig] = Field(default=[], max_length=16)
@@ -415,7 +439,7 @@ def load(path: str | os.PathLike[str] | None) -> MemosConfig:
     """Reads and checks a configuration file; ``None`` gives the defaults.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, has an unknown key or a bad value.
+        ConfigError: the file is missing, is no YAML mapping, has an unknown key, one twice, or a bad value.
     """
     if path is None:
         return MemosConfig()
@@ -424,7 +448,7 @@ def load(path: str | os.PathLike[str] | None) -> MemosConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _EachKeyOnce)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
@@ -439,10 +463,41 @@ def load(path: str | os.PathLike[str] | None) -> MemosConfig:
         raise ConfigError(f"{path}: " + "; ".join(map(_sentence, error.errors()))) from error
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping; PyYAML takes the last and is silent about the others."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        known: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in known:  # the line and not the key is told, for it may be an API key
+                    problem = "this key stands twice in its section; join the two"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                known.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"] if part != "[key]") or "the file"
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}'"
+        return f"unknown key '{key}'{_known_beside(error['loc'])}"
+    if error["type"] == "model_type":
+        keys = "" if error["input"] is not None else "; give it keys, or leave it out"
+        return f"'{key}' is a section with keys of its own, not {error['input']!r}{keys}"
     # Not whole sections: they may hold API keys and passwords.
     got = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
-    return f"'{key}': {error['msg'].removeprefix('Value error, ')}{got}"
+    quotes = (
+        "; write it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int | float) else ""
+    )
+    return f"'{key}': {error['msg'].removeprefix('Value error, ')}{got}{quotes}"
+
+
+def _known_beside(loc: Sequence[Any]) -> str:
+    """The keys of the section that an unknown one stands in; empty where it is not one of ours."""
+    section: Any = MemosConfig
+    for part in loc[:-1]:
+        field = section.model_fields.get(part)
+        section = None if field is None else field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ""
+    return f"; there are {', '.join(section.model_fields)}"

@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("url", nargs="?", default="http://localhost:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--api-key", default=os.environ.get("VLLM_API_KEY", ""), help="default: $VLLM_API_KEY")
     args = parser.parse_args()
+    if not args.url.startswith(("http://", "https://")):
+        parser.error(f"{args.url} is no address of a server; write for example http://localhost:8000")
     request = urllib.request.Request(
         f"{args.url.rstrip('/')}/v1/memos/status", headers={"authorization": f"Bearer {args.api_key}"}
     )

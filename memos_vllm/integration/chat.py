@@ -172,6 +172,8 @@ def read_turn(request: ChatCompletionRequest, raw_request: Request, state: Memos
             return None
         options = MemosField()
     who = identity.resolve(raw_request.headers, state.config.identity, options.user).principal
+    if options.user is None:
+        memory_default.warn_of_openai_user(who, request.user, state)
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     return Turn(who, options, [_as_dict(message) for message in request.messages], tools, request.request_id)
 
@@ -188,13 +190,15 @@ def parse_field(value: Any) -> MemosField | None:
         return None
     if value is True:
         return MemosField()
+    shape = f"'memos' is true, false or an object with {', '.join(MemosField.model_fields)}"
+    if not isinstance(value, dict):
+        raise RequestError(f"{shape}, not {repr(value)[:100]}")
     try:
         return MemosField.model_validate(value)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(["memos", *(str(part) for part in problem["loc"])])
-        known = ", ".join(MemosField.model_fields)
-        raise RequestError(f"'{where}': {problem['msg']}; 'memos' is true, false or an object with {known}") from error
+        raise RequestError(f"'{where}': {problem['msg']}; {shape}") from error
 
 
 def next_start(

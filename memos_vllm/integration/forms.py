@@ -45,9 +45,10 @@ def _measure(state: MemosState, record: MemoryRecord, kv: dict[str, Any], traini
     kv_bytes = None
     if disk["blocks"]:
         kv_bytes = round(disk["bytes"] / disk["blocks"] / kv["block_size"] * tokens)
+    age_s = max(0.0, (utc_now() - record.created_at).total_seconds())
     return Measured(
         uses=state.recalls.of(record.id),
-        observed_s=state.recalls.observed_s,
+        observed_s=min(state.recalls.observed_s, age_s),
         tokens=tokens,
         prefill_s=None if per_token_s is None else per_token_s * tokens,
         kv_bytes=kv_bytes,

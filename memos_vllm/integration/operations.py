@@ -91,4 +91,4 @@ async def drop(raw_request: Request, tier: str) -> Any:
     if tier == "host":
         await engine_channel.call(state.engine, "drop_host")
         return {"tier": tier, "dropped": True}
-    return JSONResponse({"error": {"message": "tier must be gpu or host", "code": 400}}, status_code=400)
+    return error_response(RequestError(f"'tier' must be gpu or host, not {tier[:100]!r}"))

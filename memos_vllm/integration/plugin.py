@@ -16,6 +16,7 @@ from memos_vllm import activation, data_dir
 from memos_vllm.compat import cpu_lora, hashing
 from memos_vllm.config import MemosConfig, load
 from memos_vllm.errors import MemosError
+from memos_vllm.integration import logs
 from memos_vllm.integration.engine_share import note_engines, remove_gone_engines
 
 CONNECTOR = "MemosConnector"
@@ -30,6 +31,7 @@ _PLUGIN_GROUPS = (
 
 
 def activate() -> None:
+    logs.join_vllm()
     hashing.make_block_hashes_stable()
     cpu_lora.skip_tokens_without_adapter()
     _allow_endpoint_plugin()

@@ -6,6 +6,7 @@ and must end in all: it leaves a line in a log that the others read, and that co
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from memos_vllm.core.predictor import Predictor
+from memos_vllm.errors import StoreError, StoreFull
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +37,30 @@ class ForgottenOwners:
         self._read_bytes = 0
 
     def add(self, owner: str) -> None:
-        """On disk when this returns."""
-        line = f"{time.time():.6f} {self._digest(owner)}\n".encode()
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        """On disk when this returns.
+
+        Raises:
+            StoreFull: the disk has no room for it.
+            StoreError: it cannot be written.
+        """
+        # A line that a full disk or a crash tore ends before it.
+        line = f"\n{time.time():.6f} {self._digest(owner)}\n".encode()
         try:
-            os.write(handle, line)  # short enough to be written whole
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                if os.write(handle, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFull(
+                    f"the disk of {self._path.parent} is full and nothing was deleted; free some space and ask again"
+                ) from error
+            raise StoreError(
+                f"{self._path} cannot be written and nothing was deleted: {error.strerror}; check its owner and mode"
+            ) from error
 
     def has_news(self) -> bool:
         """Whether the log names more than at the last ``take_news``."""

@@ -14,7 +14,18 @@ import regex
 
 from memos_vllm.memory.claim_forms import Claim, claim_of, fold
 
-__all__ = ["Claim", "claim_of", "fold", "keys_of", "near_key", "subject_key", "text_key", "tool_key", "tool_of"]
+__all__ = [
+    "Claim",
+    "claim_of",
+    "fold",
+    "keys_of",
+    "near_key",
+    "subject_key",
+    "subject_keys",
+    "text_key",
+    "tool_key",
+    "tool_of",
+]
 
 MAX_NEAR_CHARS = 500
 """A longer text is a document; whether two of them say the same is not for a list of words to tell."""
@@ -48,6 +59,12 @@ def near_key(text: str) -> bytes:
 def subject_key(claim: Claim) -> bytes:
     """17 bytes; equal for claims about the same thing."""
     return b"s" + _digest(claim.subject)
+
+
+def subject_keys(claim: Claim) -> set[bytes]:
+    """Of all spellings of the subject: "my favourite color" is the same thing as "my favourite colour"."""
+    american = claim.subject.replace("colour", "color")
+    return {subject_key(Claim(subject, claim.value)) for subject in (american, american.replace("color", "colour"))}
 
 
 def tool_of(text: str) -> str | None:

@@ -1,7 +1,8 @@
 """Passwords, keys and card numbers, which chat does not remember.
 
 Found are names of secrets with a value ("my PIN is 1234", ``API_KEY=...``), keys in the formats that their issuers
-give them, private keys, and numbers of 13 to 19 digits with a card's first digit and check digit (Luhn).
+give them, private keys, addresses with a password (``scheme://user:password@host``), and numbers of 13 to 19 digits
+with a card's first digit and check digit (Luhn).
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 import regex
 
 _NAMES = (
-    r"pass(?:word|code|phrase|wd)s?|pwd|pass\ phrase|pin(?:\ code|\ number)?|otp|cvv2?|cvc2?"
+    r"pass(?:word|code|phrase|wd)s?|pwd|pw|pass\ phrase|pin(?:\ code|\ number)?|otp|cvv2?|cvc2?"
     r"|(?:api|secret|access|private|encryption|recovery|ssh)[\ _-]?keys?"
     r"|(?:access|auth|authentication|bearer|api|refresh|secret)[\ _-]?tokens?|client[\ _-]?secrets?"
     r"|(?:security|recovery|backup|verification|one[\ -]time)[\ ]codes?|(?:recovery|seed)\ phrase"
-    r"|social\ security\ number"
+    r"|social\ security\ (?:number|no)|ssn"
     r"|passw[oö]rt(?:er)?|kennwort|mot\ de\ passe|contraseña|senha|palavra-passe|wachtwoord|lösenord|hasło|пароль|şifre"
 )
 _UNSPACED_NAMES = r"密码|密碼|パスワード|暗証番号|비밀번호"
 _SENTENCE = regex.compile(
     rf"""
     (?: \b(?:{_NAMES})\b (?:\ (?:for|to|of|on|at|in|für|de|du|para|per|del|do)\ [^.!?\n]{{1,40}}?)?
-        ["']? (?:\ ?[=:] | \ (?:is|are|was|ist|lautet|est|es|è|é|jest|är|on|это)\b ) \s{{0,4}} \S
+        ["']? (?:\ ?[=:] | 's\ | \ (?:is|are|was|ist|lautet|est|es|è|é|jest|är|on|это)\b ) \s{{0,4}} \S
       | \b(?:{_NAMES}) [\ "'“`]{{1,3}} (?=\S{{0,40}}\d)\S{{4}}
+      | \b(?:set|reset|chang(?:e|ed|ing)|updated?)\ (?:[\p{{L}}'-]{{1,20}}\ ){{0,3}}(?:{_NAMES})
+        \ (?:(?:for|of|on)\ [^.!?\n]{{1,40}}?\ )?to\ \S
+      | \bpass (?:\ ?[=:] | \ is) \s{{0,4}} (?=\S{{0,40}}\d) \S{{5}}
       | (?:is|was|are)\ (?:my|our|the|his|her)\ (?:[\p{{L}}-]{{1,20}}\ ){{0,3}}(?:{_NAMES})\b
       | (?:{_UNSPACED_NAMES})\s?(?:是|为|為|は|:|：|=|은|는)\s?\S
     )
@@ -35,7 +39,8 @@ _ASSIGNED = regex.compile(
     regex.I | regex.X,
 )
 _VARIABLE = regex.compile(
-    r"^(?:export )?[A-Z0-9_]{0,40}(?:PASSWORD|PASSWD|SECRET|TOKEN|API_?KEY|PRIVATE_KEY)[A-Z0-9_]{0,20}=[^\s$]{4}",
+    r"^(?:export )?[A-Z0-9_]{0,40}(?:PASSWORD|PASSWD|(?<![A-Z0-9])(?:PASS|PWD)(?==)|SECRET|TOKEN|API_?KEY|PRIVATE_KEY)"
+    r"[A-Z0-9_]{0,20}=[^\s$]{4}",
     regex.M,
 )
 _ISSUED = regex.compile(
@@ -44,6 +49,8 @@ _ISSUED = regex.compile(
     | \b(?: sk-[\w-]{16} | gh[pousr]_[A-Za-z0-9]{20} | github_pat_\w{20} | glpat-[\w-]{16} | hf_[A-Za-z0-9]{20}
       | AKIA[0-9A-Z]{16} | AIza[\w-]{30} | xox[abprs]-[\w-]{10} | npm_[A-Za-z0-9]{30} | (?:sk|rk)_live_[A-Za-z0-9]{16}
       | eyJ[\w-]{10,2000}\.eyJ[\w-]{10} )
+    | \b[Bb]earer\ [\w.~+/-]{0,40}(?:\d|[._~+/])[\w.~+/-]{12}
+    | \b[a-z][a-z0-9+.-]{1,20}://[^\s:/@]{1,100}:(?!(?:pass(?:word)?|pw|secret|changeme|x+|\*+|\.+)@|[<$\{])[^\s/@]{4,100}@
     """,
     regex.X,
 )

@@ -2,8 +2,9 @@
 
 Kept: statements, in the user's own words (less a greeting in front). Not kept: questions, greetings,
 thanks, acknowledgements and commands to the assistant, unless the sentence asks to remember
-something; then its content is kept. Code and long pastes become one document. What tells a password, a
-key or a card number is not kept, whatever it asks (``credentials``).
+something; then its content is kept. Code and long pastes become one document. A text that is handed over to be
+worked on is not the user's word (``own_words``). What tells a password, a key or a card number is not kept,
+whatever it asks (``credentials``).
 
 The word lists are for English, with the commonest forms of Chinese and Japanese and the commonest
 commands of other languages (``imperatives``). All else counts as a statement unless it ends with a question
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory import claims, credentials, sentences, speech, standing
+from memos_vllm.memory import claims, credentials, own_words, sentences, speech, standing
 
 LONG_TEXT_CHARS = 2000
 _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
@@ -35,9 +36,12 @@ class Extract:
 def extract(text: str) -> list[Extract]:
     """What to keep of one message, in its order."""
     text = text.strip()
+    if own_words.is_task_prompt(text):
+        return []
     if len(text) > LONG_TEXT_CHARS:
         return [] if credentials.are_in_document(text) else [Extract(text, "document", "long")]
-    kept = [extracted for sentence in sentences.split(_CODE.sub("\n\n", text)) if (extracted := judge(sentence))]
+    said = own_words.of(_CODE.sub("\n\n", text))
+    kept = [extracted for sentence in sentences.split(said) if (extracted := judge(sentence))]
     code = "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text))
     if code and not credentials.are_in_document(code):
         kept.append(Extract(code, "document", "code"))
@@ -50,6 +54,8 @@ def judge(sentence: str) -> Extract | None:
         return None
     if asked := _asked_to_remember(sentence):
         return Extract(asked, kind_of(asked), "asked")
+    if speech.is_standing_order(sentence.strip().replace("’", "'").lower()):
+        return Extract(sentence, kind_of(sentence) if claims.claim_of(sentence) else "preference", "asked")
     lead_in = _LEAD_IN.match(sentence)
     statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
     plain = statement.strip().replace("’", "'").lower()
@@ -57,6 +63,8 @@ def judge(sentence: str) -> Extract | None:
         return None
     kind = kind_of(statement)
     if kind == "fact" and not standing.may_stand(statement):
+        kind = "remark"
+    if kind == "preference" and claims.claim_of(statement) is None and standing.is_of_what_was_said(statement):
         kind = "remark"
     return Extract(statement, kind, "statement")
 

@@ -84,6 +84,24 @@ def chosen(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datet
     return found
 
 
+def succeeded(user: UserReader, ids: Sequence[MemoryId]) -> list[MemoryId]:
+    """A session's frozen ids; what was corrected since gives its place to the correction.
+
+    The prefix changes there anyway, and a user who said where he lives now lives somewhere in his other sessions, too.
+    """
+    places: dict[MemoryId, None] = dict.fromkeys(ids)
+    found: dict[MemoryId, None] = {}
+    for memory_id in ids:
+        record = user.get(memory_id)
+        while record is not None and record.superseded_by is not None:
+            record = user.get(record.superseded_by)
+        if record is None or (record.id != memory_id and record.id in places):
+            continue
+        if record.id == memory_id or record.pinned or record.type in STANDING_TYPES:
+            found[record.id] = None
+    return list(found)
+
+
 def newest(user: UserReader, ids: Iterable[MemoryId], budget: Budget, now: datetime) -> list[MemoryRecord]:
     """A run of statements that ends with the newest; newest first, as ``ids`` are."""
     room, left, passed, is_full = budget.left, budget.left, 0, False

@@ -43,7 +43,7 @@ def keep(
             same = user.change(same, now, type=extracted.type)
         return _said_again(user, same, origin, now) if said else same
     claim = claims.claim_of(extracted.text)
-    rivals = sayings(user, claims.subject_key(claim), now) if claim else []
+    rivals = claimed(user, claim, now) if claim else []
     near = [] if claim else lasting(sayings(user, claims.near_key(extracted.text), now))
     changed = [rival for rival in rivals if rival.state is not State.FROZEN]
     new = user.insert(
@@ -68,10 +68,21 @@ def keep(
 def known(user: UserReader, text: str, now: datetime) -> MemoryRecord | None:
     """The current memory that says this, to stay: in the same words, or as the same claim."""
     claim = claims.claim_of(text)
-    rivals = sayings(user, claims.subject_key(claim), now) if claim else []
     same = lasting(sayings(user, claims.text_key(text), now))
-    same = same or lasting([each for each in rivals if claims.claim_of(each.text) == claim])
+    if claim and not same:
+        same = lasting([each for each in claimed(user, claim, now) if _value(each.text) == claim.value])
     return same[-1] if same else None
+
+
+def claimed(user: UserReader, claim: claims.Claim, now: datetime) -> list[MemoryRecord]:
+    """Claims about the same thing, oldest first."""
+    found = {record.id: record for key in claims.subject_keys(claim) for record in sayings(user, key, now)}
+    return [found[memory_id] for memory_id in sorted(found)]
+
+
+def _value(text: str) -> str | None:
+    claim = claims.claim_of(text)
+    return claim.value if claim else None
 
 
 def sayings(user: UserReader, key: bytes, now: datetime) -> list[MemoryRecord]:

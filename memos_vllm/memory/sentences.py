@@ -23,6 +23,13 @@ _TITLES = frozenset(
 """A name or a number follows: never the end."""
 
 _BEFORE_NUMBERS = frozenset("no nos fig figs p pp vol ch sec art eq".split())
+_MONTH = regex.compile(
+    r"(?:januar|jänner|februar|märz|april|mai|juni|juli|august|september|oktober|november|dezember|december"
+    r"|marts|maj|tammi|helmi|maalis|huhti|touko|kesä|heinä|elo|syys|loka|marras|joulu)(?:kuuta)?\b",
+    regex.I,
+)
+"""Of languages that write a day with a full stop behind it: "am 3. Mai"."""
+
 _SHORTENED = frozenset(
     "etc inc ltd co corp jr dept est al a.m p.m am pm u.s u.k e.u u.n d.c ph.d b.sc m.sc "
     "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thur thurs fri sat sun ave blvd rd".split()
@@ -48,13 +55,22 @@ def _units(text: str) -> Iterator[str]:
             if unit:
                 yield unit
             if bullet:
-                unit = f"{introduction} {content}" if introduction else content
+                unit = f"{introduction} {content}" if introduction and not _is_own(introduction, content) else content
             else:
                 introduction = content if content.endswith((":", "：")) else introduction if not content else ""
                 unit = "" if introduction else content
         last_line = line
     if unit:
         yield unit
+
+
+def _is_own(introduction: str, item: str) -> bool:
+    """Whether an item is a sentence on the user by itself: below "About me:", "I live in Oslo" needs no more."""
+    return bool(_ABOUT_ME.search(introduction) and _IN_FIRST_PERSON.match(item))
+
+
+_ABOUT_ME = regex.compile(r"\babout (?:me|myself|us)\b", regex.I)
+_IN_FIRST_PERSON = regex.compile(r"(?:I|I['’](?:m|ve|d|ll)|[Mm]y|[Ww]e|[Oo]ur)\b")
 
 
 def _continues(line: str, content: str) -> bool:
@@ -99,6 +115,8 @@ def _ends_sentence(before: str, end: str, after: str) -> bool:
         return False
     if word in _SHORTENED:
         return after[0].isupper()
+    if word.isdecimal() and len(word) <= 2 and _MONTH.match(after):
+        return False
     if len(word) == 1 and word.isalpha() and word != "i":  # an initial: J. Smith
         return False
     return not (word.isdigit() and before.strip() == word)  # "1." in a line of its own numbering

@@ -11,7 +11,7 @@ from typing import Any
 from memos_vllm.config import MemoryConfig
 from memos_vllm.core.lifecycle import OVER, State
 from memos_vllm.errors import Conflict, RequestError, StoreError
-from memos_vllm.memory import inputs, records, removal, sessions, succession, tables, tool_use
+from memos_vllm.memory import inputs, own_words, records, removal, sessions, succession, tables, tool_use
 from memos_vllm.memory.abstract_store import Store, StoreSize
 from memos_vllm.memory.documents.library import Library
 from memos_vllm.memory.embedders import Embedder
@@ -23,7 +23,7 @@ from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.messages import last_user_message, last_user_text
 from memos_vllm.memory.prepared import PreparedChoices
-from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived, num_left_out
+from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived, num_left_out, succeeded
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.refining import Refining
 from memos_vllm.memory.remembering import keep
@@ -301,7 +301,8 @@ class MemoryService:
         """What belongs into the prompt of these messages; see ``memory.recall`` for the rules.
 
         With a session, the choice of long-lived memories is that of the session's first recall, in
-        every process; texts are current, and what was deleted or superseded is gone.
+        every process; texts are current, what was superseded gave way to what superseded it, and what was
+        deleted is gone.
         """
         session = inputs.check_session(session)
         top_k = self._config.top_k if top_k is None else inputs.check_limit(top_k, "top_k")
@@ -312,7 +313,8 @@ class MemoryService:
             if ids is None:
                 standing = self._long_lived(user, index)
             else:
-                standing = chosen(user, ids, Budget(self._config.long_lived_tokens, self._count_tokens), now)
+                room = Budget(self._config.long_lived_tokens, self._count_tokens)
+                standing = chosen(user, succeeded(user, ids), room, now)
             stand = {record.id for record in standing}
             hits, answering = self._retrieval.hits_beside(user, index, asked, top_k, stand)
             left_out = num_left_out(user, index, stand, now) if count_left_out else None
@@ -343,6 +345,7 @@ class MemoryService:
     ) -> Sequence[MemoryRecord]:
         """Stores what is worth keeping of the last user message (``memory.extraction``), all or nothing.
 
+        Nothing of a message that asks not to be remembered (``memory.own_words``), nor of the calls made for it.
         See ``memory.remembering`` for what happens to repetitions and contradictions, and ``memory.tool_use``
         for what is kept of the calls of tools after the message.
 
@@ -354,7 +357,10 @@ class MemoryService:
             A record per statement, tool and trajectory, new or known.
         """
         session = inputs.check_session(session)
-        kept = extract(last_user_text(messages))
+        said = last_user_text(messages)
+        if own_words.are_withheld(said):
+            return []
+        kept = extract(said)
         for extracted in kept:
             inputs.check_text(extracted.text, "message")
         if not kept and not tool_use.steps(messages):

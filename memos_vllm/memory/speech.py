@@ -53,12 +53,14 @@ _OPENERS = frozenset(
     later welcome thanks thank thx ty ok okay k sure yes yeah yep yup no nope nah great cool nice perfect awesome
     wonderful excellent amazing fantastic brilliant lovely fine got understood alright right exactly correct indeed wow
     lol haha hahaha hmm hm oh ah aha ugh oops sorry please sounds that's that never nevermind makes noted agreed well
-    hola gracias adios bonjour merci salut hallo danke tschüss ciao grazie hej tack olá obrigado obrigada""".split()
+    hola gracias adios bonjour merci salut hallo danke tschüss ciao grazie hej tack olá obrigado obrigada vielen muchas
+    mille molte muito""".split()
 )
 _FILLERS = frozenset(
     """there all everyone everybody again so very much a lot for your the help to you too then my friend it i see it's
     is was sense mind problem worries soon tomorrow now of course and really just this answer advice time day have one
-    thing me first today bad luck know let's go on everything assistant ai bot meet meeting talk with us""".split()
+    thing me first today bad luck know let's go on everything assistant ai bot meet meeting talk with us
+    dank beaucoup schön sehr bien""".split()
 )
 _SMALL_TALK_UNSPACED = regex.compile(
     r"""(?: 你好|您好|嗨|大家好|早上好|早安|晚上好|晚安|下午好|谢谢|謝謝|多谢|感谢|不客气|好的?|嗯+|是的|对
@@ -68,6 +70,14 @@ _SMALL_TALK_UNSPACED = regex.compile(
       | [\p{P}\p{S}\s] )+""",
     regex.X,
 )
+_REPLY = regex.compile(
+    r"(?:(?:yes|yeah|yep|no|nope|nah|sure|ok|okay)[,.! ]+)?"
+    r"(?:i|we) (?:do|did|am|was|are|were|can|could|will|would|have|had|should|might|may|ca|wo)(?:n't| not)?"
+    r"(?: too| so)?[.!]*"
+    r"|(?:sure|yes|ok|okay|please)[, ]+go (?:ahead|on)[.!]*"
+)
+"""To a question of the assistant's; without it, it says nothing."""
+
 _COURTESIES = ("how are you", "nice to meet you", "see you")
 
 
@@ -75,17 +85,20 @@ def is_small_talk(plain: str) -> bool:
     words = regex.findall(r"[\p{L}\p{M}']+", plain)
     if words and words[0] in _OPENERS and len(words) <= 10 and _OPENERS.union(_FILLERS).issuperset(words):
         return True
+    if _REPLY.fullmatch(plain):
+        return True
     return plain.startswith(_COURTESIES) or _SMALL_TALK_UNSPACED.fullmatch(plain) is not None
 
 
+_FROM_NOW_ON = regex.compile(r"\b(?:from now on|from here on|going forward)\b[, ]*")
 _VERBS = (
     "tell|write|rewrite|give|show|explain|summari[sz]e|translate|list|find|search|make|create|generate|help|describe|"
     "compare|calculate|compute|solve|fix|improve|rephrase|paraphrase|continue|answer|reply|respond|say|repeat|recommend|"
     "suggest|draft|convert|check|review|analy[sz]e|define|name|think|imagine|act|pretend|behave|forget|stop|try|use|add|"
     "remove|delete|change|update|run|open|play|send|read|look|go|do|don't|keep|teach|ask|format|sort|count|extract|"
     "classify|debug|refactor|implement|code|design|plan|provide|correct|proofread|edit|shorten|expand|elaborate|wait|"
-    "start|begin|guess|pick|choose|draw|build|sing|complete|finish|consider|identify|assume|speak|talk|put|set|turn|call|"
-    "remind|let|let's|lets|be|never|always"
+    "start|begin|guess|suppose|supposing|pick|choose|draw|build|sing|complete|finish|consider|identify|assume|speak|talk|"
+    "put|set|turn|call|remind|let|let's|lets|be|never|always"
 )
 _COMMAND = regex.compile(
     rf"""
@@ -104,3 +117,9 @@ _COMMAND = regex.compile(
 
 def is_command(plain: str) -> bool:
     return _COMMAND.fullmatch(plain) is not None or imperatives.is_command(plain)
+
+
+def is_standing_order(plain: str) -> bool:
+    """A command that is to hold for what comes: "From now on, answer in French"."""
+    order = _FROM_NOW_ON.sub("", plain, 1)
+    return order != plain and not is_question(plain) and is_command(order.strip(" ,"))

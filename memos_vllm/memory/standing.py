@@ -1,8 +1,9 @@
 """Which facts may stand in every prompt: what the user says of himself and his own, and not of the moment.
 
 A claim may, and a statement in the first person that neither refers back ("It still fails") nor is about the
-moment ("My test is red again today"). First persons are told by words, of the languages listed here; a
-statement in any other language may not stand. What may not is a remark, recalled for a question.
+moment ("My test is red again today"), nor for the assistant ("I'd like a table"), supposed or quoted. First persons
+are told by words, of the languages listed here; a statement in any other language may not stand. What may not is a
+remark, recalled for a question.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from memos_vllm.memory import claims
 
 _FIRST_PERSON = regex.compile(
     r"""
-    \b(?: i | i'(?:m|ve|d|ll) | my|mine|myself|me|we|we'(?:re|ve|d|ll)|our|ours
+    \b(?: i | i'?(?:m|ve) | i'(?:d|ll) | my|mine|myself|me|we|we'(?:re|ve|d|ll)|our|ours
       | ich|mein(?:e|er|es|em|en)?|wir|unser(?:e|er|es|em|en)?
       | je|j'\p{L}+|mon|ma|mes|nous|notre|nos
       | yo|mis?|soy|estoy|tengo|vivo|trabajo|somos|tenemos|nuestr[oa]s?
@@ -36,7 +37,7 @@ _OF_THE_MOMENT = regex.compile(
     r"""
     \b(?: again|still|right\ now|at\ the\ moment|just\ now|today|tonight|yesterday|tomorrow|so\ far
       | this\ (?:morning|afternoon|evening|time|week)
-      | errors?|exception|traceback|fehler(?:meldung)?|erreur|errore|erro
+      | \w*errors?|\w*exceptions?|traceback|fehler(?:meldung)?|erreur|errore|erro
       | heute|gestern|morgen|gerade|immer\ noch|schon\ wieder|aujourd'hui|encore|demain|hoy|ayer|mañana|todavía
       | oggi|ieri|domani|ancora|hoje|ontem|amanhã|ainda )\b
     | 今天|昨天|明天|现在|還是|还是|今日|昨日|明日
@@ -46,11 +47,54 @@ _OF_THE_MOMENT = regex.compile(
     regex.X,
 )
 
+_TO_THE_ASSISTANT = regex.compile(
+    r"""
+      you(?:'re)? \b (?! (?:\ (?:should|must|may|might|can|need\ to))? \ (?:know|call|remember)\b )
+    | as\ an\ (?:ai|assistant)\b
+    | i(?:'d|\ would)\ (?:like|love|appreciate)\ (?: to\ (?:know|ask|see|hear|read|understand|get|have|check|discuss)
+        | an?|some|more|another|your|if|the|this|that|it )\b
+    | i\ (?:just\ |also\ |still\ |really\ )* (?:
+          (?:need|want|could\ use)\ (?:some\ |your\ |more\ |a\ (?:bit\ of|little|quick)\ )*
+            (?:help|advice|assistance|tips|ideas|suggestions|feedback|input|to\ (?:know|ask|understand))
+        | (?:need|want)\ (?:an?|the|some|another|more)\ (?:\p{L}+\ ){0,2}(?:summary|list|table|example|explanation
+            |answer|translation|version|script|function|poem|story|essay|outline|draft|overview|paragraph|sentence)s?
+        | have\ (?:an?|another|one|two|some|a\ few|several)\ (?:more\ |quick\ |small\ |last\ |other\ )*
+            (?:questions?|requests?)
+        | (?:do\ not|don't|dont|did\ not|didn't|can't|cannot)\ (?:
+              understand (?= [.!]*$ | \ (?:this|that|it|why|how|what|you)\b )
+            | get\ (?:it|this|that|what|why)\b | follow(?=[.!]*$) | know(?=[.!]*$) )
+        | was\ (?:wondering|asking|hoping) | wonder | asked | meant | said
+        | (?:think|believe|guess|mean|see|know)\ (?:that\ )?(?:you|your|you're|this|it|it's|the\ answer) )\b
+    | i'?(?:\ a)?m\ (?:just\ )?(?:asking|curious)\b
+    """,
+    regex.X,
+)
+_SUPPOSED = regex.compile(r"(?:as )?if\b.*\bi(?:'d| would| could| might)\b", regex.S)
+_QUOTATION = regex.compile(r"[\"“«„「『].*[\"”»“」』][.!]?", regex.S)
+
+_OF_WHAT_WAS_SAID = regex.compile(
+    r"""
+    \b(?:like|love|prefer|enjoy|adore|hate|dislike|detest|stand)\ (?:
+        (?:it|this|that|these|those|them|both|neither|what)\b (?!\ (?:when|if|because)\b)
+      | the\ (?:(?:first|second|third|last|latter|former|other|previous)\ ?)?(?:one|answer|version|idea|option)?
+        (?<!the\ )\b (?= [^\p{L}]*$ | \ (?:better|best|more|most)\b )
+      | your\b | option\b | how\ you\b )
+    """,
+    regex.X,
+)
+
+
+def is_of_what_was_said(preference: str) -> bool:
+    """Whether it is about something in the conversation: "I like it", "I prefer the second version"."""
+    return _OF_WHAT_WAS_SAID.search(preference.replace("’", "'").lower()) is not None
+
 
 def may_stand(statement: str) -> bool:
     if claims.claim_of(statement) is not None:
         return True
     plain = statement.strip().replace("’", "'").lower()
-    if _REFERS_BACK.match(plain) or _OF_THE_MOMENT.search(plain):
+    if _REFERS_BACK.match(plain) or _OF_THE_MOMENT.search(plain) or _TO_THE_ASSISTANT.match(plain):
+        return False
+    if _SUPPOSED.match(plain) or _QUOTATION.fullmatch(plain):
         return False
     return _FIRST_PERSON.search(plain) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -62,6 +63,13 @@ def test_the_endpoint_has_exactly_the_listed_metrics(memos: Memos) -> None:
         }
         assert series == set(metric.series), "every series, from the start"
         assert metric.kind is Kind.HISTOGRAM or all(sample.value >= 0 for sample in family.samples)
+
+
+def test_what_memos_logs_stands_among_vllms_lines(memos: Memos) -> None:
+    line = re.compile(
+        r"^\(EngineCore.* INFO .*\[activation_memory\.py:\d+\] activation memory: \d+ bytes", re.MULTILINE
+    )
+    assert len(line.findall(memos.server.log())) == 1
 
 
 def test_a_stock_server_has_none(stock_answers: dict[str, Any]) -> None:

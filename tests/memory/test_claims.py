@@ -241,3 +241,16 @@ def test_what_may_both_be_true_ends_nothing(tmp_path: Path, before: str, after: 
     for text in (before, after):
         service.remember(ALICE, says(text))
     assert texts(service.list(ALICE).records) == [before, after]
+
+
+def test_a_colour_is_the_same_in_american_spelling(tmp_path: Path) -> None:
+    service = make_service(tmp_path)
+    for text in ("My favourite colour is red.", "My favorite color is blue.", "My favourite colour is blue"):
+        service.remember(ALICE, says(text))
+    assert texts(service.list(ALICE).records) == ["My favorite color is blue."]
+    (green,) = service.remember(ALICE, says("My favourite colour is green."))
+    assert texts(service.history(ALICE, green.id)) == [
+        "My favourite colour is red.",
+        "My favorite color is blue.",
+        "My favourite colour is green.",
+    ]

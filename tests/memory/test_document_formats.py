@@ -183,7 +183,7 @@ def test_an_unknown_type_is_refused(declared: str | None, name: str) -> None:
         (b"", TEXT, None, "empty"),
         (b" \n\t", PDF, None, "empty"),
         (b"<html><body><script>x</script></body></html>", HTML, None, "no text"),
-        (b"\xff\xfa", TEXT, None, "not utf-8"),
+        (b"\xff\xfa", TEXT, None, "not utf-8: byte 0"),
         (b"a\0b", MARKDOWN, None, "NUL"),
         (b"a", TEXT, "klingon", "charset"),
         (b"a", HTML, "klingon", "charset"),

@@ -35,6 +35,10 @@ def kept(text: str) -> list[str]:
         ("मुझे चाय पसंद है। मैं दिल्ली में हूँ।", ["मुझे चाय पसंद है।", "मैं दिल्ली में हूँ।"]),
         ("- I like tea\n* I like chess\n1. I have a cat", ["I like tea", "I like chess", "I have a cat"]),
         ("My hobbies:\n- chess\n- rowing", ["My hobbies: chess", "My hobbies: rowing"]),
+        ("Facts about me:\n- I am 30\n- my dog is Rex\n- nuts", ["I am 30", "my dog is Rex", "Facts about me: nuts"]),
+        ("What my boss says:\n- I am lazy", ["What my boss says: I am lazy"]),
+        ("Ich bin am 3. Mai geboren. Ja.", ["Ich bin am 3. Mai geboren.", "Ja."]),
+        ("I am 31. May I ask? It was 1990. August came.", ["I am 31.", "May I ask?", "It was 1990.", "August came."]),
         ("My favourite drink is\noolong tea.", ["My favourite drink is oolong tea."]),
         ("I like tea\nI like coffee", ["I like tea", "I like coffee"]),
         ("x" * 58 + " in\nBerlin it rains.", ["x" * 58 + " in Berlin it rains."]),
@@ -72,7 +76,8 @@ def test_keeps_statements_verbatim(text: str) -> None:
     [
         *("Hello!", "Hi there", "Good morning.", "Thanks.", "Thank you so much for your help!", "OK, great.", "Bye!"),
         *("Got it, thanks!", "That's great.", "How are you today", "👍", "...", "你好！", "谢谢。", "こんにちは。"),
-        *("ありがとうございます。", "Gracias!", "Berlin."),
+        *("ありがとうございます。", "Gracias!", "Berlin.", "Merci beaucoup!", "Vielen Dank.", "Muchas gracias."),
+        *("I do.", "No, I don't.", "Yes, I have.", "I can't.", "Sure, go ahead."),
         *("What is my favourite drink?", "what is my favourite drink", "Do you remember me?", "do you know my name"),
         *(
             "Is it late",
@@ -93,6 +98,7 @@ def test_keeps_statements_verbatim(text: str) -> None:
         *(
             "I want you to act as a pirate.",
             "Don't use emojis.",
+            "Suppose I live in Tokyo.",
             "请翻译这句话。",
             "詩を書いてください。",
             "Help me, please.",
@@ -113,6 +119,8 @@ def test_drops_what_tells_nothing_about_the_user(text: str) -> None:
         ("Don't forget: the gate code is 42!", "The gate code is 42!"),
         ("Keep in mind that I live in St. Mary, please.", "I live in St. Mary."),
         ("Remember to call Ann on Monday.", "Remember to call Ann on Monday."),
+        ("From now on, answer in French.", "From now on, answer in French."),
+        ("Please use metric units from now on.", "Please use metric units from now on."),
         ("请记住，我住在上海。", "我住在上海。"),
         ("私は緑茶が好きだと覚えておいてください。", "私は緑茶が好きだ。"),
     ],
@@ -120,6 +128,12 @@ def test_drops_what_tells_nothing_about_the_user(text: str) -> None:
 def test_keeps_what_it_is_asked_to_remember(text: str, content: str) -> None:
     (extracted,) = extract(text)
     assert (extracted.text, extracted.rule) == (content, "asked")
+
+
+def test_an_order_for_good_is_a_preference_and_a_plan_a_fact() -> None:
+    assert [each.type for each in extract("Going forward, don't use emojis.")] == ["preference"]
+    assert [(each.type, each.rule) for each in extract("I am vegan from now on.")] == [("fact", "statement")]
+    assert kept("Will you answer in French from now on?") == []
 
 
 def test_takes_the_statement_out_of_a_turn() -> None:

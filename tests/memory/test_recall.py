@@ -201,7 +201,7 @@ def test_a_frozen_session_shows_current_texts_and_nothing_deleted(service: Memor
     service.update(ALICE, first.id, text="changed")
     assert service.delete(ALICE, second.id).sessions == 1
     service.remember(ALICE, says("My favourite drink is milk."))
-    assert long_lived(service, "s") == ["changed"]
+    assert long_lived(service, "s") == ["changed", "My favourite drink is milk."]
 
 
 def test_what_came_after_the_freeze_is_recalled_late(service: MemoryService) -> None:
@@ -209,6 +209,34 @@ def test_what_came_after_the_freeze_is_recalled_late(service: MemoryService) -> 
     service.add(ALICE, "green tea")
     recall = service.recall(ALICE, says("tea"), session="s")
     assert (texts(recall.long_lived), texts(recall.late)) == ([], ["green tea"])
+
+
+def test_a_correction_takes_its_place_in_every_session(service: MemoryService) -> None:
+    told = [service.remember(ALICE, says(text))[0] for text in ("I live in Berlin.", "I like tea.", "I am 30.")]
+    for session in ("s", "t"):
+        service.recall(ALICE, says("hello"), session=session)
+    for text in ("I like chess.", "I moved to Oslo.", "I turned 31.", "I moved to Rome."):
+        service.remember(ALICE, says(text), session="s")
+    corrected = ["I moved to Rome.", "I like tea.", "I turned 31."]
+    for session in ("s", "t"):
+        assert texts(service.recall(ALICE, says("hello"), session=session).long_lived) == corrected
+    service.life.merge(ALICE, told[1].id, [service.list(ALICE).records[-1].id], text="I like tea and Rome.")
+    assert texts(service.recall(ALICE, says("hello"), session="t").long_lived) == [
+        "I like tea and Rome.",
+        "I turned 31.",
+    ]
+    (rome,) = service.remember(ALICE, says("I moved to Rome."))
+    service.remember(ALICE, says("I moved to Turin."))
+    service.delete(ALICE, rome.id)
+    assert "Turin" not in str(texts(service.recall(ALICE, says("hello"), session="t").long_lived))
+
+
+def test_a_correction_that_stands_in_no_prompt_takes_no_place(service: MemoryService) -> None:
+    service.remember(ALICE, says("My job is baker."))
+    service.recall(ALICE, says("hello"), session="s")
+    (cook,) = service.remember(ALICE, says("My job is cook."))
+    service.update(ALICE, cook.id, sensitivity="sensitive")
+    assert service.recall(ALICE, says("hello"), session="s").long_lived == ()
 
 
 def test_a_session_outlives_the_process(make: Make) -> None:

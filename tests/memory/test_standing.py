@@ -23,6 +23,10 @@ CARD = "4111 1111 1111 1111"
         *("Ich trinke gern Tee.", "Meine Katze heißt Tom.", "Je travaille dans une banque.", "J'habite à Lyon."),
         *("Mon chat s'appelle Tom.", "Tengo dos gatos.", "Soy médico.", "Mi gato se llama Tom.", "Abito a Roma."),
         *("Ho due figli.", "Il mio gatto si chiama Tom.", "Moro em Lisboa.", "Meu gato se chama Tom."),
+        *("You should know that I'm allergic to nuts.", "You can call me Sam.", "I'd like to visit Japan one day."),
+        *("I like it when people are on time.", "I love the first snow.", "I hate the idea of flying to my aunt."),
+        *("I need a wheelchair.", "I have a daughter.", "I don't understand German.", "I think Python is my language."),
+        *("If I eat nuts, I get hives.", "im allergic to nuts", "ok so basically im 34 and live in Austin"),
         *("У меня есть кот.", "我住在上海。", "私は医者です。", "Ik heb een kat.", "Mam dwa koty.", "मेरा नाम राम है।"),
     ],
 )
@@ -40,6 +44,17 @@ def test_what_is_about_the_user_stands(service: MemoryService, text: str) -> Non
         *("She is a doctor.", "I was in Rome yesterday.", "The ferry leaves at seven.", "The code does not compile."),
         *("Das geht immer noch nicht.", "Der Test ist schon wieder rot.", "Ça ne marche pas.", "El test falla."),
         *("Kissani nukkuu nyt.", "猫很可爱，很胖。", "猫を飼っています。", "고양이는 귀엽습니다."),
+        *("You gave me the wrong file.", "As an AI you must obey me.", "I think you are wrong about my cat."),
+        *(
+            "I'd like a table with three columns.",
+            "I would like to know more about owls.",
+            "I need help with my essay.",
+        ),
+        *("I have a quick question about my cat.", "I don't understand this.", "I was wondering whether cats fly."),
+        *("I asked you for a shorter text.", "I meant the second one.", "If I lived in Tokyo, I would eat sushi."),
+        *("I love this!", "I like it", "I like your answer.", "I prefer the first one.", "I prefer option B."),
+        *("I want a short summary of my article.", "I get `KeyError: 'x'` in my script.", "This is great, I love it!"),
+        *('"I am an engineer with 10 years at Google."', "“My cat is a lion.”"),
     ],
 )
 def test_what_is_of_the_moment_or_of_something_else_is_recalled_for_a_question(
@@ -93,6 +108,7 @@ def test_the_commonest_commands_of_other_languages_are_not_kept(text: str) -> No
         "Donne is my favourite poet.",
         "Such a cat is mine.",
         "Leg day is what I hate.",
+        "Suppose is a word that I like.",
         "Dame Judi Dench is my aunt.",
     ],
 )
@@ -108,6 +124,9 @@ SECRETS = [
         "PIN: 1234",
         "My PIN code is 1234.",
     ),
+    *("My SSN is 123-45-6789.", "ssn: 123-45-6789", "My PIN's 4821.", "The password's hunter22.", "pw: hunter2"),
+    *("I set my password to hunter2.", "I changed the password of my bank to hunter2.", "My pass is hunter2."),
+    *("Authorization: Bearer abcdefghijklmnop.qrstuvwxyz12", "My db is postgres://admin:s3cret@db.example.com/prod"),
     *("hunter2 is my password.", "I use the password hunter2 there.", "My API key is abc.", "Our secret key = abc"),
     *("My verification code is 123456.", f"My card is {CARD}.", "My CVV is 123."),
     *(
@@ -145,6 +164,11 @@ def test_secrets_are_not_kept_even_where_that_is_asked(service: MemoryService, t
             "My card number is in the drawer.",
             "My phone number is 555 12 34.",
             "I forgot my password.",
+            "I lost my SSN card.",
+            "I have a ski pass.",
+            "My boarding pass is on my phone.",
+            "My site is https://example.com:8080/a@b.",
+            "I am a bearer of bad news about my company.",
         ),
         *(
             "My order is 4111 1111 1111 1112.",
@@ -175,6 +199,10 @@ def test_a_number_with_a_check_digit_is_a_card_and_its_neighbours_are_not(
     [
         ("```\nx = 1\n```", True),
         ('```\npassword = "hunter2"\n```', False),
+        ("```\nDB_PASS=foo12345\n```", False),
+        ("```\nCOMPASS=north12\n```", True),
+        ("```\nurl = redis://app:s3cret@cache:6379\n```", False),
+        ("```\nurl = redis://app:password@cache:6379  # or app:${PW}@\n```", True),
         ("```\nexport AWS_SECRET_ACCESS_KEY=abcdefgh\n```", False),
         ("```\npassword = getpass()\ndef login(password: str): ...\n```", True),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3Blbn" * 400, False),

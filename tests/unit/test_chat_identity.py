@@ -28,8 +28,8 @@ def state() -> Any:
     return SimpleNamespace(config=config, nameless_keys=set())
 
 
-def whose(state: Any, key: str, memos: Any = NO_MEMOS) -> Principal | None:
-    more = {} if memos is NO_MEMOS else {"memos": memos}
+def whose(state: Any, key: str, memos: Any = NO_MEMOS, **more: Any) -> Principal | None:
+    more |= {} if memos is NO_MEMOS else {"memos": memos}
     request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "x"}], **more)
     raw: Any = SimpleNamespace(headers={"authorization": f"Bearer {key}"})
     turn = chat.read_turn(request, raw, state)
@@ -62,3 +62,23 @@ def test_the_servers_default_goes_for_each_key(state: Any, caplog: pytest.LogCap
     assert alone is not None and alone.user == "default"
     assert whose(state, "app") is None and whose(state, "tool") is None
     assert len(caplog.messages) == 2, "once for each key"
+
+
+@pytest.mark.parametrize("memos", [1, "yes", [], ["user"]])
+def test_memos_of_another_shape_is_refused_in_the_apis_words(state: Any, memos: Any) -> None:
+    with pytest.raises(RequestError, match="'memos' is true, false or an object with user, session") as caught:
+        whose(state, "carol", memos)
+    assert repr(memos) in str(caught.value) and "MemosField" not in str(caught.value)
+
+
+def test_openais_own_user_names_nobody_and_that_is_said_once(state: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert whose(state, "dummy", {"user": "alice"}, user="alice") == whose(state, "dummy", {"user": "alice"})
+    assert whose(state, "carol", True, user="bob") == Principal("shop", "carol")
+    assert whose(state, "dummy", False, user="alice") is None
+    assert not caplog.messages
+    for name in ("alice", "bob"):
+        who = whose(state, "dummy", True, user=name)
+        assert who is not None and who.user == "default"
+    whose(state, "another dummy", True, user="eve")
+    (warning,) = caplog.messages
+    assert "'memos': {'user': ...}" in warning and "dummy" not in warning

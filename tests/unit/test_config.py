@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from memos_vllm.api_keys import digest_of
-from memos_vllm.config import MemosConfig, load, parse_bytes
+from memos_vllm.config import MAX_SECONDS, MemosConfig, load, parse_bytes
 from memos_vllm.errors import ConfigError
 from tests.conftest import CONFIGS
+from tests.memory.memory_factories import ALICE, make_service, says, texts
 
 SHIPPED = pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 PLACEHOLDER = re.compile("DIGEST-OF-[A-Z-]+")
@@ -92,6 +93,21 @@ def test_default_yaml_states_the_defaults() -> None:
         ("kv:\n  layer_groups: 0", ["'kv.layer_groups'", "1"]),
         ("kv:\n  store_dtype: fp8\n  layer_groups: 2", ["'kv'", "loaded whole", "leave out 'layer_groups'"]),
         ("identity:\n  keys:\n    k: {user: alice}", ["'identity.keys.k.tenant'", "required"]),
+        ("kv:\n  host_byte: 1GiB", ["unknown key 'kv.host_byte'", "host_bytes"]),
+        ("memory:\n  embedder: {knd: auto}", ["unknown key 'memory.embedder.knd'", "there are kind, model"]),
+        ("kv:\n#  save: all", ["'kv' is a section", "leave it out"]),
+        ("prediction: off", ["'prediction' is a section with keys of its own, not False"]),
+        ("memory:\n  top_k: 5\nkv:\n  save: none\nmemory:\n  default: on", ["at line 5", "twice"]),
+        ("identity:\n  keys:\n    hush: {tenant: a}\n    hush: {tenant: b}", ["at line 4", "twice"]),
+        ("data_dir: ''", ["'data_dir'", "must be a path"]),
+        ("data_dir:", ["'data_dir'", "must be a path"]),
+        ("memory:\n  session_ttl_s: .inf", ["'memory.session_ttl_s'", "finite"]),
+        ("memory:\n  archive_after_s: 1.0e+30", ["'memory.archive_after_s'", "less than or equal to"]),
+        ("identity:\n  trusted_user_header: ''", ["'identity.trusted_user_header'", "X-Authenticated-User"]),
+        ("identity:\n  trusted_user_header: X User", ["'identity.trusted_user_header'", "X-Authenticated-User"]),
+        ("identity:\n  trusted_user_header: AUTHORIZATION", ["'identity.trusted_user_header'", "API key"]),
+        ("identity:\n  keys:\n    '': {tenant: shop}", ["'identity.keys.'", "is no key"]),
+        ("identity:\n  keys:\n    123: {tenant: shop}", ["'identity.keys.123'", "write it in quotes"]),
         ("- a\n- b", ["must be a mapping", "list"]),
         ("a: [1, 2", ["not valid YAML", "line"]),
     ],
@@ -105,6 +121,7 @@ def test_bad_configuration_is_one_clear_sentence(tmp_path: Path, text: str, word
     assert str(path) in message and "\n" not in message
     for word in words:
         assert word in message
+    assert "hush" not in message
 
 
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
@@ -121,3 +138,11 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
 )
 def test_sizes(text: object, size_bytes: int) -> None:
     assert parse_bytes(text) == size_bytes
+
+
+def test_the_longest_times_of_a_configuration_are_none_too_long(tmp_path: Path) -> None:
+    longest = {"session_ttl_s": MAX_SECONDS, "archive_after_s": MAX_SECONDS, "remove_expired_after_s": MAX_SECONDS}
+    service = make_service(tmp_path, **longest)
+    service.add(ALICE, "a note", type="working", session="s", priority=3)
+    service.remember(ALICE, says("I like tea."), session="s")
+    assert texts(service.recall(ALICE, says("tea"), session="s").long_lived) == ["I like tea."]

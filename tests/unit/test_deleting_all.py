@@ -15,7 +15,10 @@ from fastapi.testclient import TestClient
 from memos_vllm.adapters.records import Scope
 from memos_vllm.adapters.registry import AdapterRegistry
 from memos_vllm.config import MemoryConfig, MemosConfig
+from memos_vllm.core.predictor import Predictor
+from memos_vllm.core.scenes import Scene
 from memos_vllm.integration import chat, documents, engine_channel, life, memories, missing_ids, scenes
+from memos_vllm.integration.predictor_file import ForgottenOwners
 from memos_vllm.integration.state import MemosState
 from memos_vllm.memory.results import Recall
 from memos_vllm.memory.service import MemoryService
@@ -169,3 +172,28 @@ def test_no_route_passes_over_a_query_parameter(
     message = refusal(client.request(method, path, json={"text": "x"} if method == "POST" else None), 400)
     assert "knows no query parameter" in message and known in message.split("only")[1]
     assert data(client.get("/v1/memories")) == [] and engine.forgotten == []
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "words"), [("/dev/full", 507, "free some space"), ("/proc/version", 500, "check its owner")]
+)
+def test_a_deletion_that_cannot_be_written_down_says_so_and_deletes_nothing(
+    client: TestClient, state: MemosState, engine: Engine, log: str, status: int, words: str
+) -> None:
+    forgotten = ForgottenOwners(Path(log), b"secret")
+    state.planner = SimpleNamespace(forget=lambda who: forgotten.add(str(who)))  # type: ignore[assignment]
+    add(client, "I like tea.")
+    message = refusal(client.delete("/v1/memories"), status)
+    assert "nothing was deleted" in message and words in message
+    assert len(data(client.get("/v1/memories"))) == 1 and engine.forgotten == []
+
+
+def test_a_line_that_a_full_disk_tore_takes_no_other_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "forgotten_owners"
+    path.write_bytes(b"1764000000.12")
+    predictor = Predictor()
+    for who in (CAROL, BOB):
+        predictor.add(Scene(f"scene of {who.user}", owner=str(who)))
+    ForgottenOwners(path, b"secret").add(str(CAROL))
+    ForgottenOwners(path, b"secret").take_news(predictor)
+    assert predictor.owners() == {str(BOB)}

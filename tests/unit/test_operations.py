@@ -138,3 +138,12 @@ def test_who_claims_to_be_somebody_needs_a_key(state: Any) -> None:
     app.include_router(operations.router)
     app.state.memos = state
     assert TestClient(app).get("/v1/memos/status?user=carol").status_code == 401
+
+
+def test_a_tier_that_there_is_not_is_refused_as_any_wrong_request_is(state: Any) -> None:
+    app = FastAPI()
+    app.include_router(operations.development_router)
+    app.state.memos = state
+    response = TestClient(app).post("/v1/memos/kv/drop?tier=disk")
+    error = {"message": "'tier' must be gpu or host, not 'disk'", "type": "Bad Request", "param": None, "code": 400}
+    assert (response.status_code, response.json()) == (400, {"error": error})

@@ -41,5 +41,6 @@ def decode(data: bytes, charset: str | None) -> str:
         return data.decode(name)
     except UnicodeDecodeError as error:
         raise DocumentError(
-            f"the text is not {charset}: byte {error.start} cannot be read; name its charset in the content type"
+            f"the text is not {charset.removesuffix('-sig')}: byte {error.start} cannot be read; "
+            "name its charset in the content type"
         ) from error
