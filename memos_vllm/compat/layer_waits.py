@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +31,8 @@ def layers_ask() -> bool:
 
 def why_not(vllm_config: VllmConfig, layer_names: Iterable[str]) -> str | None:
     """What keeps a model's passes from asking for each of these layers; None: nothing does."""
+    if not (current_platform.is_cuda() or current_platform.is_cpu()):
+        return "on this platform not every backend of vLLM asks"
     if vllm_config.speculative_config is not None:
         return "speculative decoding reads the KV of its own layers without asking"
     attention = _attention_classes()

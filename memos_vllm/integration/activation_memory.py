@@ -14,6 +14,7 @@ from memos_vllm.compat.sleep_mode import keeps_what_connectors_allocate
 from memos_vllm.config import MemosConfig
 from memos_vllm.data_dir import kv_dir
 from memos_vllm.integration.accounting import Accounting
+from memos_vllm.integration.arriving_loads import ArrivingLoads
 from memos_vllm.integration.block_names import BlockNames
 from memos_vllm.integration.engine_metrics import MemosStats
 from memos_vllm.integration.held_blocks import HeldBlocks
@@ -53,6 +54,9 @@ class ActivationMemory:
     names: BlockNames
     tiers: TierManager
     held: HeldBlocks
+    arriving: ArrivingLoads
+    layer_groups: int
+    """In how many requests' KV comes from the host, on every rank; 0: whole."""
     owned: OwnedBlocks
     accounting: Accounting
     scenes: SceneTable | None
@@ -187,6 +191,7 @@ class ActivationMemory:
             "block_size": self.block_size,
             "in_flight": self.tiers.num_in_flight,
             "held_blocks": len(self.held),
+            "layer_groups": self.layer_groups,
             "awaits_prefix_cache_reset": self.gpu_is_outdated,
             "host": {"blocks": len(slots), "capacity_blocks": slots.num_slots},
             "disk": {"blocks": len(disk), "bytes": disk.usage_bytes} if disk else {"blocks": 0, "bytes": 0},
@@ -220,7 +225,7 @@ def open_memory(
     block_size: int = vllm_config.cache_config.block_size
     identity = identity_of(vllm_config, handshakes[0].layout)
     tiers = _open_tiers(vllm_config, config, identity, handshakes)
-    owned = OwnedBlocks(pool)
+    held, owned = HeldBlocks(pool), OwnedBlocks(pool)
     scenes = SceneTable(pool, tiers, block_size, tiers.chunk_blocks, owned) if config.prediction.enabled else None
     builds = None
     if scenes is not None and config.prediction.build.enabled:
@@ -239,7 +244,9 @@ def open_memory(
         block_size,
         BlockNames(identity, config.kv.save),
         tiers,
-        HeldBlocks(pool),
+        held,
+        ArrivingLoads(held),
+        min(handshake.layer_groups for handshake in handshakes),
         owned,
         Accounting(tiers, scenes),
         scenes,

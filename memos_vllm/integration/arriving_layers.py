@@ -30,8 +30,10 @@ class ArrivingLayers:
         }
         self._begun: set[int] = set()
         """Loads with their first group, that have not ended."""
-        self._running: set[int] = set()
+        self._reported: set[int] = set()
         """Those of them whose requests were reported."""
+        self._failed: set[int] = set()
+        """Those that failed after that, and that no pass had read."""
         self._known: set[int] = set()
         self._missing: dict[int, set[int]] = {}
         """Load to the groups that no pass has waited for."""
@@ -44,37 +46,48 @@ class ArrivingLayers:
         """These operations have ended.
 
         Raises:
-            RuntimeError: one failed on the device after its request was reported.
+            RuntimeError: one failed on the device after a pass has read it.
         """
         for result in results:
-            if result.op_id in self._running and not result.ok:
-                raise RuntimeError(f"the KV of a running request did not arrive: {result.error}")
+            if not result.ok and result.op_id in self._reported:
+                if result.op_id in self._known:
+                    raise RuntimeError(f"the KV of a running request did not arrive: {result.error}")
+                self._failed.add(result.op_id)
             self._begun.discard(result.op_id)
-            self._running.discard(result.op_id)
+            self._reported.discard(result.op_id)
 
     def may_run(self, op_ids: set[int]) -> bool:
-        """Whether a request that waits for these operations, which have not ended, may run; if so, it does."""
+        """Whether a request that waits for these operations, which have not ended, may run; if so, it is reported."""
         if not op_ids <= self._begun:
             return False
-        self._running |= op_ids
+        self._reported |= op_ids
         return True
 
     def expect(self, op_ids: Iterable[int]) -> None:
-        """Requests of these loads may be in passes from now on."""
+        """The coming pass reads these loads.
+
+        Raises:
+            RuntimeError: one of them has failed; the scheduler did not know of it yet.
+        """
         known = set(op_ids)
+        if not known.isdisjoint(self._failed):
+            raise RuntimeError("the KV of a request that is about to run did not arrive: the device refused a copy")
         for op_id in known - self._known:
             self._missing[op_id] = set(self._all)
         self._known = known
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no pass has anything to wait for."""
+        return not self._missing
+
     def take(self, layer: str) -> Iterator[tuple[int, int]]:
         """Loads and groups that a pass waits for before this layer: each once."""
-        if self._missing:
-            yield from self._take(self._groups.get(layer, self._all))
+        return self._take(self._groups.get(layer, self._all))
 
     def take_all(self) -> Iterator[tuple[int, int]]:
         """The same for all layers."""
-        if self._missing:
-            yield from self._take(self._all)
+        return self._take(self._all)
 
     def _take(self, groups: Iterable[int]) -> Iterator[tuple[int, int]]:
         for op_id, missing in list(self._missing.items()):

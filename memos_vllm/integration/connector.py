@@ -92,7 +92,8 @@ class MemosConnector(KVConnectorBase_V1):
         self._scheduler.plan_load(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> MemosMetadata:
-        return self._scheduler.take_metadata(idle=scheduler_output.total_num_scheduled_tokens == 0)
+        idle = scheduler_output.total_num_scheduled_tokens == 0
+        return self._scheduler.take_metadata(idle=idle, step=scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
@@ -133,7 +134,7 @@ class MemosConnector(KVConnectorBase_V1):
         # Here and not in start_load_kv, which from 0.32 on runs after the forward pass: a load
         # would then wait for the pass of another request.
         self._worker.start(connector_metadata)
-        if not connector_metadata.idle and not layer_waits.layers_ask():
+        if connector_metadata.arriving and not layer_waits.layers_ask():
             self._worker.wait_for_all_layers()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""GPU blocks of finished requests that stay until they are saved."""
+"""GPU blocks that stay until a copy of ours has ended, whatever becomes of their request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class HeldBlocks:
-    """A block may be held for several saves; each is one reference in the pool."""
+    """A block may be held for several copies; each is one reference in the pool."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool

@@ -19,6 +19,8 @@ class MemosHandshake(KVConnectorHandshakeMetadata):
 
     layout: tuple[str, ...]
     block_bytes: int
+    layer_groups: int = 0
+    """In how many a request's KV comes from host memory; 0: whole."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class MemosMetadata(KVConnectorMetadata):
     """Prefetches under way for which a request has begun to wait."""
 
     arriving: tuple[int, ...] = ()
-    """Loads whose requests may be in this step's pass already, and of which later layers are still on their way."""
+    """Loads of which this step's pass may read blocks, while later layers are still on their way."""
 
     idle: bool = False
     """No forward pass in this step: the worker may wait a moment for a copy to finish."""

@@ -29,6 +29,7 @@ from memos_vllm.types import BlockKey
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -67,8 +68,6 @@ class SchedulerSide:
         self._arrived: set[str] = set()
         self._matched: dict[str, tuple[int, list[BlockKey]]] = {}
         self._loading: dict[str, set[int]] = {}
-        self._arriving: dict[int, tuple[int, ...]] = {}
-        """Loads whose requests may run before they have ended, and their blocks, which are held until then."""
         self._prefetch_waits: dict[str, tuple[int, float]] = {}
         """How many blocks the request had on the GPU, and since when."""
         self._hurried: list[int] = []
@@ -164,7 +163,8 @@ class SchedulerSide:
         num_blocks = num_external_tokens // self._block_size
         assert num_blocks <= len(keys)
         if num_blocks:
-            operations = memory.tiers.plan_load(keys[:num_blocks], block_ids[first : first + num_blocks])
+            blocks = block_ids[first : first + num_blocks]
+            operations = memory.tiers.plan_load(keys[:num_blocks], blocks, in_groups=memory.layer_groups > 1)
         is_build = memory.building(lambda builds: builds.is_build(request), False)
         if not is_build and not is_refining(request):  # nobody waits for their first token
             memory.admitted(request, (request.num_tokens - 1) // self._block_size, first, operations)
@@ -213,17 +213,18 @@ class SchedulerSide:
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def take_metadata(self, *, idle: bool) -> MemosMetadata:
+    def take_metadata(self, *, idle: bool, step: SchedulerOutput | None = None) -> MemosMetadata:
+        arriving: tuple[int, ...] = ()
         if self.memory is not None:
+            if step is not None:
+                arriving = self.memory.arriving.read_by(step)
             is_starved = bool(self._without_blocks)
             self._is_waited_for |= is_starved and self.memory.num_loading_blocks > 0
             self.memory.guarded(lambda scenes: scenes.room.new_step(is_starved=is_starved), None)
             if self._operations and self.memory.tiers.num_in_flight == len(self._operations):
                 self._progress_at = time.monotonic()
         paced = not (idle or self._is_waited_for)
-        metadata = MemosMetadata(
-            self._operations, self._loads, tuple(self._hurried), tuple(self._arriving), idle, paced
-        )
+        metadata = MemosMetadata(self._operations, self._loads, tuple(self._hurried), arriving, idle, paced)
         self._operations, self._loads, self._hurried, self._is_waited_for = [], {}, [], False
         self._without_blocks.clear()
         return metadata
@@ -236,28 +237,29 @@ class SchedulerSide:
         self._progress_at = time.monotonic()
         self._operations += follow_up
         memory.held.release(completion.released_blocks)
-        for op_id in completion.finished_ops & self._arriving.keys():
-            memory.held.release(self._arriving.pop(op_id))
+        for request_id in filter(None, map(memory.arriving.request_of, completion.failed_ops)):
+            self._load_failed(memory, request_id)
+        memory.arriving.end(completion.finished_ops)
         for request_id, op_ids in list(self._loading.items()):
-            if op_ids & completion.failed_ops and request_id in memory.names:
-                self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
-                memory.accounting.load_failed(request_id)
+            if op_ids & completion.failed_ops:
+                self._load_failed(memory, request_id)
             op_ids -= completion.finished_ops
             if not op_ids:
                 del self._loading[request_id]
         self._operations += memory.complete(completion.finished_ops, completion.failed_ops)
 
-    def usable(self, request_ids: Iterable[str]) -> None:
-        """These requests may run; called behind ``complete`` of the same step.
+    def _load_failed(self, memory: ActivationMemory, request_id: str) -> None:
+        if request_id in memory.names:
+            self._failed.add(request_id)  # it is computed; a second attempt could fail for ever
+            memory.accounting.load_failed(request_id)
 
-        Where they come before the end of their loads, later layers are still being written. So their blocks are held,
-        whatever becomes of the requests, and the workers are told to let passes wait.
-        """
+    def usable(self, request_ids: Iterable[str]) -> None:
+        """These requests may run, perhaps before their loads have ended; called behind ``complete`` of the step."""
         if (memory := self.memory) is None:
             return
-        for op_id in [op_id for each in request_ids for op_id in self._loading.pop(each, ())]:
-            self._arriving[op_id] = memory.tiers.blocks_of(op_id)
-            memory.held.hold(self._arriving[op_id])
+        for request_id in request_ids:
+            for op_id in self._loading.pop(request_id, ()):
+                memory.arriving.add(op_id, request_id, memory.tiers.blocks_of(op_id))
 
     def take_stats(self) -> MemosStats | None:
         return self.memory.take_stats() if self.memory is not None else None

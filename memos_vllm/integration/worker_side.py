@@ -72,7 +72,7 @@ class WorkerSide:
         layers = self._layer_groups(names, caches)
         link = link_for(copier, planes, plan, layers)
         world_size = self._vllm_config.parallel_config.world_size
-        self._handshake = MemosHandshake(layout=layout, block_bytes=link.row_bytes)
+        self._handshake = MemosHandshake(layout, link.row_bytes, len(layers))
         with nullcontext() if planes[0].is_cuda else threads_on_all_cores():  # a GPU's worker may be bound to its node
             self._transfer = TransferWorker(
                 link,
@@ -121,6 +121,8 @@ class WorkerSide:
 
     def wait_for_layer(self, name: str) -> None:
         """Called by the pass before a layer reads its KV: what is copied after this call is too late for it."""
+        if self._arriving.is_whole:
+            return
         for op_id, group in self._arriving.take(name):
             self._wait_for(op_id, group)
 

@@ -27,16 +27,24 @@ class Job:
 
     Args:
         num_tasks: how many tasks work on it.
-        num_groups: in how many parts each block comes, all of which it needs (``layer_groups``).
+        num_groups: in how many parts each block comes, all of which it needs (``layered_load``).
+        share: of the time from the first piece to the last that counts as its own, where jobs share their pieces.
     """
 
     def __init__(
-        self, op: Op, row_bytes: int, num_tasks: int, report: Callable[[Op, Result], None], num_groups: int = 1
+        self,
+        op: Op,
+        row_bytes: int,
+        num_tasks: int,
+        report: Callable[[Op, Result], None],
+        num_groups: int = 1,
+        share: float = 1.0,
     ) -> None:
         self.op = op
         self.is_hurried = False
         """Whether a request has begun to wait for a prefetch."""
         self._row_bytes, self._report, self._num_groups = row_bytes, report, num_groups
+        self._share = share
         self._lock = threading.Lock()
         self._parts = num_tasks
         self._error: str | None = None
@@ -96,7 +104,7 @@ class Job:
             self._unreadable |= unreadable
             if self._parts:
                 return
-        seconds = 0.0 if self._started is None else time.perf_counter() - self._started
+        seconds = 0.0 if self._started is None else (time.perf_counter() - self._started) * self._share
         wanted = self.op.block_ids if isinstance(self.op, Load | Read) else ()
         failed = tuple(block for block in wanted if self._landed[block] < self._num_groups) if self._error else ()
         nbytes = self._blocks * self._row_bytes // self._num_groups
@@ -106,16 +114,10 @@ class Job:
 
 
 class Steps(Task):
-    """Runs a generator, one piece of work per step; whatever it raises becomes the job's error.
+    """Runs a generator, one piece of work per step; whatever it raises becomes the job's error."""
 
-    Args:
-        ended: called after the last step, or instead of it; whether the job had failed.
-    """
-
-    def __init__(
-        self, job: Job, steps: Generator[None, None, None], ended: Callable[[bool], None] | None = None
-    ) -> None:
-        self._job, self._steps, self._ended = job, steps, ended
+    def __init__(self, job: Job, steps: Generator[None, None, None]) -> None:
+        self._job, self._steps = job, steps
         self.op_id = job.op.op_id
 
     def step(self) -> bool:
@@ -124,9 +126,9 @@ class Steps(Task):
             next(self._steps)
             return True
         except StopIteration:
-            self._end(None)
+            self._job.end_part(None)
         except Exception as error:
-            self._end(error)
+            self._job.end_part(error)
         return False
 
     def cancel(self) -> None:
@@ -134,12 +136,7 @@ class Steps(Task):
             self._steps.close()
         except Exception as error:
             _describe(error, self._job.op)
-        self._end("the transfer worker was shut down")
-
-    def _end(self, error: Exception | str | None) -> None:
-        if self._ended is not None:
-            self._ended(error is not None or self._job.failed)
-        self._job.end_part(error)
+        self._job.end_part("the transfer worker was shut down")
 
 
 class Copy(Task):

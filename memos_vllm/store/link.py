@@ -203,7 +203,7 @@ def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan, laye
     assert not layers or copier.row_bytes == copier.block_bytes
     copier.warm_up()
     if copier.device.type != "cuda":
-        return CpuLink(copier, planes, layers)
+        return CpuLink(copier, planes, layers=layers)
     piece_blocks = device_piece_blocks(copier.row_bytes)
     fragment = (copier.row_bytes // len(planes), piece_blocks * len(planes))
     device = CudaDevice(copier, planes, piece_blocks, layers)

@@ -170,14 +170,22 @@ class TierManager:
         finally:
             self.slots.unpin(held)
 
-    def plan_load(self, keys: Sequence[BlockKey], block_ids: Sequence[int], *, prefetch: bool = False) -> list[Op]:
+    def plan_load(
+        self,
+        keys: Sequence[BlockKey],
+        block_ids: Sequence[int],
+        *,
+        prefetch: bool = False,
+        in_groups: bool = False,
+    ) -> list[Op]:
         """Copies ``keys``, all matched just now, into GPU blocks. The caller holds the blocks.
 
         Args:
             prefetch: no request waits for them; the copies go behind those that one waits for, and evict nothing
                 from the host.
+            in_groups: what comes from the host may come in groups of layers.
         """
-        assert len(keys) == len(block_ids)
+        assert len(keys) == len(block_ids) and not (prefetch and in_groups)
         operations: list[Op] = []
         sources = [(self._source(key), key, block) for key, block in zip(keys, block_ids, strict=True)]
         # All of them before the first Read makes room in the host for its own blocks.
@@ -188,7 +196,7 @@ class TierManager:
                 part = pairs[start : start + self.chunk_blocks]
                 part_keys = tuple(key for key, _ in part)
                 part_blocks = tuple(block for _, block in part)
-                operations.append(self._plan_part(source, part_keys, part_blocks, prefetch))
+                operations.append(self._plan_part(source, part_keys, part_blocks, prefetch, in_groups))
         self.touch(keys)
         return operations
 
@@ -201,12 +209,14 @@ class TierManager:
         assert location is not None, "a key must be matched in the same step in which it is loaded"
         return location.chunk
 
-    def _plan_part(self, chunk: str, keys: tuple[BlockKey, ...], block_ids: tuple[int, ...], prefetch: bool) -> Op:
+    def _plan_part(
+        self, chunk: str, keys: tuple[BlockKey, ...], block_ids: tuple[int, ...], prefetch: bool, in_groups: bool
+    ) -> Op:
         op_id = self._in_flight.new_id()
         operation: Op
         if not chunk:
             slots = tuple(slot for key in keys if (slot := self.slots.lookup(key)) is not None)
-            operation = Load(op_id=op_id, slots=slots, block_ids=block_ids, prefetch=prefetch)
+            operation = Load(op_id, slots, block_ids, prefetch=prefetch, in_groups=in_groups)
             self._in_flight.start(OpProgress(operation, keys))
             return operation
         assert self.disk is not None

@@ -29,6 +29,8 @@ class Load:
     block_ids: tuple[int, ...]
     prefetch: bool = False
     """No request waits for it: goes behind those that one waits for."""
+    in_groups: bool = False
+    """Its request may run when the first layers are there (``layered_load``), where the worker can do that."""
 
 
 @dataclass(frozen=True)

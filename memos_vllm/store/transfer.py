@@ -23,10 +23,10 @@ from memos_vllm.store.host_memory import HostMemory, tensors
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.jobs import Copy, Job, Steps
 from memos_vllm.store.kv_file import ChunkReader, items_per_piece, parts_of, pieces, rows_of, write_chunk_in_pieces
-from memos_vllm.store.layer_groups import LayeredLoad
+from memos_vllm.store.layered_load import GroupTask, LayeredLoad
 from memos_vllm.store.link import Link
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write, path_for_rank
-from memos_vllm.store.pipeline import Event
+from memos_vllm.store.pipeline import Event, Landed
 from memos_vllm.store.staging import Staging
 from memos_vllm.store.task_queue import Priority, TaskQueue
 
@@ -84,7 +84,7 @@ class TransferWorker:
             after: recorded behind the work that fills the blocks of Saves and that last used the
                 blocks of Loads and Reads. Not needed on CPU.
         """
-        layered = [op for op in ops if self._link.layers and isinstance(op, Load) and not op.prefetch]
+        layered = [op for op in ops if isinstance(op, Load) and op.in_groups and self._link.layers]
         for op in ops:
             with self._changed:
                 assert not self._closed, "submit after shutdown"
@@ -106,26 +106,38 @@ class TransferWorker:
                     job = Job(op, self.row_bytes, 1, self._report)
                     self._files.put(Priority.WRITE, Steps(job, self._write(op, job)))
 
-        self._start_layered(layered, after)
+        if layered:
+            self._start_layered(layered, after)
 
     def _start_layered(self, ops: Sequence[Load], after: Event | None) -> None:
-        """The first layers of all these blocks, then the next."""
-        num_groups = len(self._link.layers)
-        jobs = [Job(op, self.row_bytes, num_groups, self._report, num_groups) for op in ops]
-        loads = [LayeredLoad(num_groups, partial(self._first_landed, op.op_id)) for op in ops]
+        """The first layers of all these blocks, then the next, in pieces of as many bytes as those of whole blocks."""
+        groups = self._link.layers
+        num_blocks = sum(len(op.block_ids) for op in ops)
+        loads = [
+            LayeredLoad(
+                op,
+                Job(op, self.row_bytes, len(groups), self._report, len(groups), len(op.block_ids) / num_blocks),
+                len(groups),
+                partial(self._first_landed, op.op_id),
+            )
+            for op in ops
+        ]
         with self._changed:
-            self._layered.update((op.op_id, load) for op, load in zip(ops, loads, strict=True))
-        for group in range(num_groups):
-            for op, job, load in zip(ops, jobs, loads, strict=True):
-                steps = self._load_group(op, job, load, group, after)
-                ended = partial(load.end, group)
-                self._loads.put(Priority.LOAD, Steps(job, steps, ended))
+            self._layered.update((load.op.op_id, load) for load in loads)
+        for number, group in enumerate(groups):
+            piece_blocks = max(1, self._link_rows * self.row_bytes // group.row_bytes)
+            issue = partial(self._issue_group, number, after)
+            self._loads.put(Priority.LOAD, GroupTask(loads, number, piece_blocks, issue))
+
+    def _issue_group(
+        self, group: int, after: Event | None, slots: Sequence[int], block_ids: Sequence[int], landed: Landed
+    ) -> Event | None:
+        return self._link.load(self._host.groups(slots), block_ids, after, landed, group)
 
     def _first_landed(self, op_id: int) -> None:
         with self._changed:
-            if op_id in self._layered:
-                self._begun.add(op_id)
-                self._changed.notify_all()
+            self._begun.add(op_id)
+            self._changed.notify_all()
 
     def take_begun(self) -> set[int]:
         """Loads in groups of layers whose first group has landed since the last call.
@@ -137,7 +149,13 @@ class TransferWorker:
             return begun
 
     def wait_for_layers(self, op_id: int, group: int) -> list[Event]:
-        """Blocks until a group of a load was given to the device; what a stream that needs it has to wait for."""
+        """Blocks until a group of a load was given to the device; what a stream that needs it has to wait for.
+
+        Nothing if the load has ended and ``drain`` has returned its Result.
+
+        Raises:
+            RuntimeError: the load has failed.
+        """
         with self._changed:
             load = self._layered.get(op_id)
         return [] if load is None else load.wait(group)
@@ -167,6 +185,8 @@ class TransferWorker:
         with self._changed:
             results = list(self._results)
             self._results.clear()
+            for result in results:
+                self._layered.pop(result.op_id, None)
             self._in_flight -= len(results)
             return results
 
@@ -214,25 +234,6 @@ class TransferWorker:
             slots, block_ids = zip(*pairs, strict=True)
             copy = partial(self._link.load, self._host.groups(slots), block_ids, after)
             Copy(copy, job.piece(block_ids)).step()
-            yield
-
-    def _load_group(
-        self, op: Load, job: Job, load: LayeredLoad, group: int, after: Event | None
-    ) -> Generator[None, None, None]:
-        # As many bytes as a piece of whole blocks has.
-        step = max(1, self._link_rows * self.row_bytes // self._link.layers[group].row_bytes)
-        for pairs in parts_of(list(zip(op.slots, op.block_ids, strict=True)), step):
-            if job.failed:
-                return
-            slots, block_ids = zip(*pairs, strict=True)
-            rows = self._host.groups(slots)
-            landed = load.piece(group, job.piece(block_ids))
-            try:
-                event = self._link.load(rows, block_ids, after, landed, group)
-            except Exception as error:
-                landed(error)
-            else:
-                load.issued(group, event)
             yield
 
     def _save(self, op: Save, job: Job, after: Event | None) -> Generator[None, None, None]:
@@ -311,5 +312,5 @@ class TransferWorker:
             self._results.append(result)
             self._writes_in_flight -= isinstance(op, Write)
             self._prefetches.pop(op.op_id, None)
-            self._layered.pop(op.op_id, None)
+            self._begun.discard(op.op_id)
             self._changed.notify_all()
