@@ -46,7 +46,7 @@ TEMPORARY_SUFFIX = ".tmp"
 _MAX_HEADER_BYTES = 16 * 2**20  # a bit flip in the length must not allocate the whole memory
 _DATA_ALIGNMENT = 4096  # so that a reader may use O_DIRECT or GPUDirect Storage
 _MAX_BUFFERS = 1024  # IOV_MAX
-_CACHED_BYTES = 2**20
+CACHED_BYTES = 2**20
 """What is read before it is checked: so much is still in the core's own cache then.
 
 On a Xeon with 2 MiB of it, one thread read and checked 64 MiB from the page cache at 5.1 GB/s in such
@@ -105,11 +105,6 @@ def write_chunk_in_pieces(
     sync(path.parent)
 
 
-def rows_of(rows: Rows) -> list[Row]:
-    """Each row as one part."""
-    return [[row.numpy()] for row in rows]
-
-
 class ChunkReader:
     """An open chunk file whose header fits identity and rank. One thread.
 
@@ -142,11 +137,11 @@ class ChunkReader:
         assert len(positions) == len(keys) == len(rows)
         self.check(positions, keys)
         for row in rows:
-            if (row_bytes := sum(part.nbytes for part in row)) != header.block_bytes:
+            if (row_bytes := sum([part.nbytes for part in row])) != header.block_bytes:
                 raise KVFileMismatch(f"{self.path} has blocks of {header.block_bytes} bytes, not {row_bytes}")
         begin = 0
         while begin < len(rows):
-            most = max(1, min(_CACHED_BYTES // header.block_bytes, _MAX_BUFFERS // len(rows[begin])))
+            most = min(items_per_step(header.block_bytes), max(1, _MAX_BUFFERS // len(rows[begin])))
             end = begin + 1
             while end < len(rows) and end - begin < most and positions[end] == positions[end - 1] + 1:
                 end += 1
@@ -207,6 +202,11 @@ def parts_of(items: Sequence[_Item], step: int) -> Iterator[Sequence[_Item]]:
 
 def items_per_piece(item_bytes: int) -> int:
     return max(1, PIECE_BYTES // item_bytes)
+
+
+def items_per_step(item_bytes: int) -> int:
+    """Whose bytes are still in the core's cache after they were read, at least one."""
+    return max(1, CACHED_BYTES // item_bytes)
 
 
 def _encode_header(rows: Sequence[memoryview], keys: Sequence[BlockKey], identity: KVIdentity, rank: int) -> bytes:

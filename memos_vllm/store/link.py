@@ -29,6 +29,12 @@ DEVICE_PIECE_BYTES = 16 * 2**20
 it would wait for Python. Estimates: not measured yet."""
 
 
+IN_PLACE_BYTES = 64 * 2**10
+"""Of a fragment, on average: a file is read straight into longer ones. The system call writes shorter ones slowly: of 4
+KiB each it takes twice as long as a read into the core's cache, and a scatter of what was checked there.
+"""
+
+
 class Link(ABC):
     device: torch.device
     row_bytes: int
@@ -55,7 +61,7 @@ class Link(ABC):
         """
 
     def memory(self, block_ids: Sequence[int]) -> list[Row] | None:
-        """The blocks' own bytes, to read a file into; None if that cannot be done."""
+        """The blocks' own bytes, to read a file into; None if that cannot be done, or takes longer."""
         return None
 
     def close(self, timeout_s: float) -> bool:
@@ -70,7 +76,8 @@ class CpuLink(Link):
 
     def __init__(self, copier: BlockCopier, planes: Sequence[Tensor]) -> None:
         self._copier = copier
-        fragments = fragment_views(planes) if copier.row_bytes == copier.block_bytes else None
+        is_exact, is_long = copier.row_bytes == copier.block_bytes, copier.row_bytes >= IN_PLACE_BYTES * len(planes)
+        fragments = fragment_views(planes) if is_exact and is_long else None
         self._fragments = None if fragments is None else [fragment.numpy() for fragment in fragments]
         self.row_bytes, self.device = copier.row_bytes, copier.device
 

@@ -17,7 +17,7 @@ from memos_vllm.kernels.reference import (
     scatter_heads_reference,
     scatter_reference,
 )
-from memos_vllm.store import host_memory, kv_file, transfer
+from memos_vllm.store import host_memory, kv_file, link, transfer
 from memos_vllm.store.link import CpuLink
 from memos_vllm.store.task_queue import Priority, Task
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
@@ -37,9 +37,10 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def small_pieces_and_segments(monkeypatch):
-    """Three blocks to a piece, five slots to a segment: every operation crosses borders."""
+    """Three blocks to a piece, five slots to a segment: every operation crosses borders. No fragment is short."""
     monkeypatch.setattr(kv_file, "PIECE_BYTES", 3 * 6144 + 1)
     monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 5 * 6144 + 1)
+    monkeypatch.setattr(link, "IN_PLACE_BYTES", 1)
 
 
 class Rig:
@@ -193,6 +194,67 @@ def test_a_damaged_block_that_was_read_in_place_is_named(make_rig, tmp_path):
 def test_blocks_that_are_not_contiguous_are_not_read_in_place(make_rig):
     assert make_rig("heads apart fp8").worker._link.memory([0]) is None
     assert make_rig("kv apart fp16").worker._link.memory([0]) is not None
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_files_are_read_straight_into_long_fragments_only(make_rig, monkeypatch, in_place):
+    monkeypatch.setattr(link, "IN_PLACE_BYTES", 3072 + (not in_place))
+    rig = make_rig()
+    assert (rig.worker._link.memory([0]) is not None) == in_place
+    original = rig.fill(range(8))
+    rig.save(range(8), range(8))
+    rig.write(range(8), range(8))
+    before = rig.fill(range(8, BLOCKS))
+    assert rig.read([6, 1, 2, 7], [9, 20, 12, 23]).ok
+    assert torch.equal(rig.content([9, 20, 12, 23]), original[[6, 1, 2, 7]])
+    others = [block for block in range(8, BLOCKS) if block not in (9, 20, 12, 23)]
+    assert torch.equal(rig.content(others), before[[block - 8 for block in others]])
+
+
+@pytest.fixture
+def steps_of_two(monkeypatch):
+    """Blocks of a step; a piece has three."""
+    monkeypatch.setattr(kv_file, "CACHED_BYTES", 2 * 6144 + 1)
+
+
+@pytest.mark.parametrize("slots", [None, range(8)], ids=["staged", "into slots"])
+def test_a_step_is_verified_before_it_reaches_a_block(make_rig, tmp_path, slots, staged_reads, steps_of_two):
+    """Damage in the second step of the second piece: the first step has arrived, and is not claimed as lost."""
+    rig = make_rig(io_threads=1)
+    original = rig.fill(range(8))
+    rig.save(range(8), range(8))
+    rig.write(range(8), range(8))
+    damage(tmp_path / "c.r0", rig.worker.row_bytes, 3)  # block 5
+    before = rig.fill(range(10, 18))
+    result = rig.read(range(8), range(10, 18), slots=slots)
+    assert not result.ok and result.checksum_failed and "position 5" in result.error
+    assert result.failed_blocks == (15, 16, 17) and result.nbytes == 5 * rig.worker.row_bytes
+    assert torch.equal(rig.content(range(10, 15)), original[:5])
+    assert torch.equal(rig.content(range(15, 18)), before[5:])
+
+
+def test_nothing_is_read_after_a_step_whose_copy_failed(make_rig, monkeypatch, staged_reads, steps_of_two):
+    rig = make_rig(io_threads=1)
+    original = rig.fill(range(3))
+    rig.save(range(3), range(3))
+    rig.write(range(3), range(3))
+    before = rig.fill(range(10, 13))
+    load, asked = rig.worker._link.load, []
+
+    def broken(groups, block_ids, *rest):
+        asked.append(block_ids)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(rig.worker._link, "load", broken)
+    result = rig.read(range(3), range(10, 13))
+    assert not result.ok and result.failed_blocks == (10, 11, 12) and asked == [(10, 11)]
+    assert torch.equal(rig.content(range(10, 13)), before)
+    monkeypatch.setattr(rig.worker._link, "load", load)
+    assert rig.read(range(3), range(10, 13)).ok and torch.equal(rig.content(range(10, 13)), original)
+
+
+def test_reads_stage_no_more_than_steps_where_they_copy_themselves(make_rig, steps_of_two):
+    assert make_rig(io_threads=2).worker._staging._memory.num_slots == 3 * 2
 
 
 def test_threads_share_a_read_and_name_every_block_that_did_not_arrive(make_rig, tmp_path, staged_reads):
