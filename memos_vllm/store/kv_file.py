@@ -21,7 +21,7 @@ import secrets
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest
@@ -146,14 +146,28 @@ class ChunkReader:
             while end < len(rows) and end - begin < most and positions[end] == positions[end - 1] + 1:
                 end += 1
             offset = header.data_offset + positions[begin] * header.block_bytes
-            _read_all(self._fd, [part for row in rows[begin:end] for part in row], offset, self.path)
-            for position, row in zip(positions[begin:end], rows[begin:end], strict=True):
-                if _checksum(row) != header.checksums[position]:
+            if header.block_bytes > CACHED_BYTES:
+                checksums = [self._read_long(rows[begin], offset)]
+            else:
+                _read_all(self._fd, [part for row in rows[begin:end] for part in row], offset, self.path)
+                checksums = map(_checksum, rows[begin:end])
+            for position, checksum in zip(positions[begin:end], checksums, strict=True):
+                if checksum != header.checksums[position]:
                     raise KVChecksumMismatch(
                         f"{self.path}: the checksum of block {header.keys[position].hex()} at position {position} "
                         "does not match"
                     )
             begin = end
+
+    def _read_long(self, row: Row, offset: int) -> str:
+        """Reads a block that is longer than the cache, with every part of it checked there."""
+        digest = xxh3_64()
+        for parts in _cut(row, CACHED_BYTES):
+            _read_all(self._fd, parts, offset, self.path)
+            for part in parts:
+                digest.update(part)
+                offset += part.nbytes
+        return digest.hexdigest()
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -230,7 +244,7 @@ def _parse_header(fd: int, path: str | os.PathLike[str]) -> Header:
     try:
         content = json.loads(os.pread(fd, text_bytes, 8).decode())
         metadata, blocks = content["__metadata__"], content["blocks"]
-        keys = tuple(BlockKey(bytes.fromhex(key)) for key in metadata["keys"].split(" "))
+        keys = cast(tuple[BlockKey, ...], tuple(map(bytes.fromhex, metadata["keys"].split(" "))))
         checksums = tuple(metadata["checksums"].split(" "))
         num_blocks, block_bytes = blocks["shape"]
         data_bytes = num_blocks * block_bytes
@@ -270,6 +284,22 @@ def _checksum(row: Row) -> str:
     for part in row:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _cut(row: Row, most_bytes: int) -> Iterator[list[np.ndarray]]:
+    """A row's parts, cut where ``most_bytes`` or as many buffers as a system call takes are full."""
+    parts: list[np.ndarray] = []
+    room = most_bytes
+    for part in row:
+        while part.nbytes:
+            parts.append(part[:room])
+            part = part[room:]
+            room -= parts[-1].nbytes
+            if not room or len(parts) == _MAX_BUFFERS:
+                yield parts
+                parts, room = [], most_bytes
+    if parts:
+        yield parts
 
 
 def _read_all(fd: int, buffers: Sequence[np.ndarray], offset: int, path: str | os.PathLike[str]) -> None:
