@@ -28,6 +28,10 @@ DEVICE_PIECE_BYTES = 16 * 2**20
 """Issuing a piece takes some 0.2 ms of Python, whatever its size, and DMA of 16 MiB 0.3 ms at 50 GB/s; of half as much
 it would wait for Python. Estimates: not measured yet."""
 
+CPU_PIECE_BYTES = 16 * 2**20
+"""Between two pieces Python takes 0.1 to 0.2 ms, for the copy has emptied its caches; an EPYC copies 16 MiB in 1.4 ms,
+which is what a load may wait for a piece of a save.
+"""
 
 IN_PLACE_BYTES = 32 * 2**10
 """Of a fragment, on average: a file is read straight into longer ones. The system call is slow with shorter ones: on an
@@ -75,8 +79,8 @@ class CpuLink(Link):
 
     in_place = True
 
-    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor]) -> None:
-        self._copier = copier
+    def __init__(self, copier: BlockCopier, planes: Sequence[Tensor], piece_blocks: int | None = None) -> None:
+        self._copier, self.piece_blocks = copier, piece_blocks
         is_exact, is_long = copier.row_bytes == copier.block_bytes, copier.row_bytes >= IN_PLACE_BYTES * len(planes)
         fragments = fragment_views(planes) if is_exact and is_long else None
         self._fragments = None if fragments is None else [fragment.numpy() for fragment in fragments]
@@ -161,7 +165,7 @@ def link_for(copier: BlockCopier, planes: Sequence[Tensor], plan: CopyPlan) -> L
     """The link to ``planes``, which ``copier`` copies."""
     copier.warm_up()
     if copier.device.type != "cuda":
-        return CpuLink(copier, planes)
+        return CpuLink(copier, planes, max(items_per_piece(copier.row_bytes), CPU_PIECE_BYTES // copier.row_bytes))
     piece_blocks = device_piece_blocks(copier.row_bytes)
     fragment = (copier.row_bytes // len(planes), piece_blocks * len(planes))
     device = CudaDevice(copier, planes, piece_blocks)

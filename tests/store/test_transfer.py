@@ -18,7 +18,8 @@ from memos_vllm.kernels.reference import (
     scatter_reference,
 )
 from memos_vllm.store import host_memory, kv_file, link, transfer
-from memos_vllm.store.link import CpuLink
+from memos_vllm.store.copy_planner import CopyPlan
+from memos_vllm.store.link import CpuLink, link_for
 from memos_vllm.store.task_queue import Priority, Task
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
 from tests.store.store_factories import make_identity, make_keys, other_identity, read_blocks
@@ -46,9 +47,9 @@ def small_pieces_and_segments(monkeypatch):
 class Rig:
     """A worker, its planes, and calls that wait for their result."""
 
-    def __init__(self, layout="cpu bf16", io_threads=2, root=None, planes=None, copier=None):
+    def __init__(self, layout="cpu bf16", io_threads=2, root=None, planes=None, copier=None, piece_blocks=None):
         self.planes = planes or planes_of(LAYOUTS[layout](), BLOCKS)
-        link = CpuLink(copier or BlockCopier(self.planes), self.planes)
+        link = CpuLink(copier or BlockCopier(self.planes), self.planes, piece_blocks)
         self.worker = TransferWorker(link, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
         self.root, self.ids = root, iter(range(10**9))
 
@@ -372,12 +373,18 @@ def test_host_slots_go_over_the_link_in_pieces_of_its_size(make_rig, monkeypatch
         monkeypatch.setattr(
             CpuLink, name, lambda self, *args, real=real, at=at: (pieces.append(len(args[at])), real(self, *args))[1]
         )
-    monkeypatch.setattr(CpuLink, "piece_blocks", 5)
-    rig = make_rig()
+    rig = make_rig(piece_blocks=5)
     saved = rig.fill(range(12))
     assert rig.save(range(12), range(12)).ok and rig.load(range(12), range(12, 24)).ok
     assert pieces == [5, 5, 2, 5, 5, 2]
     assert torch.equal(rig.content(range(12, 24)), saved)
+
+
+def test_pieces_over_the_link_are_larger_than_those_of_a_file(monkeypatch):
+    planes = planes_of(LAYOUTS["cpu bf16"](), BLOCKS)  # of 6,144 bytes per block
+    assert link_for(BlockCopier(planes), planes, CopyPlan()).piece_blocks == link.CPU_PIECE_BYTES // 6144
+    monkeypatch.setattr(link, "CPU_PIECE_BYTES", 6144)
+    assert link_for(BlockCopier(planes), planes, CopyPlan()).piece_blocks == 3
 
 
 class GatedLink:
