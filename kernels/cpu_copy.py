@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from .cpu_jit import njit
-from .cpu_stream import MIN_BYTES, TOGETHER, stream, stream_fence, stream_together
+from .cpu_stream import MIN_BYTES, TOGETHER, fetch_strip, stream, stream_fence, stream_together
 from .planes import byte_view
 
 
@@ -99,6 +99,7 @@ def _loop(copies_to_blocks: bool) -> Any:
                 if pieces.sizes[piece] < MIN_BYTES:
                     stream(target, source, pieces.sizes[piece])
                     continue
+                fetch_strip(source)
                 targets[count], sources[count], sizes[count] = target, source, pieces.sizes[piece]
                 count += 1
                 if count == TOGETHER:

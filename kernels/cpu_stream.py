@@ -65,6 +65,23 @@ def _copy_bytes(typing: Any, target: Any, source: Any, size: Any) -> Any:
 
 
 @intrinsic
+def fetch_strip(typing: Any, source: Any) -> Any:
+    """Asks for the first strip of what is copied soon; the wait for one piece's first line is then a wait for all."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        address = builder.inttoptr(arguments[0], cgutils.voidptr_t)
+        for line in range(STRIP_LINES):
+            at = builder.gep(address, [ir.Constant(ir.IntType(64), line * LINE_BYTES)])
+            builder.call(prefetch, [at, number(0), number(3), number(1)])  # to read, into every cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@intrinsic
 def stream_fence(typing: Any) -> Any:
     """What was streamed before is seen before what is written after."""
 

@@ -171,19 +171,17 @@ class TransferWorker:
 
     def _load(self, op: Load, job: Job, after: Event | None) -> Generator[None, None, None]:
         step = self._most_rows(op) or self._link_rows
-        for pairs in parts_of(list(zip(op.slots, op.block_ids, strict=True)), step):
+        for slots, block_ids in _slices(op, step):
             if job.failed:
                 return
-            slots, block_ids = zip(*pairs, strict=True)
             copy = partial(self._link.load, self._host.groups(slots), block_ids, after)
             Copy(copy, job.piece(block_ids)).step()
             yield
 
     def _save(self, op: Save, job: Job, after: Event | None) -> Generator[None, None, None]:
-        for pairs in parts_of(list(zip(op.block_ids, op.slots, strict=True)), self._link_rows):
+        for slots, block_ids in _slices(op, self._link_rows):
             if job.failed:
                 return
-            block_ids, slots = zip(*pairs, strict=True)
             copy = partial(self._link.save, block_ids, self._host.groups(slots), after)
             Copy(copy, job.piece(block_ids)).step()
             yield
@@ -273,3 +271,9 @@ class TransferWorker:
             self._writes_in_flight -= isinstance(op, Write)
             self._prefetches.pop(op.op_id, None)
             self._changed.notify_all()
+
+
+def _slices(op: Load | Save, step: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Slots and blocks, at most ``step`` of each."""
+    assert len(op.slots) == len(op.block_ids)
+    return zip(parts_of(op.slots, step), parts_of(op.block_ids, step), strict=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import cpu_copy
+from kernels.cpu_copy import CpuCopy
 from kernels.cpu_jit import njit
 from kernels.cpu_stream import LINE_BYTES, MIN_BYTES, STRIP_BYTES, TOGETHER, stream, stream_fence, stream_together
 
@@ -77,3 +80,12 @@ def test_lines_are_written_past_the_caches() -> None:
     for loop in (copy, stream_together):
         for code in loop.inspect_llvm().values():
             assert "!nontemporal" in code
+
+
+def test_the_loops_ask_for_pieces_before_they_copy_them() -> None:
+    """As above: nothing else would fail without it."""
+    planes = [torch.zeros(1, MIN_BYTES, dtype=torch.uint8)]
+    CpuCopy(planes).warm_up()
+    for loop in (cpu_copy._gather, cpu_copy._scatter):
+        (code,) = loop.inspect_llvm().values()
+        assert "call void @llvm.prefetch" in code

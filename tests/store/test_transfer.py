@@ -357,6 +357,12 @@ def test_a_slot_or_block_that_does_not_exist_is_a_failed_result(make_rig):
     assert not rig.save([0], [SLOTS]).ok and not rig.save([0], [-1]).ok and not rig.load([0], [BLOCKS]).ok
 
 
+def test_as_many_blocks_as_slots_or_a_failed_result(make_rig):
+    rig = make_rig()
+    for blocks, slots in (([0, 1], [0]), ([0], [0, 1]), ([], [0]), (range(4), range(3))):
+        assert not rig.save(blocks, slots).ok and not rig.load(slots, blocks).ok
+
+
 def test_results_come_once_and_are_counted_until_drained(make_rig):
     rig = make_rig()
     assert not rig.worker.wait(PATIENCE_S) and rig.worker.drain() == [], "nothing in flight: nothing to wait for"
