@@ -1,4 +1,4 @@
-"""Copies on CPU: one loop over blocks, planes and the contiguous pieces of a plane's block, compiled by Numba.
+"""Copies on CPU: one loop over blocks and the contiguous pieces of a block in all planes, compiled by Numba.
 
 One pass, no temporary, past the caches (``cpu_stream``), the GIL is released, and one thread only. torch's own
 ``copy_`` starts an OpenMP team per calling thread, which fights the forward pass for its cores: on two cores
@@ -9,28 +9,24 @@ with one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from .cpu_jit import njit
-from .cpu_stream import stream, stream_fence
+from .cpu_stream import MIN_BYTES, TOGETHER, fetch_strip, stream, stream_fence, stream_together
 from .planes import byte_view
 
 
 class Pieces(NamedTuple):
-    """Where the bytes of blocks are. One entry per plane, but for ``offsets``."""
+    """The contiguous pieces of a block, in the order in which a row holds them; one entry per piece."""
 
-    bases: np.ndarray
-    """Addresses."""
+    starts: np.ndarray
+    """Addresses in block 0."""
     block_strides: np.ndarray
     sizes: np.ndarray
-    """Of each contiguous piece of a block, in bytes."""
-    ends: np.ndarray
-    """Where the plane's offsets end; they begin where those of the plane before end."""
-    offsets: np.ndarray
-    """Of each piece in its block, in the order in which a row holds them."""
+    row_offsets: np.ndarray
 
 
 class CpuCopy:
@@ -41,12 +37,14 @@ class CpuCopy:
         self._num_blocks = min(len(plane) for plane in planes)
         views = [byte_view(plane) for plane in planes]
         sizes, offsets = zip(*map(_pieces, views), strict=True)
+        counts = [len(each) for each in offsets]
+        starts = [view.data_ptr() + each for view, each in zip(views, offsets, strict=True)]
+        of_pieces = np.repeat(np.array(sizes, np.int64), counts)
         self._pieces = Pieces(
-            np.array([view.data_ptr() for view in views], np.int64),
-            np.array([view.stride(0) for view in views], np.int64),
-            np.array(sizes, np.int64),
-            np.cumsum([len(each) for each in offsets], dtype=np.int64),
-            np.concatenate(offsets),
+            np.concatenate(starts),
+            np.repeat(np.array([view.stride(0) for view in views], np.int64), counts),
+            of_pieces,
+            np.cumsum(of_pieces) - of_pieces,
         )
 
     def warm_up(self) -> None:
@@ -80,32 +78,37 @@ def _pieces(view: Tensor) -> tuple[int, np.ndarray]:
 def _numbers(numbers: Sequence[int], end: int) -> np.ndarray:
     """For the loops, which would read and write wherever a wrong number leads."""
     array = np.asarray(numbers, np.int64)
-    if array.size and not (array.min() >= 0 and array.max() < end):
+    if array.size and array.view(np.uint64).max() >= end:  # a negative one is a large one there
         raise IndexError(f"a block or row number is not below {end}, or negative: {array.min()} to {array.max()}")
     return array
 
 
-@njit(nogil=True)
-def _gather(pieces, block_ids, chunk, row_stride, rows):
-    for i in range(len(block_ids)):
-        at, piece = chunk + rows[i] * row_stride, 0
-        for plane in range(len(pieces.bases)):
-            block = pieces.bases[plane] + block_ids[i] * pieces.block_strides[plane]
-            while piece < pieces.ends[plane]:
-                stream(at, block + pieces.offsets[piece], pieces.sizes[plane])
-                at += pieces.sizes[plane]
-                piece += 1
-    stream_fence()
+def _loop(copies_to_blocks: bool) -> Any:
+    """Pieces shorter than a strip are copied at once; of the others ``TOGETHER`` at a time, over blocks too."""
+
+    @njit(nogil=True)
+    def loop(pieces, block_ids, chunk, row_stride, rows):
+        group = np.empty((3, TOGETHER), np.int64)
+        targets, sources, sizes, count = group[0], group[1], group[2], 0
+        for i in range(len(block_ids)):
+            row = chunk + rows[i] * row_stride
+            for piece in range(len(pieces.sizes)):
+                in_block = pieces.starts[piece] + block_ids[i] * pieces.block_strides[piece]
+                in_row = row + pieces.row_offsets[piece]
+                target, source = (in_block, in_row) if copies_to_blocks else (in_row, in_block)
+                if pieces.sizes[piece] < MIN_BYTES:
+                    stream(target, source, pieces.sizes[piece])
+                    continue
+                fetch_strip(source)
+                targets[count], sources[count], sizes[count] = target, source, pieces.sizes[piece]
+                count += 1
+                if count == TOGETHER:
+                    stream_together(targets, sources, sizes, count)
+                    count = 0
+        stream_together(targets, sources, sizes, count)
+        stream_fence()
+
+    return loop
 
 
-@njit(nogil=True)
-def _scatter(pieces, block_ids, chunk, row_stride, rows):
-    for i in range(len(block_ids)):
-        at, piece = chunk + rows[i] * row_stride, 0
-        for plane in range(len(pieces.bases)):
-            block = pieces.bases[plane] + block_ids[i] * pieces.block_strides[plane]
-            while piece < pieces.ends[plane]:
-                stream(block + pieces.offsets[piece], at, pieces.sizes[plane])
-                at += pieces.sizes[plane]
-                piece += 1
-    stream_fence()
+_gather, _scatter = _loop(copies_to_blocks=False), _loop(copies_to_blocks=True)

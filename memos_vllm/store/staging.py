@@ -17,6 +17,10 @@ class StagedRows:
     def __init__(self, groups: list[RowGroup], give_back: Callable[[], None]) -> None:
         self.groups, self.free = groups, give_back
 
+    def first(self, num_rows: int) -> list[RowGroup]:
+        (group,) = self.groups  # a buffer is one segment
+        return [RowGroup(group.matrix, group.rows[:num_rows], group.pinned)]
+
 
 class Staging:
     """``num_buffers`` matrices uint8 ``[piece_blocks, block_bytes]``, allocated when first used. Thread-safe."""

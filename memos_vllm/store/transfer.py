@@ -2,7 +2,7 @@
 
     Load   host slots --link--> GPU
     Read   file --I/O threads, checksums--> host slots or staging --link--> GPU
-           (past the slots and with blocks in CPU memory: straight into the blocks)
+           (past the slots and with blocks in CPU memory: straight into the blocks, if their fragments are long)
     Save   GPU --link--> host slots
     Write  host slots --I/O thread--> file
 
@@ -19,10 +19,17 @@ from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from functools import partial
 
-from memos_vllm.store.host_memory import HostMemory, tensors
+from memos_vllm.store.host_memory import HostMemory, arrays, tensors
 from memos_vllm.store.identity import KVIdentity
 from memos_vllm.store.jobs import Copy, Job, Steps
-from memos_vllm.store.kv_file import ChunkReader, items_per_piece, parts_of, pieces, rows_of, write_chunk_in_pieces
+from memos_vllm.store.kv_file import (
+    ChunkReader,
+    items_per_piece,
+    items_per_step,
+    parts_of,
+    pieces,
+    write_chunk_in_pieces,
+)
 from memos_vllm.store.layered_load import GroupTask, LayeredLoad
 from memos_vllm.store.link import Link
 from memos_vllm.store.ops import Load, Op, Read, Result, Save, Write, path_for_rank
@@ -58,8 +65,9 @@ class TransferWorker:
         self.row_bytes = link.row_bytes
         self._link = link
         self._host = HostMemory(num_slots, self.row_bytes, pin_memory, link.device)
-        staged_rows = items_per_piece(self.row_bytes)
-        self._link_rows = link.piece_blocks or staged_rows  # of a piece that goes from or to the host slots
+        piece_rows = items_per_piece(self.row_bytes)
+        self._link_rows = link.piece_blocks or piece_rows  # of a piece that goes from or to the host slots
+        staged_rows = min(piece_rows, items_per_step(self.row_bytes)) if link.in_place else piece_rows
         self._staging = Staging(io_threads + 1, staged_rows, self.row_bytes, pin_memory, link.device)
         self._results: deque[Result] = deque()
         self._in_flight = 0
@@ -228,19 +236,17 @@ class TransferWorker:
 
     def _load(self, op: Load, job: Job, after: Event | None) -> Generator[None, None, None]:
         step = self._most_rows(op) or self._link_rows
-        for pairs in parts_of(list(zip(op.slots, op.block_ids, strict=True)), step):
+        for slots, block_ids in _slices(op, step):
             if job.failed:
                 return
-            slots, block_ids = zip(*pairs, strict=True)
             copy = partial(self._link.load, self._host.groups(slots), block_ids, after)
             Copy(copy, job.piece(block_ids)).step()
             yield
 
     def _save(self, op: Save, job: Job, after: Event | None) -> Generator[None, None, None]:
-        for pairs in parts_of(list(zip(op.block_ids, op.slots, strict=True)), self._link_rows):
+        for slots, block_ids in _slices(op, self._link_rows):
             if job.failed:
                 return
-            block_ids, slots = zip(*pairs, strict=True)
             copy = partial(self._link.save, block_ids, self._host.groups(slots), after)
             Copy(copy, job.piece(block_ids)).step()
             yield
@@ -289,10 +295,13 @@ class TransferWorker:
             reader.read(positions, keys, memory)
             job.moved(block_ids)
             return
+        if self._link.in_place:
+            self._read_in_steps(op, job, reader, piece, after)
+            return
         staged = self._staging.take(len(piece)) if op.slots is None else None
         try:
             groups = self._host.groups(slots) if staged is None else staged.groups
-            reader.read(positions, keys, rows_of(tensors(groups)))
+            reader.read(positions, keys, [[row] for row in arrays(groups)])
         except BaseException:
             if staged is not None:
                 staged.free()
@@ -300,12 +309,26 @@ class TransferWorker:
         # Verified: only from here on may the bytes reach a GPU block.
         landed = job.piece(block_ids, None if staged is None else staged.free)
         copy = Copy(partial(self._link.load, groups, block_ids, after), landed, op.op_id)
-        if self._link.in_place:
-            copy.step()  # a thread that only hands on would be one more that wants a core
-        else:
-            self._loads.put(Priority.PREFETCH if op.prefetch else Priority.LOAD, copy)
-            if job.is_hurried:  # asked now that it is in the queue, where a later ``hurry`` finds it
-                self._loads.hurry((op.op_id,), Priority.LOAD)
+        self._loads.put(Priority.PREFETCH if op.prefetch else Priority.LOAD, copy)
+        if job.is_hurried:  # asked now that it is in the queue, where a later ``hurry`` finds it
+            self._loads.hurry((op.op_id,), Priority.LOAD)
+
+    def _read_in_steps(self, op: Read, job: Job, reader: ChunkReader, piece: Sequence, after: Event | None) -> None:
+        """In steps that stay in the core's cache from the read over the check to the copy, all in this thread: one
+        that only hands on would be one more that wants a core."""
+        step = items_per_step(self.row_bytes)
+        staged = self._staging.take(min(step, len(piece))) if op.slots is None else None
+        try:
+            for rows in parts_of(piece, step):
+                if job.failed:
+                    return
+                positions, keys, block_ids, slots = zip(*rows, strict=True)
+                groups = self._host.groups(slots) if staged is None else staged.first(len(rows))
+                reader.read(positions, keys, [[row] for row in arrays(groups)])
+                Copy(partial(self._link.load, groups, block_ids, after), job.piece(block_ids)).step()
+        finally:
+            if staged is not None:
+                staged.free()
 
     def _report(self, op: Op, result: Result) -> None:
         with self._changed:
@@ -314,3 +337,9 @@ class TransferWorker:
             self._prefetches.pop(op.op_id, None)
             self._begun.discard(op.op_id)
             self._changed.notify_all()
+
+
+def _slices(op: Load | Save, step: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Slots and blocks, at most ``step`` of each."""
+    assert len(op.slots) == len(op.block_ids)
+    return zip(parts_of(op.slots, step), parts_of(op.block_ids, step), strict=True)

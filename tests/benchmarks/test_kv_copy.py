@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import kv_copy, kv_copy_gpu, kv_copy_table
 from benchmarks.kv_copy_rig import PLANES, Shape, paired
+from memos_vllm.store import link
 from memos_vllm.store.copy_planner import CopyPlan, Direction, Measured
 from memos_vllm.store.link import CpuLink
 from memos_vllm.store.pipeline import Method
@@ -71,6 +72,7 @@ def test_wrong_bytes_have_no_speed_and_end_in_code_1(tmp_path, monkeypatch, caps
 
         monkeypatch.setattr(CpuLink, "load", harmed)
     else:
+        monkeypatch.setattr(link, "IN_PLACE_BYTES", 1)
         memory = CpuLink.memory
         monkeypatch.setattr(CpuLink, "memory", lambda self, ids: memory(self, [ids[-1], *ids[1:-1], ids[0]]))
     code, run_ = run(tmp_path)

@@ -117,6 +117,27 @@ def check(planes, ids, rows, gap, programs):
     assert all(torch.equal(bits(plane), old) for plane, old in zip(planes, before, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, BLOCKS])
+def test_planes_of_several_sizes_at_odd_addresses(device, count):
+    """Short and long pieces in one block, their number no multiple of those that go together."""
+    sizes = [1, 255, 256, 257, 1000, 4096, 4097, 64, 511]
+    memory = [filled(BLOCKS * (size + 3) + 64, dtype=torch.uint8).to(device) for size in sizes]
+    planes = [
+        whole[offset:].as_strided((BLOCKS, size), (size + 3, 1))
+        for offset, (whole, size) in enumerate(zip(memory, sizes, strict=True))
+    ]
+    ids = [(3 * number) % BLOCKS for number in range(count)]
+    chunk, expected = poisoned(count, sum(sizes)).to(device), poisoned(count, sum(sizes)).to(device)
+    gather_blocks(planes, ids, chunk)
+    gather_reference(planes, ids, expected)
+    assert torch.equal(chunk, expected)
+    before = [whole.clone() for whole in memory]
+    for plane in planes:
+        plane[ids] = POISON
+    scatter_blocks(chunk, planes, ids)
+    assert all(map(torch.equal, memory, before)), "also between the blocks"
+
+
 def test_warming_up_touches_nothing(device):
     cache = filled(2, BLOCKS, 16, 2, 24).to(device)
     before = cache.clone()

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from memos_vllm.store.identity import KVIdentity
-from memos_vllm.store.kv_file import ChunkReader, rows_of, write_chunk_in_pieces
+from memos_vllm.store.kv_file import ChunkReader, write_chunk_in_pieces
 from memos_vllm.types import BlockKey
 
 _DEFAULTS = {
@@ -72,4 +72,4 @@ def read_blocks(
 ) -> None:
     """Reads the blocks at ``positions`` into the rows of ``out``."""
     with ChunkReader(path, identity, rank) as reader:
-        reader.read(positions, keys, rows_of(out))
+        reader.read(positions, keys, [[row.numpy()] for row in out])

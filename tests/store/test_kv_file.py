@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from memos_vllm.errors import KVFileCorrupt, KVFileError, KVFileMismatch
 from memos_vllm.store import kv_file
-from memos_vllm.store.kv_file import write_chunk_in_pieces
+from memos_vllm.store.kv_file import ChunkReader, write_chunk_in_pieces
 from tests.store.store_factories import (
     IDENTITY_FIELDS,
     make_identity,
@@ -75,6 +75,45 @@ def test_more_blocks_than_one_system_call_takes(tmp_path):
     out = torch.zeros_like(blocks)
     read_blocks(tmp_path / "c", range(2500), keys, out, IDENTITY, 0)
     assert torch.equal(out, blocks)
+
+
+def in_parts(row, sizes):
+    """A row's memory in parts of these sizes, each elsewhere, and what is left of it as the last one."""
+    sizes = [*sizes, ROW_BYTES - sum(sizes)]
+    return [torch.full((size,), 0xA5, dtype=torch.uint8).numpy() for size in sizes]
+
+
+@pytest.mark.parametrize("cached", [1, 64, 100, ROW_BYTES - 1, ROW_BYTES, 2 * ROW_BYTES + 1])
+@pytest.mark.parametrize("sizes", [[], [500], [1, 0, 99, 100, 101, 300]], ids=str)
+def test_blocks_of_many_parts_longer_or_shorter_than_the_cache(path, blocks, monkeypatch, cached, sizes):
+    monkeypatch.setattr(kv_file, "CACHED_BYTES", cached)
+    rows = [in_parts(row, sizes) for row in blocks]
+    with ChunkReader(path, IDENTITY, 1) as reader:
+        reader.read(range(5), KEYS, rows)
+    assert [b"".join(part.tobytes() for part in row) for row in rows] == [row.numpy().tobytes() for row in blocks]
+
+
+def test_a_long_block_of_more_parts_than_one_system_call_takes(path, blocks, monkeypatch):
+    monkeypatch.setattr(kv_file, "CACHED_BYTES", ROW_BYTES - 1)
+    monkeypatch.setattr(kv_file, "_MAX_BUFFERS", 7)
+    preadv, buffers = os.preadv, []
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: (buffers.append(len(parts)), preadv(fd, parts, at))[1])
+    rows = [in_parts(row, [10] * 20) for row in blocks]
+    with ChunkReader(path, IDENTITY, 1) as reader:
+        reader.read(range(5), KEYS, rows)
+    assert max(buffers) == 7
+    assert [b"".join(part.tobytes() for part in row) for row in rows] == [row.numpy().tobytes() for row in blocks]
+
+
+@pytest.mark.parametrize("offset", [0, 99, 100, ROW_BYTES - 1])
+def test_a_bit_flip_in_any_part_of_a_long_block_is_found(path, monkeypatch, offset):
+    monkeypatch.setattr(kv_file, "CACHED_BYTES", 100)
+    data = bytearray(path.read_bytes())
+    data[len(data) - 2 * ROW_BYTES + offset] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(KVFileCorrupt, match=f"block {KEYS[3].hex()} at position 3"):
+        read(path)
+    read(path, [0, 1, 2, 4])
 
 
 def test_short_reads_and_writes_are_continued(tmp_path, blocks, monkeypatch):

@@ -166,7 +166,7 @@ class Rig:
     def __init__(self):
         self.planes = make_planes()
         self.width = block_bytes(self.planes)
-        self.link = HeldLink(BlockCopier(self.planes), self.planes, layer_groups(self.planes, 3))
+        self.link = HeldLink(BlockCopier(self.planes), self.planes, layers=layer_groups(self.planes, 3))
         self.worker = TransferWorker(self.link, SLOTS, make_identity(), 0, 2, pin_memory=False)
         self.rows = torch.randint(0, 256, (6, self.width), dtype=torch.uint8)
         scatter_reference(self.rows, self.planes, range(6))
@@ -193,8 +193,8 @@ class Rig:
 class HeldLink(CpuLink):
     """Logs the group and the blocks of every load; a group's copies wait until it is open."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.log, self.failing = [], None
         self.open = {group: threading.Event() for group in (None, 0, 1, 2)}
         for event in self.open.values():

@@ -44,7 +44,7 @@ def make_stress(tmp_path):
 
 
 def in_cpu_memory(planes, num_groups=0):
-    return CpuLink(BlockCopier(planes), planes, layer_groups(planes, num_groups)), ThreadPass(planes)
+    return CpuLink(BlockCopier(planes), planes, layers=layer_groups(planes, num_groups)), ThreadPass(planes)
 
 
 def on_a_device(eager=(), removed=(), num_groups=0):

@@ -17,8 +17,9 @@ from memos_vllm.kernels.reference import (
     scatter_heads_reference,
     scatter_reference,
 )
-from memos_vllm.store import host_memory, kv_file, transfer
-from memos_vllm.store.link import CpuLink
+from memos_vllm.store import host_memory, kv_file, link, transfer
+from memos_vllm.store.copy_planner import CopyPlan
+from memos_vllm.store.link import CpuLink, link_for
 from memos_vllm.store.task_queue import Priority, Task
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
 from tests.store.store_factories import make_identity, make_keys, other_identity, read_blocks
@@ -37,17 +38,18 @@ LAYOUTS = {
 
 @pytest.fixture(autouse=True)
 def small_pieces_and_segments(monkeypatch):
-    """Three blocks to a piece, five slots to a segment: every operation crosses borders."""
+    """Three blocks to a piece, five slots to a segment: every operation crosses borders. No fragment is short."""
     monkeypatch.setattr(kv_file, "PIECE_BYTES", 3 * 6144 + 1)
     monkeypatch.setattr(host_memory, "SEGMENT_BYTES", 5 * 6144 + 1)
+    monkeypatch.setattr(link, "IN_PLACE_BYTES", 1)
 
 
 class Rig:
     """A worker, its planes, and calls that wait for their result."""
 
-    def __init__(self, layout="cpu bf16", io_threads=2, root=None, planes=None, copier=None):
+    def __init__(self, layout="cpu bf16", io_threads=2, root=None, planes=None, copier=None, piece_blocks=None):
         self.planes = planes or planes_of(LAYOUTS[layout](), BLOCKS)
-        link = CpuLink(copier or BlockCopier(self.planes), self.planes)
+        link = CpuLink(copier or BlockCopier(self.planes), self.planes, piece_blocks)
         self.worker = TransferWorker(link, SLOTS, IDENTITY, 0, io_threads, pin_memory=False)
         self.root, self.ids = root, iter(range(10**9))
 
@@ -195,6 +197,67 @@ def test_blocks_that_are_not_contiguous_are_not_read_in_place(make_rig):
     assert make_rig("kv apart fp16").worker._link.memory([0]) is not None
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_files_are_read_straight_into_long_fragments_only(make_rig, monkeypatch, in_place):
+    monkeypatch.setattr(link, "IN_PLACE_BYTES", 3072 + (not in_place))
+    rig = make_rig()
+    assert (rig.worker._link.memory([0]) is not None) == in_place
+    original = rig.fill(range(8))
+    rig.save(range(8), range(8))
+    rig.write(range(8), range(8))
+    before = rig.fill(range(8, BLOCKS))
+    assert rig.read([6, 1, 2, 7], [9, 20, 12, 23]).ok
+    assert torch.equal(rig.content([9, 20, 12, 23]), original[[6, 1, 2, 7]])
+    others = [block for block in range(8, BLOCKS) if block not in (9, 20, 12, 23)]
+    assert torch.equal(rig.content(others), before[[block - 8 for block in others]])
+
+
+@pytest.fixture
+def steps_of_two(monkeypatch):
+    """Blocks of a step; a piece has three."""
+    monkeypatch.setattr(kv_file, "CACHED_BYTES", 2 * 6144 + 1)
+
+
+@pytest.mark.parametrize("slots", [None, range(8)], ids=["staged", "into slots"])
+def test_a_step_is_verified_before_it_reaches_a_block(make_rig, tmp_path, slots, staged_reads, steps_of_two):
+    """Damage in the second step of the second piece: the first step has arrived, and is not claimed as lost."""
+    rig = make_rig(io_threads=1)
+    original = rig.fill(range(8))
+    rig.save(range(8), range(8))
+    rig.write(range(8), range(8))
+    damage(tmp_path / "c.r0", rig.worker.row_bytes, 3)  # block 5
+    before = rig.fill(range(10, 18))
+    result = rig.read(range(8), range(10, 18), slots=slots)
+    assert not result.ok and result.checksum_failed and "position 5" in result.error
+    assert result.failed_blocks == (15, 16, 17) and result.nbytes == 5 * rig.worker.row_bytes
+    assert torch.equal(rig.content(range(10, 15)), original[:5])
+    assert torch.equal(rig.content(range(15, 18)), before[5:])
+
+
+def test_nothing_is_read_after_a_step_whose_copy_failed(make_rig, monkeypatch, staged_reads, steps_of_two):
+    rig = make_rig(io_threads=1)
+    original = rig.fill(range(3))
+    rig.save(range(3), range(3))
+    rig.write(range(3), range(3))
+    before = rig.fill(range(10, 13))
+    load, asked = rig.worker._link.load, []
+
+    def broken(groups, block_ids, *rest):
+        asked.append(block_ids)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(rig.worker._link, "load", broken)
+    result = rig.read(range(3), range(10, 13))
+    assert not result.ok and result.failed_blocks == (10, 11, 12) and asked == [(10, 11)]
+    assert torch.equal(rig.content(range(10, 13)), before)
+    monkeypatch.setattr(rig.worker._link, "load", load)
+    assert rig.read(range(3), range(10, 13)).ok and torch.equal(rig.content(range(10, 13)), original)
+
+
+def test_reads_stage_no_more_than_steps_where_they_copy_themselves(make_rig, steps_of_two):
+    assert make_rig(io_threads=2).worker._staging._memory.num_slots == 3 * 2
+
+
 def test_threads_share_a_read_and_name_every_block_that_did_not_arrive(make_rig, tmp_path, staged_reads):
     """Two threads: the one that finds the damage must not hide what the other one did, nor claim it."""
     rig = make_rig(io_threads=2)
@@ -294,6 +357,12 @@ def test_a_slot_or_block_that_does_not_exist_is_a_failed_result(make_rig):
     assert not rig.save([0], [SLOTS]).ok and not rig.save([0], [-1]).ok and not rig.load([0], [BLOCKS]).ok
 
 
+def test_as_many_blocks_as_slots_or_a_failed_result(make_rig):
+    rig = make_rig()
+    for blocks, slots in (([0, 1], [0]), ([0], [0, 1]), ([], [0]), (range(4), range(3))):
+        assert not rig.save(blocks, slots).ok and not rig.load(slots, blocks).ok
+
+
 def test_results_come_once_and_are_counted_until_drained(make_rig):
     rig = make_rig()
     assert not rig.worker.wait(PATIENCE_S) and rig.worker.drain() == [], "nothing in flight: nothing to wait for"
@@ -310,12 +379,18 @@ def test_host_slots_go_over_the_link_in_pieces_of_its_size(make_rig, monkeypatch
         monkeypatch.setattr(
             CpuLink, name, lambda self, *args, real=real, at=at: (pieces.append(len(args[at])), real(self, *args))[1]
         )
-    monkeypatch.setattr(CpuLink, "piece_blocks", 5)
-    rig = make_rig()
+    rig = make_rig(piece_blocks=5)
     saved = rig.fill(range(12))
     assert rig.save(range(12), range(12)).ok and rig.load(range(12), range(12, 24)).ok
     assert pieces == [5, 5, 2, 5, 5, 2]
     assert torch.equal(rig.content(range(12, 24)), saved)
+
+
+def test_pieces_over_the_link_are_larger_than_those_of_a_file(monkeypatch):
+    planes = planes_of(LAYOUTS["cpu bf16"](), BLOCKS)  # of 6,144 bytes per block
+    assert link_for(BlockCopier(planes), planes, CopyPlan()).piece_blocks == link.CPU_PIECE_BYTES // 6144
+    monkeypatch.setattr(link, "CPU_PIECE_BYTES", 6144)
+    assert link_for(BlockCopier(planes), planes, CopyPlan()).piece_blocks == 3
 
 
 class GatedLink:
