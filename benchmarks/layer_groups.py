@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks import models, report, texts, ttft
 from benchmarks.arguments import output_file
-from benchmarks.arms import MemosArm, Sample, Trial, alternate
+from benchmarks.arms import MemosArm, Sample, Trial, alternate, kv_status
 from benchmarks.client import RequestFailed
 from benchmarks.serving import Server, ServerError, has_gpu
 
@@ -78,6 +78,13 @@ class GroupsArm(MemosArm):
         super().__init__(server, of_ttft.block_size, of_ttft.max_tokens, data_dir)
         self.name = str(groups)
 
+    def check(self) -> None:
+        """Raises RequestFailed where the server does not load in these groups; its log says why."""
+        with self.server.http() as http:
+            found = max(1, kv_status(http)["layer_groups"])
+        if found != int(self.name):
+            raise RequestFailed(f"a server with kv.layer_groups {self.name} loads in {found}: its log says why")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     # As Ctrl-C: the servers are stopped on the way out, and what was measured is still shown.
@@ -122,6 +129,8 @@ def measure(options: Options, samples: list[Sample]) -> None:
             stack.callback(samples.extend, arm.samples)
             stack.callback(arm.server.stop)
         ttft.start([arm.server for arm in arms])
+        for arm in arms:
+            arm.check()
         with arms[0].server.http() as http:
             make_trial = ttft.TrialMaker(http, arms[0].server.model, options.model.name, options.of_ttft)
             # The first of everything is slow: one trial is thrown away.

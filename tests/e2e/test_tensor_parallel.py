@@ -48,7 +48,9 @@ def test_every_tier_serves_both_ranks(parallel: Memos) -> None:
         loaded = parallel.chat(key, QUESTION, {"remember": False})
         assert cached_tokens(loaded) > 200
         assert loaded.choices[0].message.content == right
-    totals = parallel.settle()["totals"]
+    kv = parallel.settle()
+    assert kv["layer_groups"] == 2, "requests run while layers arrive, on both ranks"
+    totals = kv["totals"]
     assert totals["loaded_host_blocks"] and totals["loaded_disk_blocks"] and not totals["failed_ops"]
 
 

@@ -66,6 +66,7 @@ def saved(engine: Engine, seed: int) -> tuple[list[int], Any]:
 def test_the_link_has_the_groups(engine: Engine) -> None:
     assert LAYER_GROUPS > 1
     assert len(engine.worker._transfer._link.layers) == LAYER_GROUPS
+    assert engine.side.memory.status()["layer_groups"] == LAYER_GROUPS
 
 
 def test_a_request_runs_before_its_kv_is_whole_and_its_answer_is_the_same(engine: Engine) -> None:
@@ -120,16 +121,16 @@ def test_blocks_of_an_aborted_request_are_nobodys_until_the_copies_have_ended(en
     free = engine.free_blocks()
     with Held(engine, until_asked=False).held():
         add_request(engine, "gone", token_ids)
-        while not engine.side._arriving:
+        while not engine.side.memory.arriving:
             engine.llm.llm_engine.step()
         engine.llm.llm_engine.abort_request(["gone"])
         engine.llm.llm_engine.step()
-        assert engine.side._arriving
+        assert engine.side.memory.arriving
         assert engine.free_blocks() == free - NUM_BLOCKS
         assert engine.side.holds_blocks
     engine.settle()
     assert engine.free_blocks() == free
-    assert not engine.side._arriving
+    assert not engine.side.memory.arriving
     assert signature(engine.generate(token_ids, SALT)) == signature(warm)
 
 
@@ -140,7 +141,19 @@ def test_the_end_of_a_load_is_the_end_of_its_wait(engine: Engine) -> None:
     engine.settle()
     with Held(engine, until_asked=True).held() as copies:
         engine.generate(prompt(108), SALT)
-    assert copies.waits == [] and not engine.worker._arriving._missing
+    assert copies.waits == [] and engine.worker._arriving.is_whole
+
+
+def test_passes_without_such_blocks_do_not_wait(engine: Engine) -> None:
+    """The request whose load arrives is gone; others are served before its copies have ended."""
+    token_ids, _ = saved(engine, 112)
+    with Held(engine, until_asked=False).held() as copies:
+        add_request(engine, "gone", token_ids)
+        while not engine.side.memory.arriving:
+            engine.llm.llm_engine.step()
+        engine.llm.llm_engine.abort_request(["gone"])
+        engine.generate(prompt(113), SALT)
+        assert engine.side.memory.arriving and copies.waits == []
 
 
 def test_what_such_a_request_computes_is_saved(engine: Engine) -> None:
@@ -160,3 +173,28 @@ def test_reads_from_disk_come_whole(engine: Engine) -> None:
         loaded = engine.generate(token_ids, SALT)
     assert copies.loads == 0 and copies.waits == []
     assert signature(loaded) == signature(warm)
+
+
+def test_a_copy_that_fails_after_that_ends_the_engine_and_gives_no_answer(
+    shared_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this process: nothing is answered from KV that did not arrive."""
+    shared_engine.drop_gpu()
+    token_ids, _ = saved(shared_engine, 114)
+    transfer = shared_engine.worker._transfer
+    load, wait, asked = transfer._link.load, transfer.wait_for_layers, threading.Event()
+
+    def fails(groups: Any, block_ids: Any, after: Any, landed: Any, layers: int | None = None) -> Any:
+        if not layers:
+            return load(groups, block_ids, after, landed, layers)
+        assert asked.wait(PATIENCE_S)  # until the pass is under way
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(transfer._link, "load", fails)
+    monkeypatch.setattr(transfer, "wait_for_layers", lambda *load: (asked.set(), wait(*load))[1])
+    add_request(shared_engine, "served", token_ids)
+    outputs: list[Any] = []
+    with pytest.raises(RuntimeError, match="did not arrive"):
+        while True:
+            outputs += shared_engine.llm.llm_engine.step()
+    assert not [output for output in outputs if output.outputs[0].token_ids]

@@ -72,6 +72,10 @@ class ThreadPass(Pass):
     def check(self, block, mark, what):
         self._work.put(lambda: self._check(block, mark, what))
 
+    def wait(self, event):
+        """What is given from now on comes behind the event; None would be one that is past."""
+        assert event is None
+
     def behind(self):
         self._work.join()
 
@@ -92,6 +96,9 @@ class StreamPass(Pass):
 
     def check(self, block, mark, what):
         self._stream.put(lambda: self._check(block, mark, what))
+
+    def wait(self, event):
+        self._stream.wait(event)
 
     def behind(self):
         return self._stream.record()
@@ -115,7 +122,7 @@ class Stress:
         self.slot_marks, self.files, self.running = {}, {}, {}
         self.live = dict.fromkeys(range(LIVE_BLOCKS))
         self.marks = iter(range(1, 10**9))
-        self.done = 0
+        self.done = self.begun = 0
 
     def run(self, num_ops, stop_at_mismatch=False):
         """Runs at least ``num_ops`` operations; returns the mismatches."""
@@ -132,6 +139,8 @@ class Stress:
             self.worker.submit(ops, self.forward.behind())
             self.worker.hurry([op_id for op_id in self.running if self.rng.random() < 0.1])
             assert self.worker.wait(PATIENCE_S) or not self.running, "an operation has no result"
+            for op_id in self.worker.take_begun():
+                self._read_while_it_arrives(op_id)
             for result in self.worker.drain():
                 self._ended(result)
         self.forward.finish()
@@ -163,7 +172,8 @@ class Stress:
             case "load":
                 slots = self.rng.sample(ready, min(want, len(ready), len(self.free_blocks)))
                 marks, blocks = [self.slot_marks[slot] for slot in slots], self._some(self.free_blocks, len(slots))
-                op = Load(op_id, tuple(slots), tuple(blocks), prefetch=self.rng.random() < 0.5)
+                is_guess = self.rng.random() < 0.5
+                op = Load(op_id, tuple(slots), tuple(blocks), prefetch=is_guess, in_groups=not is_guess)
             case "write":
                 slots, blocks = self.rng.sample(ready, min(want, len(ready))), []
                 marks = [self.slot_marks[slot] for slot in slots]
@@ -189,6 +199,16 @@ class Stress:
 
     def _some(self, free, count):
         return self.rng.sample(sorted(free), count)
+
+    def _read_while_it_arrives(self, op_id):
+        """A pass that waits for each group of layers, and then reads all of them."""
+        for group in range(len(self.worker._link.layers)):
+            for event in self.worker.wait_for_layers(op_id, group):
+                self.forward.wait(event)
+        _, blocks, _, marks, op = self.running[op_id]
+        for block, mark in zip(blocks, marks, strict=True):
+            self.forward.check(block, mark, f"block {block} of {op} while it arrives")
+        self.begun += 1
 
     def _ended(self, result):
         kind, blocks, slots, marks, op = self.running.pop(result.op_id)

@@ -11,7 +11,9 @@ from memos_vllm.kernels.kv_copy import BlockCopier, block_bytes, plane_bytes, pl
 from memos_vllm.kernels.reference import gather_reference, scatter_reference
 from memos_vllm.store import host_memory, kv_file
 from memos_vllm.store.host_memory import RowGroup
-from memos_vllm.store.layer_groups import LayeredLoad, layer_groups
+from memos_vllm.store.jobs import Job
+from memos_vllm.store.layer_groups import layer_groups
+from memos_vllm.store.layered_load import LayeredLoad
 from memos_vllm.store.link import CpuLink, DeviceLink
 from memos_vllm.store.pipeline import Method
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
@@ -49,46 +51,62 @@ def test_layers_that_share_their_kv_have_the_same_planes():
 
 
 class TestLayeredLoad:
+    """One load in two groups; ``calls`` has what it says, and the Result of its job."""
+
+    @pytest.fixture(autouse=True)
+    def load(self):
+        self.calls = []
+        job = Job(op := Load(1, (0, 1), (6, 7)), 64, 2, lambda op, result: self.calls.append(result.ok), 2)
+        self.load = LayeredLoad(op, job, 2, lambda: self.calls.append("begun"))
+
     def test_the_first_group_has_landed_when_all_of_its_pieces_and_its_task_have(self):
-        calls = []
-        load = LayeredLoad(2, lambda: calls.append("begun"))
-        pieces = [load.piece(0, calls.append) for _ in range(2)]
-        load.end(0, failed=False)
+        pieces = [self.load.piece(0, [block]) for block in (6, 7)]
+        self.load.end(0)
         pieces[0](None)
-        assert calls == [None]
+        assert self.calls == []
         pieces[1](None)
-        assert calls == [None, None, "begun"]
-        load.piece(1, calls.append)(None)
-        load.end(1, failed=False)
-        assert calls.count("begun") == 1
+        assert self.calls == ["begun"]
+        self.load.piece(1, [6, 7])(None)
+        self.load.end(1)
+        assert self.calls == ["begun", True]
 
     def test_it_has_not_landed_before_its_task_has_ended(self):
-        calls = []
-        load = LayeredLoad(2, lambda: calls.append("begun"))
-        load.piece(0, calls.append)(None)
-        assert calls == [None], "further pieces may follow"
-        load.end(0, failed=False)
-        assert calls == [None, "begun"]
+        self.load.piece(0, [6])(None)
+        assert self.calls == [], "further pieces may follow"
+        self.load.end(0)
+        assert self.calls == ["begun"]
 
     @pytest.mark.parametrize("where", ["piece", "task"])
     def test_a_first_group_that_failed_has_not_landed(self, where):
-        calls = []
-        load = LayeredLoad(2, lambda: calls.append("begun"))
-        load.piece(0, lambda error: None)(OSError() if where == "piece" else None)
-        load.end(0, failed=where == "task")
-        assert calls == []
+        self.load.piece(0, [6, 7])(OSError() if where == "piece" else None)
+        self.load.end(0, "shut down" if where == "task" else None)
+        self.load.end(1)
+        assert self.calls == [False]
 
     def test_who_waits_goes_on_when_all_copies_of_the_group_were_issued(self):
-        load, seen = LayeredLoad(2, lambda: None), []
-        load.issued(1, "first")
-        thread = threading.Thread(target=lambda: seen.extend(load.wait(1)))
+        seen = []
+        self.load.issued(1, "first")
+        thread = threading.Thread(target=lambda: seen.extend(self.load.wait(1)))
         thread.start()
-        load.issued(1, "second")
-        load.end(0, failed=False)
+        self.load.issued(1, "second")
+        self.load.end(0)
         assert seen == []
-        load.end(1, failed=False)
+        self.load.end(1)
         thread.join(PATIENCE_S)
         assert seen == ["first", "second"]
+
+    @pytest.mark.parametrize("where", ["piece", "task"])
+    def test_who_waits_for_a_load_that_failed_is_told_so(self, where):
+        """Its Result may come a step later; the pass must not go on with what is in the blocks."""
+        self.load.end(0)
+        piece = self.load.piece(1, [6])
+        if where == "piece":
+            piece(OSError())
+        self.load.end(1, "shut down" if where == "task" else None)
+        with pytest.raises(RuntimeError, match="did not arrive"):
+            self.load.wait(1)
+        with pytest.raises(RuntimeError, match="did not arrive"):
+            self.load.wait(0)
 
 
 class Device:
@@ -160,6 +178,39 @@ def test_the_ring_is_whole_before_the_first_load():
     assert device.link.close(PATIENCE_S)
 
 
+@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("removed", [False, True], ids=["it waits", "it does not wait"])
+def test_a_pass_begins_with_the_first_group_and_waits_for_the_events_of_the_others(method, removed):
+    """From the worker's word that a load has begun to the read of the last layer; no later group has landed then."""
+    stream = "load copy" if method is Method.DMA else "load kernel"
+    bench = Device(method, "eager compute", removed={("compute", stream)} if removed else ())
+    worker = TransferWorker(bench.link, SLOTS, make_identity(), 0, 1, pin_memory=False)
+    compute, opened, landings, seen = bench.device.compute, threading.Event(), [], []
+    scatter_reference(bench.rows, bench.planes, range(6))
+    worker.submit([Save(1, tuple(range(6)), tuple(range(6)))], compute.record())
+    while not worker.drain():
+        assert worker.wait(PATIENCE_S)
+
+    def gate(event):
+        if event.stream is not compute:
+            landings.append(event)
+            assert len(landings) == 1 or opened.wait(PATIENCE_S)
+
+    bench.device.gate = gate
+    op = Load(2, (0, 1, 2, 3, 4, 5), (6, 7, 8, 9, 10, 11), in_groups=True)
+    worker.submit([op], compute.record())  # one piece per group: two blocks are six of a third of the layers
+    assert worker.wait(PATIENCE_S) and worker.take_begun() == {2}
+    for group in range(3):
+        for event in worker.wait_for_layers(2, group):
+            compute.wait(event)
+    compute.put(lambda: seen.append(torch.equal(bench.content(), bench.rows)))
+    opened.set()
+    compute.record().synchronize()
+    worker.shutdown(PATIENCE_S)
+    assert seen == [not removed]
+    assert [result.ok for result in worker.drain()] == [True]
+
+
 class Rig:
     """A transfer worker over CPU blocks; loads of requests come in three groups, whose copies a test can hold."""
 
@@ -220,17 +271,30 @@ def rig(monkeypatch):
     rig.worker.shutdown(PATIENCE_S)
 
 
-def test_loads_of_one_step_go_group_by_group_in_pieces_of_as_many_bytes(rig):
-    results = rig.run(Load(2, (0, 1, 2, 3), (6, 7, 8, 9)), Load(3, (4, 5), (10, 11)))
-    assert rig.link.log == [(group, blocks) for group in range(3) for blocks in [(6, 7, 8, 9), (10, 11)]]
-    assert torch.equal(rig.content(range(6, 12)), rig.rows)
-    assert [results[op].nbytes for op in (2, 3)] == [4 * rig.width, 2 * rig.width]
+def test_loads_of_one_step_go_group_by_group_in_pieces_of_as_many_bytes_as_whole_blocks(rig):
+    """Two blocks to a piece, hence six of a third of their layers, whichever load they belong to."""
+    ops = [
+        Load(2, (0, 1, 2, 3), (6, 7, 8, 9), in_groups=True),
+        Load(3, (4, 5, 0, 1), (10, 11, 4, 5), in_groups=True),
+    ]
+    results = rig.run(*ops)
+    assert rig.link.log == [(group, blocks) for group in range(3) for blocks in [(6, 7, 8, 9, 10, 11), (4, 5)]]
+    assert torch.equal(rig.content([*range(6, 12), 4, 5]), rig.rows[[*range(6), 0, 1]])
+    assert [results[op].nbytes for op in (2, 3)] == [4 * rig.width] * 2
     assert all(result.ok and not result.failed_blocks for result in results.values())
+
+
+def test_the_time_of_a_step_is_counted_once(rig, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("memos_vllm.store.jobs.time.perf_counter", lambda: next(clock))
+    results = rig.run(Load(2, (0, 1, 2), (6, 7, 8), in_groups=True), Load(3, (4,), (10,), in_groups=True))
+    # Begun at 0 and 10, ended at 20 and 30: 20 s each of the clock, three quarters and one quarter of them.
+    assert [results[op].seconds for op in (2, 3)] == [15.0, 5.0]
 
 
 def test_a_load_has_begun_when_its_first_group_is_there(rig):
     rig.link.open[1].clear()
-    rig.worker.submit([Load(2, (0, 1), (6, 7))])
+    rig.worker.submit([Load(2, (0, 1), (6, 7), in_groups=True)])
     assert rig.worker.wait(PATIENCE_S), "whoever waits for a result is told of this too"
     assert rig.worker.take_begun() == {2} and rig.worker.take_begun() == set()
     assert rig.worker.drain() == []
@@ -261,27 +325,57 @@ def test_prefetches_and_reads_come_whole(rig, tmp_path):
     assert rig.worker.take_begun() == set()
 
 
+def test_a_piece_that_cannot_be_issued_is_tried_once_more(rig, monkeypatch):
+    """Memory for a table may be short for a moment, and the request may run already."""
+    load, refusals = rig.link.load, iter([RuntimeError("out of memory")])
+
+    def refuse_once(groups, block_ids, after, landed, layers=None):
+        if layers == 1 and (error := next(refusals, None)):
+            raise error
+        load(groups, block_ids, after, landed, layers)
+
+    monkeypatch.setattr(rig.link, "load", refuse_once)
+    assert rig.run(Load(2, (0, 1), (6, 7), in_groups=True))[2].ok
+    assert next(refusals, None) is None
+    assert torch.equal(rig.content([6, 7]), rig.rows[:2])
+
+
+def test_a_load_that_is_not_to_come_in_groups_comes_whole(rig):
+    rig.run(Load(2, (0, 1), (6, 7)))
+    assert rig.link.log == [(None, (6, 7))] and rig.worker.take_begun() == set()
+
+
+def test_a_load_that_has_ended_has_not_begun(rig):
+    """Else it would be kept for ever as one that is on its way."""
+    rig.worker.submit([Load(2, (0, 1), (6, 7), in_groups=True)])
+    while not rig.worker._results:
+        assert rig.worker.wait(PATIENCE_S)
+        begun = rig.worker.take_begun()
+    rig.worker.drain()
+    assert rig.worker.take_begun() == set() and begun <= {2}
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_group_that_fails_fails_every_block(rig, failing):
     rig.link.failing = failing
-    result = rig.run(Load(2, (0, 1), (6, 7)))[2]
+    result = rig.run(Load(2, (0, 1), (6, 7), in_groups=True))[2]
     assert not result.ok and result.failed_blocks == (6, 7) and "device lost" in result.error
     assert result.nbytes == failing * 2 * rig.width // 3
     rig.link.failing = None
-    assert rig.run(Load(3, (0, 1), (6, 7)))[3].ok
+    assert rig.run(Load(3, (0, 1), (6, 7), in_groups=True))[3].ok
     assert torch.equal(rig.content([6, 7]), rig.rows[:2])
 
 
 def test_a_first_group_that_fails_has_not_begun(rig):
     rig.link.failing = 0
-    rig.worker.submit([Load(2, (0, 1), (6, 7))])
+    rig.worker.submit([Load(2, (0, 1), (6, 7), in_groups=True)])
     assert rig.worker.wait(PATIENCE_S)
     assert [result.op_id for result in rig.worker.drain()] == [2] and rig.worker.take_begun() == set()
 
 
 def test_nobody_waits_for_a_group_that_a_shutdown_cancelled(rig):
     rig.link.open[0].clear()
-    rig.worker.submit([Load(2, (0, 1), (6, 7))])
+    rig.worker.submit([Load(2, (0, 1), (6, 7), in_groups=True)])
     thread = threading.Thread(target=lambda: rig.worker.wait_for_layers(2, 2))
     thread.start()
     stopping = threading.Thread(target=lambda: rig.worker.shutdown(0.0))

@@ -36,24 +36,39 @@ def test_a_load_that_has_ended_is_forgotten():
     assert not layers.may_run({1})
 
 
-def test_a_failure_after_the_request_runs_is_raised():
+def test_a_failure_after_a_pass_has_read_it_is_raised():
     layers = arriving()
     layers.begun({1, 2})
     assert layers.may_run({1})
     layers.ended([ended(2, ok=False), ended(3, ok=False)])  # vLLM recomputes these
+    layers.expect((1,))
     with pytest.raises(RuntimeError, match="did not arrive: device lost"):
         layers.ended([ended(1, ok=False)])
 
 
+def test_a_failure_that_no_pass_has_read_is_vllms_unless_a_pass_was_planned_meanwhile():
+    """The request was aborted, say, or waits for another rank; with asynchronous scheduling it may be on its way."""
+    layers = arriving()
+    layers.begun({1, 2})
+    assert layers.may_run({1}) and layers.may_run({2})
+    layers.ended([ended(1, ok=False), ended(2)])
+    layers.expect((2,))
+    with pytest.raises(RuntimeError, match="about to run did not arrive"):
+        layers.expect((1,))
+
+
 def test_a_pass_waits_once_for_each_group_before_its_first_layer():
     layers = arriving()
+    assert layers.is_whole
     layers.expect((7, 8))
+    assert not layers.is_whole
     assert sorted(layers.take("layer.0")) == [(7, 0), (8, 0)]
     assert list(layers.take("layer.0")) == list(layers.take("shared")) == []
     assert sorted(layers.take("layer.1")) == [(7, 1), (8, 1)]
     layers.expect((7, 8))  # the next step, in which they have not ended yet
     assert sorted(layers.take("layer.0")) == []
     assert sorted(layers.take("layer.2")) == [(7, 2), (8, 2)]
+    assert layers.is_whole
 
 
 def test_a_layer_that_shares_an_earlier_ones_kv_waits_for_it():
