@@ -86,6 +86,9 @@ class Link(ABC):
         """The blocks' own bytes, to read a file into; None if that cannot be done, or takes longer."""
         return None
 
+    def refuse(self) -> None:  # noqa: B027
+        """No more pieces; a caller that waits in ``load`` or ``save`` is let go with an OSError."""
+
     def _of_layers(self, groups: Sequence[RowGroup], layers: int | None) -> Sequence[RowGroup]:
         """The columns of a group of layers."""
         if layers is None:
@@ -205,6 +208,10 @@ class DeviceLink(Link):
             fragments = self._fragments if layers is None else self.layers[layers].num_planes
             self._chosen[case] = self._plan.choose(direction, size_bytes, fragments * num_blocks, allowed)
         return self._chosen[case]
+
+    def refuse(self) -> None:
+        for pipeline in (self._loads, self._saves):
+            pipeline.refuse()
 
     def close(self, timeout_s: float) -> bool:
         ended = [pipeline.close(timeout_s / 2) for pipeline in (self._loads, self._saves)]

@@ -16,6 +16,7 @@ of a load; the copy into a ring buffer touches neither, so a load's first bytes 
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -25,6 +26,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from memos_vllm.store.host_memory import RowGroup
+
+logger = logging.getLogger(__name__)
 
 RING_PIECES = 3
 """Per direction: one in the copy, one in the kernel, one on its way to or from the host.
@@ -153,6 +156,10 @@ class Pipeline(ABC):
     def make_buffers(self) -> None:
         """All of the ring now, so that no later piece can fail for want of memory."""
         self._ring.make_buffers()
+
+    def refuse(self) -> None:
+        """No more pieces; who waits for a place of the ring is let go with an OSError."""
+        self._ring.close()
 
     def close(self, timeout_s: float) -> bool:
         """Lets what was issued land, refuses more. False if the device does not answer."""
@@ -309,9 +316,12 @@ class Landing:
                 if not self._expected:
                     return
                 event, landed = self._expected.popleft()
+            failed: Exception | None = None
             try:
                 event.synchronize()
             except Exception as error:
-                landed(error)
-            else:
-                landed(None)
+                failed = error
+            try:
+                landed(failed)
+            except Exception:
+                logger.exception("an error in taking note of a copy's end")  # the next ones are not to wait for ever

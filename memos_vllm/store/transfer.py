@@ -222,6 +222,7 @@ class TransferWorker:
             self._closed = True
             self._changed.wait_for(lambda: not self._writes_in_flight, flush_timeout_s)
         self._staging.close()
+        self._link.refuse()  # a device that does not answer keeps the threads of the queues in it
         ended = [queue.stop(timeout_s=5.0) for queue in {self._files, self._loads, self._saves}]
         ended.append(self._link.close(timeout_s=5.0))
         if all(ended):

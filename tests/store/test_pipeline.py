@@ -231,6 +231,37 @@ def test_a_device_that_fails_is_an_error_of_the_piece_and_not_the_end_of_the_thr
     assert bench.load()
 
 
+def test_an_error_in_who_is_told_does_not_keep_the_next_pieces(make_bench):
+    bench = make_bench()
+
+    def raises(error):
+        raise RuntimeError("a bug of ours")
+
+    for _ in range(5):  # more than the ring has places
+        bench.link.load(bench.groups([0, 1]), [6, 7], None, raises)
+    assert bench.load()
+
+
+def test_who_waits_for_a_place_of_the_ring_is_let_go_when_no_more_is_taken(make_bench):
+    """A device that does not answer: the thread of a queue would else stay in the ring until the process ends."""
+    bench, gate, refused = make_bench(), threading.Event(), []
+    bench.device.gate = lambda event: gate.wait(PATIENCE_S)
+
+    def issue():
+        try:
+            for _ in range(4):
+                bench.link.load(bench.groups([0, 1]), [6, 7], None, bench.note)
+        except OSError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=issue)
+    thread.start()
+    bench.link.refuse()
+    thread.join(PATIENCE_S)
+    assert len(refused) == 1 and not thread.is_alive()
+    gate.set()
+
+
 def test_a_closed_pipeline_lets_pieces_land_and_takes_no_more(make_bench):
     bench = make_bench()
     bench.link.save([0], bench.groups([0]), None, bench.note)

@@ -10,7 +10,7 @@ from memos_vllm.kernels.kv_copy import BlockCopier, planes_of
 from memos_vllm.store import kv_file
 from memos_vllm.store.kv_file import ChunkReader
 from memos_vllm.store.link import CpuLink
-from memos_vllm.store.task_queue import Priority
+from memos_vllm.store.task_queue import Priority, TaskQueue
 from memos_vllm.store.transfer import Load, Read, Save, TransferWorker, Write
 from tests.store.store_factories import make_identity, make_keys
 
@@ -126,3 +126,12 @@ def test_memory_that_a_copy_may_still_use_stays_locked_and_mapped(make_worker, m
     worker.shutdown(0.0)
     assert closed == (["host", "staging"] if ended else [])
     assert ("left to the end of the process" in caplog.text) is not ended
+
+
+def test_a_shutdown_first_lets_go_who_waits_for_a_device(make_worker, monkeypatch):
+    worker, calls = make_worker(), []
+    refuse, stop = worker._link.refuse, TaskQueue.stop
+    monkeypatch.setattr(worker._link, "refuse", lambda: (calls.append("refuse"), refuse())[1])
+    monkeypatch.setattr(TaskQueue, "stop", lambda self, timeout_s: (calls.append("stop"), stop(self, timeout_s))[1])
+    worker.shutdown(0.0)
+    assert calls == ["refuse", "stop", "stop", "stop"]

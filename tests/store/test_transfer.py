@@ -400,7 +400,7 @@ class GatedLink:
     memory = staticmethod(lambda block_ids: None)
 
     def __init__(self, link):
-        self.real, self.close = link, link.close
+        self.real, self.close, self.refuse = link, link.close, link.refuse
         self.log, self.entered, self.gate = [], threading.Event(), threading.Event()
 
     def _piece(self, name):
