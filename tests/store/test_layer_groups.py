@@ -350,9 +350,7 @@ def test_a_load_that_has_ended_has_not_begun(rig):
     rig.worker.submit([Load(2, (0, 1), (6, 7), in_groups=True)])
     while not rig.worker._results:
         assert rig.worker.wait(PATIENCE_S)
-        begun = rig.worker.take_begun()
-    rig.worker.drain()
-    assert rig.worker.take_begun() == set() and begun <= {2}
+    assert rig.worker.take_begun() == set()
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
