@@ -58,16 +58,15 @@ def judge(sentence: str, *, has_task: bool = False) -> Extract | None:
     """
     if credentials.are_in(sentence):
         return None
-    if instruction := instructions.of(sentence):
-        is_of_task = has_task and not instruction.is_for_good and not speech.is_of_answers(_plain(sentence))
-        return None if is_of_task else Extract(sentence, kind_of(sentence), "asked")
-    if asked := _asked_to_remember(sentence):
+    statement = _without_lead_in(sentence)
+    if instruction := instructions.of(statement):
+        is_of_task = has_task and not instruction.is_for_good and not speech.is_of_answers(_plain(statement))
+        return None if is_of_task else Extract(statement, kind_of(statement), "asked")
+    if asked := _asked_to_remember(statement):
         return Extract(asked, kind_of(asked), "asked")
-    if speech.is_standing_order(_plain(sentence)):
-        return Extract(sentence, kind_of(sentence) if claims.claim_of(sentence) else "preference", "asked")
-    lead_in = _LEAD_IN.match(sentence)
-    statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
     plain = _plain(statement)
+    if speech.is_standing_order(plain):
+        return Extract(statement, kind_of(statement) if claims.claim_of(statement) else "preference", "asked")
     if claims.claim_of(statement) is None and (not speech.says_something(plain) or speech.is_noise(plain)):
         return None
     kind = kind_of(statement)
@@ -164,10 +163,23 @@ def _asked_to_remember(sentence: str) -> str | None:
 
 
 _LEAD_IN = regex.compile(
-    r"(?:(?:hi|hello|hey|thanks|thank you|thx|by the way|btw)(?: (?:there|all|so much|a lot|again))?"
-    r"\s*(?:[,:;]|--?|–|—)\s*)+(?=\S)",
-    regex.I,
+    r"""
+    (?: (?: (?:hi|hello|hey|thanks|thank\ you|thx) (?:\ (?:there|all|so\ much|a\ lot|again))?
+          | (?: (?:oh|and|also|well|ok|okay)[,\ ]+ )? (?: by\ the\ way | btw | fyi | for\ your\ information
+              | (?:just\ )?(?:so\ (?:that\ )?you\ know | to\ let\ you\ know | (?:as\ an?\ )?fyi) | for\ the\ record
+              | (?:as|like)\ i(?:\ have|'ve|\ had)?(?:\ (?:already|just))?\ (?:said|mentioned|told\ you|wrote)
+                (?:\ (?:before|earlier|already|above|yesterday|last\ time|you))? ) )
+        (?: \s*(?:[,:;]|--?|–|—)\s* | \s+(?=(?:i|i'(?:m|ve|d|ll)|im|my|we|our|always|never|please|remember)\b) ) )+
+    (?=\S)
+    """,
+    regex.I | regex.X,
 )
+"""Greetings, and what only says that a statement follows."""
+
+
+def _without_lead_in(sentence: str) -> str:
+    match = _LEAD_IN.match(sentence.replace("’", "'"))
+    return _capitalise(sentence[match.end() :]) if match else sentence
 
 
 def _capitalise(sentence: str) -> str:
