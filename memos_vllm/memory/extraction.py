@@ -3,8 +3,8 @@
 Kept: statements, in the user's own words (less a greeting in front). Not kept: questions, greetings,
 thanks, acknowledgements and commands to the assistant, unless they stand (``instructions``) or the sentence asks to
 remember something; then its content is kept. Code and long pastes become one document. A text that is handed over to be
-worked on is not the user's word (``own_words``). What tells a password, a key or a card number is not kept,
-whatever it asks (``credentials``).
+worked on is not the user's word (``own_words``), nor is what is said in a play (``role_play``). What tells a
+password, a key or a card number is not kept, whatever it asks (``credentials``).
 
 The word lists are for English, with the commonest forms of Chinese and Japanese and the commonest
 commands of other languages (``imperatives``). All else counts as a statement unless it ends with a question
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory import claims, credentials, instructions, own_words, sentences, speech, standing
+from memos_vllm.memory import claims, credentials, instructions, own_words, role_play, sentences, speech, standing
 
 LONG_TEXT_CHARS = 2000
 _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
@@ -41,7 +41,7 @@ def extract(text: str) -> list[Extract]:
     if len(text) > LONG_TEXT_CHARS:
         return [] if credentials.are_in_document(text) else [Extract(text, "document", "long")]
     said = own_words.of(_CODE.sub("\n\n", text))
-    told = sentences.split(said)
+    told = role_play.outside(sentences.split(said))
     has_task = any(speech.is_writing_task(_plain(sentence)) for sentence in told)
     kept = [extracted for sentence in told if (extracted := judge(sentence, has_task=has_task))]
     code = "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text))
@@ -167,6 +167,7 @@ _LEAD_IN = regex.compile(
     (?: (?: (?:hi|hello|hey|thanks|thank\ you|thx) (?:\ (?:there|all|so\ much|a\ lot|again))?
           | (?: (?:oh|and|also|well|ok|okay)[,\ ]+ )? (?: by\ the\ way | btw | fyi | for\ your\ information
               | (?:just\ )?(?:so\ (?:that\ )?you\ know | to\ let\ you\ know | (?:as\ an?\ )?fyi) | for\ the\ record
+              | in\ real\ life | in\ reality | irl | ooc | out\ of\ character
               | (?:as|like)\ i(?:\ have|'ve|\ had)?(?:\ (?:already|just))?\ (?:said|mentioned|told\ you|wrote)
                 (?:\ (?:before|earlier|already|above|yesterday|last\ time|you))? ) )
         (?: \s*(?:[,:;]|--?|–|—)\s* | \s+(?=(?:i|i'(?:m|ve|d|ll)|im|my|we|our|always|never|please|remember)\b) ) )+
