@@ -7,18 +7,20 @@ An assertion is a whole English sentence in the first person: a predicate, and w
     I have two cats; I have three cats, I don't have cats any more
     I work at X; I don't work at X anymore, I quit my job at X, I left X
 
-Two assertions contradict each other only if their predicates have the same words, less articles. So "I don't play
-the piano" ends nothing that was said of the guitar, nor does a sentence that says more.
+Two assertions contradict each other only if their predicates have the same words, less articles, and one of them tells
+a change ("anymore", "no longer", "again", "stopped") or how many. So "I don't play the piano anymore" ends nothing
+that was said of the guitar, nor does a sentence that says more; and "I like tea" and "I don't like tea" are both kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import regex
 
 from memos_vllm.memory import claim_forms, instructions
-from memos_vllm.memory.claim_forms import fold
+from memos_vllm.memory.claim_forms import Claim, fold
+from memos_vllm.memory.instructions import Instruction
 
 YES, NO, SOME = "yes", "no", "some"
 
@@ -29,6 +31,7 @@ class Assertion:
     value: str
     """``YES``, ``NO``, or of what one has: ``SOME``, ``NO`` or a number."""
 
+    is_change: bool = True
     implied: tuple[tuple[str, str], ...] = ()
     """Other predicates and their values."""
 
@@ -37,30 +40,53 @@ class Assertion:
 
 
 def assertion_of(text: str) -> Assertion | None:
+    return reading_of(text)[1]
+
+
+def reading_of(text: str) -> tuple[Claim | None, Assertion | None]:
+    """The claim and the assertion that the whole text makes."""
     if len(text) > claim_forms.MAX_CHARS:
-        return None
-    if order := instructions.of(text):
-        return Assertion(order.predicate, YES if order.holds else NO, order.implied) if order.topic else None
-    claim = claim_forms.claim_of(text)
+        return None, None
+    claim, order = claim_forms.claim_of(text), instructions.of(text)
+    return claim or (order.claim if order else None), _assertion(text, claim, order)
+
+
+def _assertion(text: str, claim: Claim | None, order: Instruction | None) -> Assertion | None:
+    if order is not None:
+        value = YES if order.holds else NO
+        return Assertion(order.predicate, value, implied=order.implied) if order.topic else None
+    is_change = _CHANGE.search(text) is not None
     if claim is not None:
-        return Assertion(f"{claim.subject} {claim.value}", YES) if claim.subject in _OF_SUBJECTS else None
+        is_of = claim.subject in _OF_SUBJECTS
+        return Assertion(f"{claim.subject} {claim.value}", YES, is_change) if is_of else None
+    if not _FIRST_PERSON.search(text):
+        return None
     said = fold(claim_forms.core_of(text)).rstrip(".! ")
-    return _stated(said) if said.startswith(("i ", "i'", "im ")) else None
+    while said.endswith(_ENDINGS):
+        said = said.rpartition(" ")[0].removesuffix(" any").removesuffix(" at")
+    found = _stated(said) if said.startswith(("i ", "i'", "im ")) else None
+    return replace(found, is_change=is_change or found.predicate.startswith("have ")) if found else None
 
 
 def contradicts(new: Assertion, old: Assertion) -> bool:
     """Whether the later one ends the earlier one; "I have a cat" leaves "I have two cats" alone."""
     values = dict([(new.predicate, new.value), *new.implied])
     value = values.get(old.predicate)
-    if value is None or value == old.value:
+    if value is None or value == old.value or not (new.is_change or old.is_change):
         return False
     return NO in (value, old.value) or value != SOME
 
 
+_FIRST_PERSON = regex.compile(r"\bim?\b", regex.I)
 _OF_SUBJECTS = frozenset({"my residence", "my employer", "my job", "my nickname"})
 _BY_VERB = {"live in ": "my residence ", "work at ": "my employer ", "work for ": "my employer ", "work as ": "my job "}
 _NOW = r"(?:(?:now|currently|actually|just|recently|finally|only)\ )*"
-_END = r"(?:\ (?:any\ ?more|any\ longer|again|now|at\ all))*"
+_ENDINGS = (" anymore", " any more", " any longer", " again", " now", " at all")
+_CHANGE = regex.compile(
+    r"\b(?:any\ ?more | (?:any|no)\ longer | again|now|stopped|quit|left|lost|resigned|given\ up|gave\ up|started"
+    r"|resumed|begun|fired|laid\ off|let\ go | moved)\b",
+    regex.I | regex.X,
+)
 _REST = r"(?P<rest> [^,;:!?()\n\"]{1,80}? )"
 _HAVE = r"(?:i(?:'ve|\ have)\ got|i've|i\ (?:\p{L}+\ )??(?:have|own)(?!\ (?:to|been|had)\b))"
 _COUNT = (
@@ -69,45 +95,50 @@ _COUNT = (
 )
 
 
-def _form(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(f"(?:{pattern}){_END}", regex.X)
-
-
-_QUIT = _form(
+_OF_HAVING = regex.compile(r"i've|\b(?:have|own|got)\b")
+_QUIT = regex.compile(
     rf"""i(?:'ve|\ have)?\ {_NOW} (?: (?:quit|left|lost|resigned\ from|gave\ up|given\ up)
       | (?:was|got|have\ been|been)\ (?P<fired> fired|laid\ off|let\ go )(?:\ (?:from|by))? )
     (?:\ (?:my|the)\ (?:job|position|work)(?=$|\ (?:at|with|for|today|yesterday|last)\b)
       (?:\ (?:at|with|for))?(?P<job>))?
     (?:\ (?!my\b|the\ (?:job|position|work)\b)(?P<employer> [^,;:!?()\n\"]{{1,60}}? ))?
-    (?:\ (?: today|yesterday|recently|this\ (?:week|month) | last\ (?:week|month|year) ))?"""
+    (?:\ (?: today|yesterday|recently|this\ (?:week|month) | last\ (?:week|month|year) ))?""",
+    regex.X,
 )
-_DOES_NOT_HAVE = _form(
+_DOES_NOT_HAVE = regex.compile(
     r"(?: i\ (?:now\ )?(?:do\ not|don't|dont|no\ longer)\ (?:have|own) | i\ haven't\ got | i\ have\ not\ got )"
-    r"\ (?:any\ |an?\ )?(?P<thing> \p{L}+ (?:[\ -]\p{L}+){0,2}? )"
+    r"\ (?:any\ |an?\ )?(?P<thing> \p{L}+ (?:[\ -]\p{L}+){0,2}? )",
+    regex.X,
 )
-_HAS = _form(rf"{_HAVE}\ {_NOW}{_COUNT}")
-_STOPPED = _form(
-    rf"i(?:'ve|\ have)?\ {_NOW}(?:stopped|quit|given\ up|gave\ up)\ (?P<gerund> \p{{L}}+ing )(?:\ {_REST})?"
+_HAS = regex.compile(rf"{_HAVE}\ {_NOW}{_COUNT}", regex.X)
+_STOPPED = regex.compile(
+    rf"i(?:'ve|\ have)?\ {_NOW}(?:stopped|quit|given\ up|gave\ up)\ (?P<gerund> \p{{L}}+ing )(?:\ {_REST})?",
+    regex.X,
 )
-_STARTED = _form(rf"i(?:'ve|\ have)?\ {_NOW}(?:started|resumed|begun)\ (?P<gerund> \p{{L}}+ing )(?:\ {_REST})?")
-_IS_NOT = _form(
-    rf"(?: i(?:'m|\ am)|im )\ {_NOW}(?:not|no\ longer|no)\ (?:currently\ )?{_REST} | i\ no\ longer\ am\ {_REST}"
+_STARTED = regex.compile(
+    rf"i(?:'ve|\ have)?\ {_NOW}(?:started|resumed|begun)\ (?P<gerund> \p{{L}}+ing )(?:\ {_REST})?", regex.X
 )
-_IS = _form(rf"(?: i(?:'m|\ am)|im )\ {_NOW}{_REST}")
-_DOES_NOT = _form(rf"i\ {_NOW}(?:do\ not|don't|dont|no\ longer|never)\ {_NOW}(?:ever\ )?{_REST}")
-_DOES = _form(rf"i\ {_NOW}{_REST}")
+_IS_NOT = regex.compile(
+    rf"(?: i(?:'m|\ am)|im )\ {_NOW}(?:not|no\ longer|no)\ (?:currently\ )?{_REST} | i\ no\ longer\ am\ {_REST}",
+    regex.X,
+)
+_IS = regex.compile(rf"(?: i(?:'m|\ am)|im )\ {_NOW}{_REST}", regex.X)
+_DOES_NOT = regex.compile(rf"i\ {_NOW}(?:do\ not|don't|dont|no\ longer|never)\ {_NOW}(?:ever\ )?{_REST}", regex.X)
+_DOES = regex.compile(rf"i\ {_NOW}{_REST}", regex.X)
 
 
 def _stated(said: str) -> Assertion | None:
-    if match := _QUIT.fullmatch(said):
-        return _quit(match)
-    if match := _DOES_NOT_HAVE.fullmatch(said):
-        return _has(match["thing"], NO)
-    if match := _HAS.fullmatch(said):
-        return _has(match["thing"], _number(match["count"]))
-    for form, value in ((_STOPPED, NO), (_STARTED, YES)):
-        if match := form.fullmatch(said):
-            return _does(f"{match['gerund']} {match['rest'] or ''}", value, is_gerund=True)
+    if _CHANGE.search(said):
+        if match := _QUIT.fullmatch(said):
+            return _quit(match)
+        for form, value in ((_STOPPED, NO), (_STARTED, YES)):
+            if match := form.fullmatch(said):
+                return _does(f"{match['gerund']} {match['rest'] or ''}", value, is_gerund=True)
+    if _OF_HAVING.search(said):
+        if match := _DOES_NOT_HAVE.fullmatch(said):
+            return _has(match["thing"], NO)
+        if match := _HAS.fullmatch(said):
+            return _has(match["thing"], _number(match["count"]))
     if match := _IS_NOT.fullmatch(said):
         return _is(match["rest"], NO)
     if match := _IS.fullmatch(said):
@@ -170,7 +201,7 @@ def _predicate(words: str, value: str) -> Assertion | None:
         return None
     subject = next((subject for subject in _BY_VERB.values() if words.startswith(subject)), "")
     what = words if subject else " ".join(word for word in words.split() if word not in _ARTICLES)
-    return Assertion(what, value, _IMPLIED.get(what, ()) if value == YES else ())
+    return Assertion(what, value, implied=_IMPLIED.get(what, ()) if value == YES else ())
 
 
 def _stem(verb: str) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import regex
 
 from memos_vllm.memory import claim_forms, instructions
-from memos_vllm.memory.assertions import assertion_of
+from memos_vllm.memory.assertions import assertion_of, reading_of
 from memos_vllm.memory.claim_forms import Claim, fold
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "fold",
     "keys_of",
     "near_key",
+    "reading_of",
     "subject_key",
     "subject_keys",
     "text_key",
@@ -49,7 +50,9 @@ _EMPTY = frozenset("a an the really very just also so".split())
 
 def claim_of(text: str) -> Claim | None:
     """The claim that the whole text makes, or None."""
-    return claim_forms.claim_of(text) or instructions.claim_of(text)
+    if (claim := claim_forms.claim_of(text)) or (order := instructions.of(text)) is None:
+        return claim
+    return order.claim
 
 
 def text_key(text: str) -> bytes:
@@ -97,9 +100,10 @@ def tool_key(name: str) -> bytes:
 def keys_of(text: str) -> tuple[bytes, ...]:
     """Under which keys a current memory with this text is found again."""
     keys = [text_key(text), near_key(text)] if len(text) <= MAX_NEAR_CHARS else [text_key(text)]
-    if claim := claim_of(text):
+    claim, assertion = reading_of(text)
+    if claim:
         keys.append(subject_key(claim))
-    if assertion := assertion_of(text):
+    if assertion:
         keys.append(assertion_key(assertion.predicate))
     if tool := tool_of(text):
         keys.append(tool_key(tool))

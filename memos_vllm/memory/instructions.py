@@ -34,6 +34,12 @@ class Instruction:
     """Said with words such as "from now on", and not with "always" or "never" alone."""
 
     @property
+    def claim(self) -> Claim | None:
+        """If it is about something that has one value: the language, the length, ..."""
+        has_one = self.topic.startswith("answers: ") or self.topic == NICKNAME
+        return Claim(self.topic, self.value) if self.holds and has_one else None
+
+    @property
     def predicate(self) -> str:
         return f"{self.topic} {self.value}"
 
@@ -42,26 +48,19 @@ def of(text: str) -> Instruction | None:
     """The instruction that the whole text is, if it is one that stands."""
     if len(text) > MAX_CHARS:
         return None
-    plain = fold(text).replace("’", "'")
-    if not _HINT.search(plain) or "?" in plain:
+    if not _HINT.search(text) or "?" in text:
         return None
+    plain = fold(text).replace("’", "'")
     found = _english(plain.rstrip(".! "), text)
     if found is None and (elsewhere := instructions_elsewhere.of(plain.rstrip(".! "))):
         return Instruction(*elsewhere)
     return found
 
 
-def claim_of(text: str) -> Claim | None:
-    """The claim that it makes, if it is about something that has one value: the language, the length, ..."""
-    found = of(text)
-    if found is None or not found.holds or not (found.topic.startswith("answers: ") or found.topic == NICKNAME):
-        return None
-    return Claim(found.topic, found.value)
-
-
 _HINT = regex.compile(
     rf"\b(?:always|never|ever|from (?:now|here) on|going forward|henceforth|future|again|any ?more|any longer|now"
-    rf"|no longer|you can stop|in all|{instructions_elsewhere.MARKS})\b"
+    rf"|no longer|you can stop|in all|{instructions_elsewhere.MARKS})\b",
+    regex.I,
 )
 _ANSWERS = (
     r"(?:(?:your|the|all|my|future|our|every|each|any|of)\ )*"

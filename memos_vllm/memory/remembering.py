@@ -82,7 +82,7 @@ def claimed(user: UserReader, claim: claims.Claim, now: datetime) -> list[Memory
 
 def contradicted(user: UserReader, text: str, now: datetime) -> list[MemoryRecord]:
     """What cannot be true beside the text, and claims about the same thing, oldest first."""
-    claim, assertion = claims.claim_of(text), claims.assertion_of(text)
+    claim, assertion = claims.reading_of(text)
     found = claimed(user, claim, now) if claim else []
     if assertion is not None:
         for predicate in (assertion.predicate, *(implied for implied, _ in assertion.implied)):
