@@ -32,6 +32,8 @@ class Assertion:
     """``YES``, ``NO``, or of what one has: ``SOME``, ``NO`` or a number."""
 
     is_change: bool = True
+    """Whether it says that it was otherwise before, or how many there are."""
+
     implied: tuple[tuple[str, str], ...] = ()
     """Other predicates and their values."""
 

@@ -78,22 +78,24 @@ _START = regex.compile(
     regex.X,
 )
 _FINISH = regex.compile(
-    rf"[,\ ]+ (?: (?P<good> {_FOR_GOOD.replace('(?:the', '(?:(?!)the')} ) | please | thanks )", regex.X
+    rf"[,\ ]+ (?: (?P<good> {_FOR_GOOD.replace('(?:the', '(?:(?!)the')} ) | please | pls | thanks )", regex.X
 )
 _ADVERB = regex.compile(
     r"(?: (?P<soft_not> never(?:\ again|\ ever)? | (?:do\ not|don't|dont)\ ever(?:\ again)? )"
-    r" | (?P<soft> always ) | (?P<not> do\ not|don't|dont ) )\ (?:please\ )?",
+    r" | (?P<soft> always ) | (?P<not> do\ not|don't|dont | i\ (?:do\ not|don't)\ want\ you\ to ) )\ (?:please\ )?",
     regex.X,
 )
 _ALLOWED = regex.compile(
     r"""(?:please\ )? (?:
-        (?P<yes> you\ (?:can|may)(?:\ now)? | it(?:'s|\ is)\ (?:ok|okay|fine)\ to ) (?!\ (?:now\ )?stop\b)
+        (?: you\ (?:can|may)(?:\ now)? | it(?:'s|\ is)\ (?:ok|okay|fine)\ to ) (?!\ (?:now\ )?stop\b)
             \ (?P<can> .+? )\ (?: again | now | in\ (?:your\ )?answers\ again )
       | (?: you\ (?:do\ not|don't|dont|no\ longer)\ (?:have|need)\ to | you\ needn't )\ (?P<need> .+? )
             (?:\ (?: any\ ?more|any\ longer ))?
-      | you\ (?:can|may)\ (?:now\ )?stop\ (?P<stop> .+? ) (?:\ now)? )""",
+      | you\ (?:can|may)\ (?:now\ )?stop\ (?P<stop> .+? ) (?:\ now)?
+      | you\ (?:can|may)\ now\ (?P<now> .+ ) )""",
     regex.X,
 )
+_NO_MORE = (" anymore", " any more", " any longer", " again")
 _INFINITIVES = {
     "using": "use", "answering": "answer", "replying": "reply", "responding": "respond", "speaking": "speak",
     "writing": "write", "adding": "add", "including": "include", "keeping": "keep", "calling": "call", "being": "be",
@@ -103,19 +105,21 @@ _INFINITIVES = {
 
 def _english(plain: str, text: str) -> Instruction | None:
     if match := _ALLOWED.fullmatch(plain):
-        body = match["can"] or match["need"] or match["stop"]
+        body = match["can"] or match["need"] or match["stop"] or match["now"]
         if match["need"] and not match[0].endswith(("more", "longer")) and "no longer" not in match[0]:
             return None
         if match["stop"]:
             first, _, rest = body.partition(" ")
             body = f"{_INFINITIVES.get(first, first)} {rest}"
-        return _topic(body, match["yes"] is not None, text)
+        return _topic(body, match["need"] is None and match["stop"] is None, text)
     body, is_for_good = _without_marks(plain)
     adverb = _ADVERB.match(body)
     if adverb:
         body, more = _without_marks(body[adverb.end() :])
         is_for_good |= more
     is_soft = adverb is not None and adverb["not"] is None
+    if adverb and not adverb["soft"] and body.endswith(_NO_MORE):  # "Don't use emojis anymore"
+        body, is_soft = body.rpartition(" ")[0].removesuffix(" any"), True
     if not (is_for_good or is_soft):
         return None
     holds = adverb is None or adverb["soft"] is not None
@@ -159,7 +163,7 @@ _LENGTH = rf"(?:(?:very|more|as|quite)\ )*(?:(?P<short> {_SHORT} )|(?P<long> {_L
 _FORMS = {
     "language": rf"""{_SAY}{_TO_ME}\ (?:in\ )?{_LANGUAGE}{_TO_ME} | use\ {_LANGUAGE}{_IN_ANSWERS}
         | (?:give|write)\ (?:me\ )?{_ANSWERS}\ in\ {_LANGUAGE}""",
-    "units": rf"use\ (?:the\ )?(?P<units> metric|imperial|si )(?:\ (?:units?|system|measurements?))+{_IN_ANSWERS}",
+    "units": rf"use\ (?:the\ )?(?P<units> metric|imperial|si )(?:\ (?:units?|system|measurements?))*{_IN_ANSWERS}",
     "temperature": r"(?: use | (?:give|show)\ (?:me\ )?temperatures\ in )"
     rf"\ (?P<degrees> celsius|fahrenheit|kelvin ){_IN_ANSWERS}",
     "spelling": r"(?: use | write\ (?:in|with) )"
@@ -184,7 +188,7 @@ _MANNER = regex.compile(
       | explain\ (?:your|each|every|things|step|why|to\ me|code|everything)\b.*
       | (?:start|begin|end|format)\ (?:{_ANSWERS}|dates|numbers|code)\b.* | apologi[sz]e\b.* | tell\ me\ the\ truth
       | lecture\ me | ask\ me\ (?:first|before)\b.* | think\ step\ by\ step | (?:address|greet)\ me\b.*
-      | write\ (?:code|numbers|dates)\b.*
+      | (?:use|say|write)\ the\ (?:word|phrase|expression)s?\ .* | write\ (?:code|numbers|dates)\b.*
       | be\ (?:(?:more|very|so)\ )*(?:honest|direct|polite|formal|informal|casual|friendly|critical
         |precise|blunt|professional)
         (?:\ (?:with|to)\ me)?{_IN_ANSWERS} )""",

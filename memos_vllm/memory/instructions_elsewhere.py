@@ -49,7 +49,8 @@ _ORDER = regex.compile(
 )
 _MARK = regex.compile(rf"\b(?:{MARKS})\b")
 _TOPIC = regex.compile(
-    rf"""\b(?: (?:auf|en|in|em)\ (?P<language> {"|".join(_LANGUAGES)} )
+    rf"""\b(?: (?:auf|en|in|em | (?<=\b(?:sprich|sprechen\ sie|rede|parlez?|habl[ae]|parla|fal[ea])\ )
+          (?:immer|nur\ noch|nur|toujours|siempre|sempre) )\ (?P<language> {"|".join(_LANGUAGES)} )
       | (?P<use> [ée]mojis?|smileys|emoticons?|[ée]motic[ôo]nes?|emoticonos|faccine
         | (?P<bullets> aufzählungen|stichpunkte|puces|viñetas|elenchi\ puntati|marcadores )
         | (?P<tables> tabellen|tableaux|tablas|tabelle|tabelas ) )

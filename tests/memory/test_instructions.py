@@ -21,6 +21,9 @@ from tests.memory.memory_factories import ALICE, says, texts
         *("Please always use metric units", "In future, reply without bullet points", "Never call me Bob."),
         *("Please never use bullet points in your answers.", "I want you to always answer in French."),
         *("Remember to always answer in French.", "Always be honest with me.", "From now on no emojis."),
+        *("always answer in german pls", "Please don't use emojis anymore.", "I want you to never use emojis again."),
+        *("I don't want you to use emojis any more.", "Never use the word 'delve'.", "Always use metric."),
+        *("You can now answer in English.", "Sprich immer Deutsch mit mir.", "Habla siempre español."),
         *("You can use emojis again.", "You may use tables now.", "You don't have to answer in German anymore."),
         *("Antworte immer auf Deutsch.", "Bitte verwende nie Emojis.", "Ab jetzt antworte auf Englisch."),
         *("Réponds toujours en français.", "N'utilise jamais d'émojis.", "Désormais, réponds en anglais."),
@@ -45,7 +48,12 @@ def test_an_instruction_for_good_stands_in_every_prompt(service: MemoryService, 
         *("Always answer in German, my teacher said.", "Write a post on owls. Never use emojis."),
         *("Could you draft a letter? Please always use metric units.", "Imagine a city in the future."),
         *("Write a story set in the future.", "Does he always answer in German?", "Antworte auf Deutsch."),
-        *("Will you always answer in German?",),
+        *(
+            "Will you always answer in German?",
+            "Don't use emojis.",
+            "Don't answer that again.",
+            "Always answer my emails.",
+        ),
     ],
 )
 def test_a_command_for_the_moment_is_not_kept(text: str) -> None:
@@ -56,7 +64,12 @@ def test_a_command_for_the_moment_is_not_kept(text: str) -> None:
     "text",
     [
         *("My boss always answers in German.", "He never uses emojis.", "You can use emojis.", "Réponds en français."),
-        *("Responde en español.", "Antwort war immer auf Deutsch.", "Antworte immer auf diese Frage auf Deutsch."),
+        *(
+            "Responde en español.",
+            "Antwort war immer auf Deutsch.",
+            "Habla siempre en serio.",
+            "Antworte immer auf diese Frage auf Deutsch.",
+        ),
     ],
 )
 def test_what_only_sounds_like_one_is_no_preference(text: str) -> None:
@@ -79,6 +92,7 @@ def test_what_is_asked_beside_a_task_stands_if_it_names_the_answers(service: Mem
         ("Always answer in German.", "Always answer in English."),
         ("Always answer in German.", "You don't have to answer in German anymore."),
         ("Always answer in German.", "Never answer in German."),
+        ("You can use emojis again.", "Don't use emojis anymore."),
         ("Never answer in English.", "You can answer in English again."),
         ("Never answer in English.", "Always answer in English."),
         ("Antworte immer auf Deutsch.", "From now on, answer in English."),
