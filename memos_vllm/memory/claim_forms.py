@@ -41,9 +41,14 @@ def claim_of(text: str) -> Claim | None:
     """The claim that the whole text makes, or None."""
     if len(text) > MAX_CHARS:
         return None
-    said = " ".join(normalised("NFKC", text).replace("’", "'").split())
-    said = _TRAILING.sub("", _LEADING.sub("", said, 1), 1)
+    said = core_of(text)
     return _attribute(fold(said)) or _first_person(said) or _of_others(said)
+
+
+def core_of(text: str) -> str:
+    """The sentence without a correction in front of it, and without "now" and the like at its end."""
+    said = " ".join(normalised("NFKC", text).replace("’", "'").split())
+    return _TRAILING.sub("", _LEADING.sub("", said, 1), 1)
 
 
 _LEADING = regex.compile(

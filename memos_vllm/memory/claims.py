@@ -3,7 +3,9 @@
 A *claim* is a sentence that gives the value of something a person has one of: "My favourite drink
 is oolong tea.", "I live in Berlin." Two claims about the same thing with another value contradict each
 other. The rule is narrow on purpose. "My cat is black" and "My cat is ill" are both true, so only what
-has one value counts; ``claim_forms`` has the sentences.
+has one value counts; ``claim_forms`` has the sentences, and ``instructions`` those on how to answer.
+
+An *assertion* (``assertions``) is what one does, is or has, which a later sentence may deny in the same words.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ import hashlib
 
 import regex
 
-from memos_vllm.memory.claim_forms import Claim, claim_of, fold
+from memos_vllm.memory import claim_forms, instructions
+from memos_vllm.memory.assertions import assertion_of, reading_of
+from memos_vllm.memory.claim_forms import Claim, fold
 
 __all__ = [
     "Claim",
+    "assertion_key",
+    "assertion_of",
     "claim_of",
     "fold",
     "keys_of",
     "near_key",
+    "reading_of",
     "subject_key",
     "subject_keys",
     "text_key",
@@ -39,6 +46,13 @@ _SPELT = {
 }  # fmt: skip
 _TOOL = regex.compile(r"Tool (?P<name>[^\s:]{1,128}): [^\n]*(?:\n.*)?\nParameters: \{", regex.S)
 _EMPTY = frozenset("a an the really very just also so".split())
+
+
+def claim_of(text: str) -> Claim | None:
+    """The claim that the whole text makes, or None."""
+    if (claim := claim_forms.claim_of(text)) or (order := instructions.of(text)) is None:
+        return claim
+    return order.claim
 
 
 def text_key(text: str) -> bytes:
@@ -67,6 +81,11 @@ def subject_keys(claim: Claim) -> set[bytes]:
     return {subject_key(Claim(subject, claim.value)) for subject in (american, american.replace("color", "colour"))}
 
 
+def assertion_key(predicate: str) -> bytes:
+    """17 bytes; equal for sentences that assert or deny the same."""
+    return b"p" + _digest(predicate)
+
+
 def tool_of(text: str) -> str | None:
     """The name of the tool whose schema this is, as ``tool_use`` writes it."""
     match = _TOOL.match(text)
@@ -80,10 +99,15 @@ def tool_key(name: str) -> bytes:
 
 def keys_of(text: str) -> tuple[bytes, ...]:
     """Under which keys a current memory with this text is found again."""
-    claim = claim_of(text)
-    keys = (text_key(text), near_key(text)) if len(text) <= MAX_NEAR_CHARS else (text_key(text),)
-    tool = tool_of(text)
-    return (*keys, *([subject_key(claim)] if claim else ()), *([tool_key(tool)] if tool else ()))
+    keys = [text_key(text), near_key(text)] if len(text) <= MAX_NEAR_CHARS else [text_key(text)]
+    claim, assertion = reading_of(text)
+    if claim:
+        keys.append(subject_key(claim))
+    if assertion:
+        keys.append(assertion_key(assertion.predicate))
+    if tool := tool_of(text):
+        keys.append(tool_key(tool))
+    return tuple(keys)
 
 
 def _digest(text: str) -> bytes:

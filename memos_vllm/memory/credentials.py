@@ -1,13 +1,16 @@
-"""Passwords, keys and card numbers, which chat does not remember.
+"""Passwords, keys, and numbers of cards, accounts and identity papers, which chat does not remember.
 
 Found are names of secrets with a value ("my PIN is 1234", ``API_KEY=...``), keys in the formats that their issuers
 give them, private keys, addresses with a password (``scheme://user:password@host``), and numbers of 13 to 19 digits
-with a card's first digit and check digit (Luhn).
+with a card's first digit and check digit (Luhn). Numbers of identity papers, and what opens a safe, are in
+``identity_numbers``, with IBANs.
 """
 
 from __future__ import annotations
 
 import regex
+
+from memos_vllm.memory import identity_numbers
 
 _NAMES = (
     r"pass(?:word|code|phrase|wd)s?|pwd|pw|pass\ phrase|pin(?:\ code|\ number)?|otp|cvv2?|cvc2?"
@@ -59,14 +62,15 @@ _CARD = regex.compile(r"(?<![\p{Nd}.,-])[2-6](?:[ -]?[0-9]){12,18}(?!\p{Nd})")
 
 def are_in(text: str) -> bool:
     """Whether a sentence, or a few, tells one."""
-    return _SENTENCE.search(text.replace("’", "'")) is not None or are_in_document(text)
+    said = text.replace("’", "'")
+    return _SENTENCE.search(said) is not None or identity_numbers.are_told(said) or are_in_document(text)
 
 
 def are_in_document(text: str) -> bool:
     """Whether a long text or code has one; that it speaks of passwords does not count."""
-    return any(pattern.search(text) for pattern in (_ASSIGNED, _VARIABLE, _ISSUED)) or any(
-        _has_check_digit(match[0]) for match in _CARD.finditer(text)
-    )
+    if any(pattern.search(text) for pattern in (_ASSIGNED, _VARIABLE, _ISSUED)) or identity_numbers.has_iban(text):
+        return True
+    return any(_has_check_digit(match[0]) for match in _CARD.finditer(text))
 
 
 def _has_check_digit(number: str) -> bool:

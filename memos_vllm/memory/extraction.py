@@ -1,10 +1,10 @@
 """Remembering by rules: which of a user's words are worth keeping.
 
 Kept: statements, in the user's own words (less a greeting in front). Not kept: questions, greetings,
-thanks, acknowledgements and commands to the assistant, unless the sentence asks to remember
-something; then its content is kept. Code and long pastes become one document. A text that is handed over to be
-worked on is not the user's word (``own_words``). What tells a password, a key or a card number is not kept,
-whatever it asks (``credentials``).
+thanks, acknowledgements and commands to the assistant, unless they stand (``instructions``) or the sentence asks to
+remember something; then its content is kept. Code and long pastes become one document. A text that is handed over to be
+worked on is not the user's word (``own_words``), nor is what is said in a play (``role_play``). What tells a
+password, a key or a card number is not kept, whatever it asks (``credentials``).
 
 The word lists are for English, with the commonest forms of Chinese and Japanese and the commonest
 commands of other languages (``imperatives``). All else counts as a statement unless it ends with a question
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import regex
 
-from memos_vllm.memory import claims, credentials, own_words, sentences, speech, standing
+from memos_vllm.memory import claims, credentials, instructions, own_words, role_play, sentences, speech, standing
 
 LONG_TEXT_CHARS = 2000
 _CODE = regex.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", regex.M | regex.S)
@@ -41,24 +41,32 @@ def extract(text: str) -> list[Extract]:
     if len(text) > LONG_TEXT_CHARS:
         return [] if credentials.are_in_document(text) else [Extract(text, "document", "long")]
     said = own_words.of(_CODE.sub("\n\n", text))
-    kept = [extracted for sentence in sentences.split(said) if (extracted := judge(sentence))]
+    told = role_play.outside(sentences.split(said))
+    has_task = any(speech.is_writing_task(_plain(sentence)) for sentence in told)
+    kept = [extracted for sentence in told if (extracted := judge(sentence, has_task=has_task))]
     code = "\n\n".join(match[0].strip("\n") for match in _CODE.finditer(text))
     if code and not credentials.are_in_document(code):
         kept.append(Extract(code, "document", "code"))
     return kept
 
 
-def judge(sentence: str) -> Extract | None:
-    """Whether to keep one sentence, and as what."""
+def judge(sentence: str, *, has_task: bool = False) -> Extract | None:
+    """Whether to keep one sentence, and as what.
+
+    Args:
+        has_task: its message asks for a text; "Always use rhymes" may be of that text then.
+    """
     if credentials.are_in(sentence):
         return None
-    if asked := _asked_to_remember(sentence):
+    statement = _without_lead_in(sentence)
+    if instruction := instructions.of(statement):
+        is_of_task = has_task and not instruction.is_for_good and not speech.is_of_answers(_plain(statement))
+        return None if is_of_task else Extract(statement, kind_of(statement), "asked")
+    if asked := _asked_to_remember(statement):
         return Extract(asked, kind_of(asked), "asked")
-    if speech.is_standing_order(sentence.strip().replace("’", "'").lower()):
-        return Extract(sentence, kind_of(sentence) if claims.claim_of(sentence) else "preference", "asked")
-    lead_in = _LEAD_IN.match(sentence)
-    statement = _capitalise(sentence[lead_in.end() :]) if lead_in else sentence
-    plain = statement.strip().replace("’", "'").lower()
+    plain = _plain(statement)
+    if speech.is_standing_order(plain):
+        return Extract(statement, kind_of(statement) if claims.claim_of(statement) else "preference", "asked")
     if claims.claim_of(statement) is None and (not speech.says_something(plain) or speech.is_noise(plain)):
         return None
     kind = kind_of(statement)
@@ -67,6 +75,10 @@ def judge(sentence: str) -> Extract | None:
     if kind == "preference" and claims.claim_of(statement) is None and standing.is_of_what_was_said(statement):
         kind = "remark"
     return Extract(statement, kind, "statement")
+
+
+def _plain(sentence: str) -> str:
+    return sentence.strip().replace("’", "'").lower()
 
 
 _PREFERENCE = regex.compile(
@@ -93,7 +105,9 @@ def kind_of(statement: str) -> str:
     if _PREFERENCE.search(plain):
         return "preference"
     claim = claims.claim_of(statement)
-    return "profile" if _PROFILE.match(plain.strip()) or (claim and claim.subject.startswith("my ")) else "fact"
+    if _PROFILE.match(plain.strip()) or (claim and claim.subject.startswith("my ")):
+        return "profile"
+    return "preference" if instructions.of(statement) else "fact"
 
 
 _ASKED = regex.compile(
@@ -149,10 +163,24 @@ def _asked_to_remember(sentence: str) -> str | None:
 
 
 _LEAD_IN = regex.compile(
-    r"(?:(?:hi|hello|hey|thanks|thank you|thx|by the way|btw)(?: (?:there|all|so much|a lot|again))?"
-    r"\s*(?:[,:;]|--?|–|—)\s*)+(?=\S)",
-    regex.I,
+    r"""
+    (?: (?: (?:hi|hello|hey|thanks|thank\ you|thx) (?:\ (?:there|all|so\ much|a\ lot|again))?
+          | (?: (?:oh|and|also|well|ok|okay)[,\ ]+ )? (?: by\ the\ way | btw | fyi | for\ your\ information
+              | (?:just\ )?(?:so\ (?:that\ )?you\ know | to\ let\ you\ know | (?:as\ an?\ )?fyi) | for\ the\ record
+              | in\ real\ life | in\ reality | irl | ooc | out\ of\ character
+              | (?:as|like)\ i(?:\ have|'ve|\ had)?(?:\ (?:already|just))?\ (?:said|mentioned|told\ you|wrote)
+                (?:\ (?:before|earlier|already|above|yesterday|last\ time|you))? ) )
+        (?: \s*(?:[,:;]|--?|–|—)\s* | \s+(?=(?:i|i'(?:m|ve|d|ll)|im|my|we|our|always|never|please|remember)\b) ) )+
+    (?=\S)
+    """,
+    regex.I | regex.X,
 )
+"""Greetings, and what only says that a statement follows."""
+
+
+def _without_lead_in(sentence: str) -> str:
+    match = _LEAD_IN.match(sentence.replace("’", "'"))
+    return _capitalise(sentence[match.end() :]) if match else sentence
 
 
 def _capitalise(sentence: str) -> str:

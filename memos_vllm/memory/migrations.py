@@ -95,5 +95,13 @@ def _to_5(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
     recount.write_all(txn, dbs)
 
 
-STEPS: dict[int, Step] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
+def _to_6(txn: Transaction, dbs: Mapping[str, Any], aging: Aging) -> None:
+    """What was asserted, and instructions that stand, are found by what takes them back from now on."""
+    for key in list(txn.cursor(db=dbs["records"]).iternext(values=False)):
+        record = records.decode(txn.get(key, db=dbs["records"]))
+        for each in claims.keys_of(record.text) if record.is_current else ():
+            txn.put(key[:8] + each, key[8:], db=dbs["current"])
+
+
+STEPS: dict[int, Step] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
 """By the version that a step starts from."""

@@ -31,7 +31,7 @@ from memos_vllm.memory.abstract_store import Store
 from memos_vllm.memory.extraction import Extract
 from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.records import MemoryRecord
-from memos_vllm.memory.remembering import claimed, keep, known
+from memos_vllm.memory.remembering import contradicted, keep, known
 from memos_vllm.memory.transactions import UserWriter
 from memos_vllm.types import MemoryId, Principal
 
@@ -276,9 +276,8 @@ def _is_same(found: MemoryRecord | None, note: MemoryRecord, now: datetime) -> b
 
 
 def _is_outdated(user: UserWriter, statement: Statement, notes: Sequence[MemoryRecord], now: datetime) -> bool:
-    claim = claims.claim_of(statement.text)
     since = max(note.created_at for note in notes)
-    rivals = claimed(user, claim, now) if claim else []
+    rivals = contradicted(user, statement.text, now)
     return any(rival.created_at > since and rival.id not in {note.id for note in notes} for rival in rivals)
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from memos_vllm.core.lifecycle import State
-from memos_vllm.memory import claims, succession
+from memos_vllm.memory import assertions, claims, succession
 from memos_vllm.memory.extraction import Extract
 from memos_vllm.memory.records import UNPROMPTED_TYPES, MemoryRecord
 from memos_vllm.memory.transactions import UserReader, UserWriter
@@ -29,8 +29,8 @@ def keep(
 
     What the user has said before, in the same words or as the same claim, is counted and not stored
     again. Nearly the same words are stored and merged into what is known. A claim about something
-    that has another value by now supersedes the older ones: they leave recall and search but stay in
-    the history, and a pin passes on to the new one.
+    that has another value by now supersedes the older ones, and so does what denies what was asserted: they leave
+    recall and search but stay in the history, and a pin passes on to the new one.
 
     Args:
         said: by the user; what he did not say himself is not counted as said again.
@@ -43,7 +43,7 @@ def keep(
             same = user.change(same, now, type=extracted.type)
         return _said_again(user, same, origin, now) if said else same
     claim = claims.claim_of(extracted.text)
-    rivals = claimed(user, claim, now) if claim else []
+    rivals = contradicted(user, extracted.text, now)
     near = [] if claim else lasting(sayings(user, claims.near_key(extracted.text), now))
     changed = [rival for rival in rivals if rival.state is not State.FROZEN]
     new = user.insert(
@@ -78,6 +78,22 @@ def claimed(user: UserReader, claim: claims.Claim, now: datetime) -> list[Memory
     """Claims about the same thing, oldest first."""
     found = {record.id: record for key in claims.subject_keys(claim) for record in sayings(user, key, now)}
     return [found[memory_id] for memory_id in sorted(found)]
+
+
+def contradicted(user: UserReader, text: str, now: datetime) -> list[MemoryRecord]:
+    """What cannot be true beside the text, and claims about the same thing, oldest first."""
+    claim, assertion = claims.reading_of(text)
+    found = claimed(user, claim, now) if claim else []
+    if assertion is not None:
+        for predicate in (assertion.predicate, *(implied for implied, _ in assertion.implied)):
+            for record in sayings(user, claims.assertion_key(predicate), now):
+                earlier = claims.assertion_of(record.text)
+                if earlier is not None and assertions.contradicts(assertion, earlier):
+                    found.append(record)
+        if assertion.ended_subject is not None:
+            found += sayings(user, claims.subject_key(claims.Claim(assertion.ended_subject, "")), now)
+    by_id = {record.id: record for record in found}
+    return [by_id[memory_id] for memory_id in sorted(by_id)]
 
 
 def _value(text: str) -> str | None:

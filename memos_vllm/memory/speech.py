@@ -90,7 +90,7 @@ def is_small_talk(plain: str) -> bool:
     return plain.startswith(_COURTESIES) or _SMALL_TALK_UNSPACED.fullmatch(plain) is not None
 
 
-_FROM_NOW_ON = regex.compile(r"\b(?:from now on|from here on|going forward)\b[, ]*")
+_FROM_NOW_ON = regex.compile(r"(?:\b(?:from now on|from here on|going forward)|^in (?:the )?future)\b[, ]*")
 _VERBS = (
     "tell|write|rewrite|give|show|explain|summari[sz]e|translate|list|find|search|make|create|generate|help|describe|"
     "compare|calculate|compute|solve|fix|improve|rephrase|paraphrase|continue|answer|reply|respond|say|repeat|recommend|"
@@ -123,3 +123,21 @@ def is_standing_order(plain: str) -> bool:
     """A command that is to hold for what comes: "From now on, answer in French"."""
     order = _FROM_NOW_ON.sub("", plain, 1)
     return order != plain and not is_question(plain) and is_command(order.strip(" ,"))
+
+
+_WRITING_TASK = regex.compile(
+    r"(?:write|draft|compose|generate|create|translate|rewrite|summari[sz]e|make|convert|improve|edit|proofread|code"
+    r"|implement|design)\b"
+)
+_POLITE = regex.compile(r"(?:(?:please|pls|now|so|hi|hello|hey|ok|okay)[, ]+|(?:can|could|would|will) you )*")
+_OF_ANSWERS = regex.compile(r"\b(?:answers?|reply|replies|respond|responses?|call me|address me)\b")
+
+
+def is_writing_task(plain: str) -> bool:
+    """Whether it asks for a text or a program: "Could you write a poem?"."""
+    return _WRITING_TASK.match(plain, _POLITE.match(plain).end()) is not None
+
+
+def is_of_answers(plain: str) -> bool:
+    """Whether an instruction names the assistant's answers, and so no text that it is to write."""
+    return _OF_ANSWERS.search(plain) is not None

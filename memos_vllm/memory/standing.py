@@ -46,6 +46,11 @@ _OF_THE_MOMENT = regex.compile(
     """,
     regex.X,
 )
+_HABIT_AGAIN = regex.compile(
+    r"(?P<habit>i (?:now )?(?:eat|drink|smoke|play|work|live|drive|study|practi[sc]e)\b[^,;:]*"
+    r"|i(?:'m| am) (?:an? )?(?:vegetarian|vegan|pescatarian|sober|single|married|employed|unemployed)) again[.!]*"
+)
+"""What one does or is from now on; "I get the error again" is of the moment."""
 
 _TO_THE_ASSISTANT = regex.compile(
     r"""
@@ -93,6 +98,8 @@ def may_stand(statement: str) -> bool:
     if claims.claim_of(statement) is not None:
         return True
     plain = statement.strip().replace("’", "'").lower()
+    if habit := _HABIT_AGAIN.fullmatch(plain):
+        plain = habit["habit"]
     if _REFERS_BACK.match(plain) or _OF_THE_MOMENT.search(plain) or _TO_THE_ASSISTANT.match(plain):
         return False
     if _SUPPOSED.match(plain) or _QUOTATION.fullmatch(plain):

@@ -36,7 +36,7 @@ from datetime import UTC, datetime, timedelta
 from memos_vllm.memory.records import NO_ID
 from memos_vllm.types import Principal
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 NAMES = (
     *("meta", "owners", "records", "versions", "current", "vectors", "changes", "sessions"),
     *("usage", "due", "events", "links", "link_ends", "snapshots", "snapshot_entries", "pieces"),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memos_vllm.memory.claims import Claim, claim_of, fold, keys_of
+from memos_vllm.memory.service import MemoryService
 from tests.memory.memory_factories import ALICE, make_service, says, texts
 
 
@@ -254,3 +255,11 @@ def test_a_colour_is_the_same_in_american_spelling(tmp_path: Path) -> None:
         "My favorite color is blue.",
         "My favourite colour is green.",
     ]
+
+
+@pytest.mark.parametrize("lead_in", ["As I said, ", "FYI ", "By the way, ", "Btw ", "Just so you know, "])
+def test_a_statement_behind_a_lead_in_ends_the_same_as_without(service: MemoryService, lead_in: str) -> None:
+    (paris,) = service.remember(ALICE, says("I live in Paris."))
+    (oslo,) = service.remember(ALICE, says(f"{lead_in}I live in Oslo."))
+    assert oslo.supersedes == paris.id and texts(service.list(ALICE).records) == ["I live in Oslo."]
+    assert service.remember(ALICE, says("I live in Oslo."))[0].id == oslo.id

@@ -303,7 +303,7 @@ class TestCommand:
         service._store.maintain(lambda txn, dbs: txn.drop(dbs["current"], delete=False))
         service._store.close()
         assert doctor.main([str(tmp_path)]) == PROBLEMS
-        assert "current: 189 more" in capsys.readouterr().out
+        assert "current: 191 more" in capsys.readouterr().out
 
 
 class TestCompact:

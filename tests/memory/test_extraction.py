@@ -175,3 +175,37 @@ def test_never_fails_and_never_invents(text: str) -> None:
     for sentence in split(text):
         assert sentence == sentence.strip() != ""
     extract(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "statement"),
+    [
+        ("As I said, I live in Oslo.", "I live in Oslo."),
+        ("As I’ve already told you, I live in Oslo.", "I live in Oslo."),
+        ("Like I mentioned before: my name is Ann.", "My name is Ann."),
+        ("FYI my time zone is CET.", "My time zone is CET."),
+        ("Just FYI, my time zone is CET.", "My time zone is CET."),
+        ("By the way, I live in Oslo.", "I live in Oslo."),
+        ("Oh, by the way I live in Oslo.", "I live in Oslo."),
+        ("Btw I'm vegetarian.", "I'm vegetarian."),
+        ("Just so you know, I'm vegetarian.", "I'm vegetarian."),
+        ("So you know: my cat is called Tom.", "My cat is called Tom."),
+        ("Hi there, btw, my name is Ann.", "My name is Ann."),
+        ("By the way, please remember that I like tea.", "I like tea."),
+        ("Btw always answer in German.", "Always answer in German."),
+    ],
+)
+def test_what_only_says_that_a_statement_follows_is_left_out(text: str, statement: str) -> None:
+    (extracted,) = extract(text)
+    assert (extracted.text, extracted.type) == (extract(statement)[0].text, extract(statement)[0].type)
+    assert extracted.text == statement
+
+
+@pytest.mark.parametrize("text", ["As I said to my wife, I live in Oslo.", "FYI is what my boss writes."])
+def test_a_lead_in_that_says_more_stays(text: str) -> None:
+    assert kept(text) == [text]
+
+
+@pytest.mark.parametrize("text", ["As I said, write it shorter.", "By the way, what is the time?", "FYI: use a table."])
+def test_a_lead_in_makes_no_statement_of_a_command_or_a_question(text: str) -> None:
+    assert kept(text) == []

@@ -144,6 +144,17 @@ def test_it_does_not_supersede_what_the_user_said_since(service: MemoryService, 
     assert listed(service) == [MOVED, "My home city is Porto."]
 
 
+def test_what_was_taken_back_later_is_not_restated(service: MemoryService, clock: Clock) -> None:
+    told(service, "I play the guitar and my cat listens.")
+    batch = service.refining.next_batch()
+    assert batch is not None
+    clock.forward(60)
+    told(service, "I don't play the guitar anymore.")
+    outcomes = service.refining.finish(batch, answer(statement("I play the guitar.")), "model@1")
+    assert outcomes == {Outcome.OUTDATED: 1}
+    assert "I don't play the guitar anymore." in listed(service)
+
+
 @pytest.mark.parametrize("change", ["delete", "update", "archive", "supersede"])
 def test_a_note_that_changed_meanwhile_is_not_restated(service: MemoryService, clock: Clock, change: str) -> None:
     told(service, "My job is baker.")

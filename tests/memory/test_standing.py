@@ -146,6 +146,35 @@ SECRETS = [
         "パスワードはhunter2です。",
         "I got -----BEGIN RSA PRIVATE KEY----- x",
     ),
+    *(
+        "My IBAN is DE89 3704 0044 0532 0130 00.",
+        "I pay from GB82WEST12345698765432",
+        "Mein Konto: fr1420041010050500013m02606",
+    ),
+    *(
+        "My passport number is X1234567.",
+        "Passport no: AB 123456",
+        "My passport is C01X00T47 and my passport is X1234567.",
+    ),
+    *("X1234567 is my passport number.", "My ID card number is 123 456 789.", "My driver’s license number: D1234567"),
+    *(
+        "My national insurance number is QQ 12 34 56 C.",
+        "My tax ID is 12-3456789.",
+        "My bank account number is 12345678.",
+    ),
+    *(
+        "My credit card number is 1234 5678 9012 3456.",
+        "Meine Ausweisnummer ist L01X00T47.",
+        "我的护照号码是E12345678。",
+    ),
+    *("Mon numéro de passeport est 12AB34567.", "Mi número de pasaporte es AAA123456.", "Meu CPF é 123.456.789-09."),
+    *(
+        "The combination of my safe is 12-34-56.",
+        "My safe's combination is left 12, right 8.",
+        "My locker code is 4821.",
+    ),
+    *("The code for the safe in my office is 4821.", "4821 is the code of my safe.", "My safe opens with 4821."),
+    *("The alarm code is 4821.", "Die Tresorkombination ist 12-34-56."),
 ]
 
 
@@ -178,6 +207,20 @@ def test_secrets_are_not_kept_even_where_that_is_asked(service: MemoryService, t
         ),
         *("I wrote a pinball game.", "My keys are in the car.", "My gate code is 42."),
         *("I forgot my password.", "I work on tokens and keys."),
+        *("My passport number is in the drawer.", "My passport is 10 years old.", "My passport expires in 2031."),
+        *(
+            "I got a new ID card in 2024.",
+            "My IBAN is on my invoice.",
+            "I use IBANs such as DE00 3704 0044 0532 0130 00.",
+        ),
+        *("My safe is 12 years old.", "My safe has a combination lock.", "I forgot the combination of my safe."),
+        *(
+            "My flight is LH 1234 5678.",
+            "My ticket number is 12345678.",
+            "My house number is 1234 B.",
+            "I am safe in 2024.",
+        ),
+        *("My bank account has 12000 euros.", "I have a visa for 2025.", "My code is 4821 lines long."),
     ],
 )
 def test_what_only_speaks_of_such_things_is_kept(text: str) -> None:
@@ -208,6 +251,8 @@ def test_a_number_with_a_check_digit_is_a_card_and_its_neighbours_are_not(
         ("-----BEGIN OPENSSH PRIVATE KEY-----\n" + "b3Blbn" * 400, False),
         ("I wonder whether the password is safe. " * 60, True),
         (f"{CARD} " + "I like tea. " * 200, False),
+        ("```\nDE89370400440532013000\n```", False),
+        ("```\nDE88370400440532013000 a1b2c3d4e5f60718293a4b5c6d7e8f90\n```", True),
     ],
 )
 def test_code_and_long_texts_with_secrets_are_not_kept(text: str, is_kept: bool) -> None:
