@@ -231,6 +231,9 @@ class MemoryConfig(Section):
     max_user_bytes: Annotated[Bytes, Field(ge=1)] | None = 2**30
     """Of one user's memories with their earlier versions, links and snapshots; None: no limit."""
 
+    max_import_bytes: Annotated[Bytes, Field(ge=1)] = 256 * 2**20
+    """Of one import of memories; every other writer waits while it is written."""
+
     @model_validator(mode="after")
     def _has_a_database(self) -> Self:
         if self.store == "postgresql" and self.dsn is None:

@@ -57,7 +57,8 @@ def answering(*, any_query: bool = False, instead: str = "") -> Callable[[Handle
             try:
                 if not any_query:
                     _check_query(raw_request, known, instead)
-                return JSONResponse(await handler(raw_request=raw_request, **values))
+                answer = await handler(raw_request=raw_request, **values)
+                return answer if isinstance(answer, Response) else JSONResponse(answer)
             except MemosError as error:
                 return error_response(error)
 

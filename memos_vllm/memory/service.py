@@ -22,6 +22,7 @@ from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.messages import last_user_message, last_user_text
+from memos_vllm.memory.portability import Portability
 from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived, num_left_out, succeeded
 from memos_vllm.memory.records import MemoryRecord
@@ -75,6 +76,7 @@ class MemoryService:
         self.life = MemoryLife(store, now, self.limits)
         self.refining = Refining(store, config.refiner, count_tokens, now, self.limits)
         self._prepared = PreparedChoices()
+        self.portability = Portability(store, now, self.limits, self._take_in)
         self.documents = Library(
             store, config.documents, now, self._receipt, self._take_in, self.limits, keeps_history=keeps_editions
         )
