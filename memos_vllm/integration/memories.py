@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
@@ -19,6 +19,7 @@ from memos_vllm.integration.rest import (
     parse_body,
     principal,
     refuse_body,
+    router_at,
     takes,
 )
 from memos_vllm.integration.state import MemosState, state_of
@@ -26,7 +27,7 @@ from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
 from memos_vllm.memory.results import Hit
 from memos_vllm.types import Principal
 
-router = APIRouter(prefix="/v1/memories", tags=["Memos"])
+router = router_at("/v1/memories")
 
 
 class NewMemory(BaseModel):

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, cast
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from memos_vllm.config import MemosConfig
 from memos_vllm.errors import StoreFull, TooLarge
-from memos_vllm.integration.rest import answers_errors, principal
+from memos_vllm.integration.rest import answers_errors, principal, router_at
 from memos_vllm.integration.state import state_of
 from memos_vllm.memory.portability import Imported
 
-router = APIRouter(prefix="/v1/memories", tags=["Memos"])
+router = router_at("/v1/memories")
 
 CONTENT_TYPE = "application/jsonl"
 PIECE_BYTES = 2**16
