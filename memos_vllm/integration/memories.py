@@ -205,7 +205,7 @@ async def delete_all(raw_request: Request, user: str | None = None, adapters: bo
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
     await refuse_body(raw_request, f"{_INSTEAD}; ?user= names the user")
-    state.planner.forget(who)
+    state.ballast.lend(state.planner.forget, who)
     state.builder.forget(who)
     await asyncio.to_thread(DistillationJobs(state.config.data_dir).remove_all, who)
     receipt = await forget(state, who, state.service.delete_all, who)
@@ -229,7 +229,7 @@ def _left(state: MemosState, who: Principal) -> dict[str, Any] | None:
 async def forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:
     """Deletes, then removes the KV that may hold the deleted text; the receipt lists both."""
     await state.wait_for_writes(who)
-    receipt = await asyncio.to_thread(remove, *args)
+    receipt = await asyncio.to_thread(state.ballast.lend, remove, *args)
     adapters = await state.withdraw_adapters(who)
     kv = await state.forget_kv(who)
     return {"deleted": True, **receipt.as_json(), "kv": kv, "adapters": adapters}
