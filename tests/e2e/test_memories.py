@@ -62,7 +62,9 @@ def test_an_export_enters_under_another_key(memos: Memos, key: str) -> None:
 
 @pytest.mark.parametrize("query", ["limit=x", "include_superseded=perhaps", "state=lost"])
 def test_a_bad_parameter_is_a_sentence_of_ours(memos: Memos, key: str, query: str) -> None:
+    before = memos.server.log_path.stat().st_size
     refused = memos.call("GET", f"/v1/memories?{query}", key)
+    assert b"Traceback" not in memos.server.log_path.read_bytes()[before:]
     assert refused.status_code == 400 and query.partition("=")[0] in refused.json()["error"]["message"]
 
 
