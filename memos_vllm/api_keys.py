@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 
 PREFIX = "sha256:"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_TO_BE_FILLED_IN = re.compile(r"[A-Z-]+")
+"""As in the examples of configurations: DIGEST-OF-THE-GATEWAYS-KEY."""
+
 _HOW = 'compute that of your own key with: printf %s "$KEY" | sha256sum'
 _GUESSABLE = (
     *("", "EMPTY", "dummy", "none", "null", "foo", "bar", "baz", "foobar", "test", "demo", "example", "hello"),
@@ -23,6 +26,16 @@ def digest_of(key: str) -> str:
 
 _GUESSED: Mapping[str, str] = {digest_of(key + end): key for key in _GUESSABLE for end in ("", "\n")}
 """With a line break too, as ``echo`` adds one."""
+
+
+def shown(listed: str) -> str:
+    """As messages name a key, for the operator to find it and for nobody to use it."""
+    if not listed.lower().startswith(PREFIX):
+        return f"{listed[: min(4, len(listed) // 2)]}…" if listed else ""
+    digest = listed[len(PREFIX) :]
+    if _TO_BE_FILLED_IN.fullmatch(digest):
+        return listed
+    return listed[: len(PREFIX) + (8 if _DIGEST.fullmatch(digest.lower()) else 4)] + "…"
 
 
 def checked(listed: str) -> str:

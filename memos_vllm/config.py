@@ -88,7 +88,7 @@ class KeyConfig(Section):
 class IdentityConfig(Section):
     """Who a request acts for."""
 
-    keys: dict[ListedKey, KeyConfig] = {}
+    keys: dict[ListedKey, KeyConfig] = Field(default={}, repr=False)
     """API key, or ``sha256:`` and the hex digest of one, to what it stands for."""
 
     unlisted_keys: Literal["own_tenant", "refuse"] = "own_tenant"
@@ -230,6 +230,9 @@ class MemoryConfig(Section):
 
     max_user_bytes: Annotated[Bytes, Field(ge=1)] | None = 2**30
     """Of one user's memories with their earlier versions, links and snapshots; None: no limit."""
+
+    max_import_bytes: Annotated[Bytes, Field(ge=1)] = 256 * 2**20
+    """Of one import of memories; every other writer waits while it is written."""
 
     @model_validator(mode="after")
     def _has_a_database(self) -> Self:
@@ -478,18 +481,32 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 
 def _sentence(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"] if part != "[key]") or "the file"
+    key = ".".join(_shown(error["loc"])) or "the file"
     if error["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_known_beside(error['loc'])}"
     if error["type"] == "model_type":
         keys = "" if error["input"] is not None else "; give it keys, or leave it out"
         return f"'{key}' is a section with keys of its own, not {error['input']!r}{keys}"
-    # Not whole sections: they may hold API keys and passwords.
-    got = "" if isinstance(error["input"], dict | list) else f" (got {error['input']!r})"
+    # Not whole sections, nor what stands in the place of an API key: they hold API keys and passwords.
+    is_secret = isinstance(error["input"], dict | list) or error["loc"] == _KEYS or error["loc"][-1:] == ("[key]",)
+    got = "" if is_secret else f" (got {error['input']!r})"
     quotes = (
         "; write it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int | float) else ""
     )
     return f"'{key}': {error['msg'].removeprefix('Value error, ')}{got}{quotes}"
+
+
+_KEYS = ("identity", "keys")
+
+
+def _shown(loc: Sequence[Any]) -> list[str]:
+    """The place of a problem, with API keys cut short: also one that stands in ``identity`` itself by mistake."""
+    parts = [str(part) for part in loc if part != "[key]"]
+    if tuple(parts[:2]) == _KEYS and len(parts) > 2:
+        parts[2] = api_keys.shown(parts[2])
+    elif parts[:1] == ["identity"] and len(parts) > 1 and not re.fullmatch(r"[a-z_]{1,40}", parts[1]):
+        parts[1] = api_keys.shown(parts[1])
+    return parts
 
 
 def _known_beside(loc: Sequence[Any]) -> str:

@@ -5,6 +5,7 @@ data_dir/
   secret          32 random bytes; tenant salts derive from it
   predictor.json  what next-scene prediction has learned; predictor-<number>.json of further API processes
   run/            sockets over which several API processes tell each other what happens
+  ballast         room that is given back when a deletion finds the disk full
   forgotten_owners  whose habits were deleted, as digests
   memory/         LMDB: plaintext memory, the single source of truth
   sources/        LMDB: what stands in the configured folders; it can be removed, and is then read again

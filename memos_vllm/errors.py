@@ -10,6 +10,7 @@
     |   +-- NotFound           404, no such memory or adapter for this user
     |   +-- Conflict           409, the memory's state does not allow it
     |   |   `-- LimitReached   the user would have more than he may
+    |   +-- TooLarge           413, a body of more bytes than are taken
     |   +-- DocumentError      a document that cannot be taken; 400, 411, 413 or 415
     |   +-- MissingPackage     501, text of a language whose package is not installed
     |   +-- AdapterError       a LoRA adapter that is not taken; 400, 409, 413 or 507
@@ -73,6 +74,12 @@ class Conflict(RequestError):
 class LimitReached(Conflict):
     """The user would have more than he may. 409 as any state that stands against a write until it is changed: the
     request itself is not too large (413), and the server has room (507, which is the operator's affair)."""
+
+
+class TooLarge(RequestError):
+    """A body of more bytes than are taken."""
+
+    status = 413
 
 
 class DocumentError(RequestError):

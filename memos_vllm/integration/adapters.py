@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -22,10 +22,18 @@ from memos_vllm.adapters.records import Scope
 from memos_vllm.compat.error_response import ErrorResponse
 from memos_vllm.errors import AdapterError, Forbidden
 from memos_vllm.integration.adapter_gate import Choice
-from memos_vllm.integration.rest import FORM_OVERHEAD_BYTES, Body, answers_errors, parse_body, principal, takes
+from memos_vllm.integration.rest import (
+    FORM_OVERHEAD_BYTES,
+    Body,
+    answers_errors,
+    parse_body,
+    principal,
+    router_at,
+    takes,
+)
 from memos_vllm.integration.state import MemosState, state_of
 
-router = APIRouter(prefix="/v1/adapters", tags=["Memos"])
+router = router_at("/v1/adapters")
 
 _FILES = {"config": peft_folder.CONFIG_FILE, "weights": peft_folder.WEIGHTS_FILE}
 PROBE_TOKENS = 64

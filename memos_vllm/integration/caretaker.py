@@ -1,4 +1,5 @@
-"""What nobody waits for: time moves memories, what a deletion left behind is removed, and the store is measured."""
+"""What nobody waits for: time moves memories, what a deletion left behind is removed, room for deletions is
+kept, and the store is measured."""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ class Caretaker:
             await asyncio.sleep(INTERVAL_S)
 
     async def look_after(self) -> None:
+        await asyncio.to_thread(self._state.ballast.keep)
         await asyncio.to_thread(self._measure)
         while (await asyncio.to_thread(self._state.service.life.tend)).seen >= TEND_BATCH:
             pass

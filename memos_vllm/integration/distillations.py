@@ -10,18 +10,18 @@ import os
 import sys
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field
 
 from memos_vllm import activation
 from memos_vllm.adapters.records import check_name
 from memos_vllm.errors import AdapterError, Forbidden, NotFound
 from memos_vllm.integration.distillation_jobs import DistillationJobs
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, router_at, takes
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
-router = APIRouter(prefix="/v1/adapters/distill", tags=["Memos"])
+router = router_at("/v1/adapters/distill")
 
 NICENESS = 10
 _running: dict[str, asyncio.Task[None]] = {}

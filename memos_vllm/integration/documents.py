@@ -6,16 +6,16 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from memos_vllm.errors import DocumentError, RequestError
 from memos_vllm.integration.memories import forget
-from memos_vllm.integration.rest import FORM_OVERHEAD_BYTES, Body, answering, answers_errors, principal
+from memos_vllm.integration.rest import FORM_OVERHEAD_BYTES, Body, answering, answers_errors, principal, router_at
 from memos_vllm.integration.state import state_of
 
-router = APIRouter(prefix="/v1/memories/documents", tags=["Memos"])
+router = router_at("/v1/memories/documents")
 
 _FILE = "file"
 

@@ -61,13 +61,14 @@ def routers(*, development: bool) -> list[APIRouter]:
         memories,
         missing_ids,
         operations,
+        portability,
         scenes,
         usage,
         users,
     )
 
-    # Documents and usage first: the path of a memory would match theirs.
-    of_memories = (documents, usage, life, memories, missing_ids, forms)
+    # Documents, usage and portability first: the path of a memory would match theirs.
+    of_memories = (documents, usage, portability, life, memories, missing_ids, forms)
     modules = (chat, *of_memories, distillations, adapters, scenes, operations, users)
     return [module.router for module in modules] + [operations.development_router] * development
 

@@ -7,17 +7,17 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from prometheus_client import REGISTRY
 
 from memos_vllm.adapters.questions import questions_of
 from memos_vllm.core.forms import Measured, choose
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.rest import answers_errors, principal
+from memos_vllm.integration.rest import answers_errors, principal, router_at
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.memory.records import MemoryRecord, utc_now
 
-router = APIRouter(prefix="/v1/memories", tags=["Memos"])
+router = router_at("/v1/memories")
 
 TRAINING_S = 120.0
 """Of 24 facts of the recall model on two CPU cores, until this server has an adapter that was distilled here."""

@@ -6,13 +6,13 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field
 
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, takes
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, router_at, takes
 from memos_vllm.integration.state import state_of
 
-router = APIRouter(prefix="/v1/memories", tags=["Memos"])
+router = router_at("/v1/memories")
 
 
 class MergeBody(Body):

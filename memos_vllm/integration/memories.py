@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from memos_vllm.errors import RequestError
@@ -19,6 +19,7 @@ from memos_vllm.integration.rest import (
     parse_body,
     principal,
     refuse_body,
+    router_at,
     takes,
 )
 from memos_vllm.integration.state import MemosState, state_of
@@ -26,7 +27,7 @@ from memos_vllm.memory.inputs import CHANGEABLE, MAX_CONTEXT, MAX_NAME_CHARS
 from memos_vllm.memory.results import Hit
 from memos_vllm.types import Principal
 
-router = APIRouter(prefix="/v1/memories", tags=["Memos"])
+router = router_at("/v1/memories")
 
 
 class NewMemory(BaseModel):
@@ -204,7 +205,7 @@ async def delete_all(raw_request: Request, user: str | None = None, adapters: bo
     state = state_of(raw_request)
     who = principal(raw_request, state, user)
     await refuse_body(raw_request, f"{_INSTEAD}; ?user= names the user")
-    state.planner.forget(who)
+    state.ballast.lend(state.planner.forget, who)
     state.builder.forget(who)
     await asyncio.to_thread(DistillationJobs(state.config.data_dir).remove_all, who)
     receipt = await forget(state, who, state.service.delete_all, who)
@@ -228,7 +229,7 @@ def _left(state: MemosState, who: Principal) -> dict[str, Any] | None:
 async def forget(state: MemosState, who: Principal, remove: Callable[..., Any], *args: Any) -> Any:
     """Deletes, then removes the KV that may hold the deleted text; the receipt lists both."""
     await state.wait_for_writes(who)
-    receipt = await asyncio.to_thread(remove, *args)
+    receipt = await asyncio.to_thread(state.ballast.lend, remove, *args)
     adapters = await state.withdraw_adapters(who)
     kv = await state.forget_kv(who)
     return {"deleted": True, **receipt.as_json(), "kv": kv, "adapters": adapters}

@@ -122,7 +122,7 @@ API_METRICS = (
         Kind.COUNTER,
         "Memories that were newly written.",
         ("origin",),
-        _one("chat", "api", "document"),
+        _one("chat", "api", "document", "import"),
     ),
     Metric("memos:remember_failures_total", Kind.COUNTER, "Turns of chats of which nothing could be remembered."),
     Metric("memos:remember_limited_total", Kind.COUNTER, "Turns of chats whose user has as much as he may."),

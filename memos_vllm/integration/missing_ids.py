@@ -6,15 +6,15 @@ an empty variable, would become the deletion of everything.
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.convertors import Convertor, register_url_convertor
 
 from memos_vllm.errors import NotFound
-from memos_vllm.integration.rest import error_response
+from memos_vllm.integration.rest import error_response, router_at
 
 PATH = "/v1/memories"
-router = APIRouter(prefix=PATH, tags=["Memos"])
+router = router_at(PATH)
 
 
 class _Slashes(Convertor[str]):

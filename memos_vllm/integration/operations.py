@@ -10,19 +10,19 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from memos_vllm.errors import Forbidden, RequestError, StoreError
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.rest import answers_errors, error_response, operator, principal
+from memos_vllm.integration.rest import answers_errors, error_response, operator, principal, router_at
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.integration.summary import summarize
 from memos_vllm.integration.usage import usage_of
 from memos_vllm.types import Principal
 
-router = APIRouter(prefix="/v1/memos", tags=["Memos"])
-development_router = APIRouter(prefix="/v1/memos", tags=["Memos"])
+router = router_at("/v1/memos")
+development_router = router_at("/v1/memos")
 
 
 @router.get("/status")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from functools import wraps
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import Request
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from memos_vllm.errors import Forbidden, MemosError, RequestError, StoreError
 from memos_vllm.integration import identity
@@ -31,11 +35,49 @@ class Body(BaseModel):
 
 
 def error_response(error: MemosError) -> JSONResponse:
-    status = error.status if isinstance(error, (RequestError, StoreError)) else 500
+    return _refusal(str(error), error.status if isinstance(error, (RequestError, StoreError)) else 500)
+
+
+def _refusal(message: str, status: int) -> JSONResponse:
     return JSONResponse(
-        {"error": {"message": str(error), "type": HTTPStatus(status).phrase, "param": None, "code": status}},
+        {"error": {"message": message, "type": HTTPStatus(status).phrase, "param": None, "code": status}},
         status_code=status,
     )
+
+
+class Route(APIRoute):
+    """What the framework refuses is answered as what we refuse: a parameter that is no number, a form that is none, a
+    body whose client left.
+
+    Else vLLM would answer it, which logs a traceback of each with ``--log-error-stack``, and uvicorn one of what is
+    left: anybody could fill the log.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(raw_request: Request) -> Response:
+            try:
+                return await handle(raw_request)
+            except RequestValidationError as error:
+                return _refusal(_sentence(error), HTTPStatus.BAD_REQUEST)
+            except HTTPException as error:
+                return _refusal(str(error.detail), error.status_code)
+            except ClientDisconnect:  # nobody reads it
+                return _refusal("the client left before its body had ended", HTTPStatus.BAD_REQUEST)
+
+        return answer
+
+
+def router_at(prefix: str) -> APIRouter:
+    """For our routes below a path."""
+    return APIRouter(prefix=prefix, tags=["Memos"], route_class=Route)
+
+
+def _sentence(error: RequestValidationError) -> str:
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"][1:])
+    return f"'{name}': {problem['msg']}"
 
 
 def answering(*, any_query: bool = False, instead: str = "") -> Callable[[Handler], Handler]:
@@ -57,7 +99,8 @@ def answering(*, any_query: bool = False, instead: str = "") -> Callable[[Handle
             try:
                 if not any_query:
                     _check_query(raw_request, known, instead)
-                return JSONResponse(await handler(raw_request=raw_request, **values))
+                answer = await handler(raw_request=raw_request, **values)
+                return answer if isinstance(answer, Response) else JSONResponse(answer)
             except MemosError as error:
                 return error_response(error)
 

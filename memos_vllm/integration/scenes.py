@@ -6,16 +6,16 @@ import asyncio
 from enum import StrEnum
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import Field
 
 from memos_vllm.core import scenes as core
 from memos_vllm.integration import engine_channel
-from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, refuse_body, takes
+from memos_vllm.integration.rest import Body, answers_errors, parse_body, principal, refuse_body, router_at, takes
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
-router = APIRouter(prefix="/v1/scenes", tags=["Memos"])
+router = router_at("/v1/scenes")
 
 
 class Hint(StrEnum):

@@ -13,6 +13,7 @@ from memos_vllm.config import MemosConfig
 from memos_vllm.errors import Conflict, NotFound
 from memos_vllm.integration import engine_channel, salts
 from memos_vllm.integration.adapter_gate import AdapterGate
+from memos_vllm.integration.ballast import Ballast
 from memos_vllm.integration.builder import SceneBuilder
 from memos_vllm.integration.distillation_jobs import DistillationJobs
 from memos_vllm.integration.home_engine import HomeEngines
@@ -71,7 +72,11 @@ class MemosState:
     nameless_keys: set[str] = field(default_factory=set)
     """Whose requests were answered without memory, because nobody was named."""
 
+    ballast: Ballast = field(init=False)
     _writes: dict[Principal, set[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(set))
+
+    def __post_init__(self) -> None:
+        self.ballast = Ballast(self.config.data_dir / "ballast")
 
     def salt(self, who: Principal) -> str:
         return salts.of_user(self.secret, self.config.kv.store_dtype, who, self.service.kv_epoch(who))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
-from memos_vllm.integration.rest import answers_errors, principal
+from memos_vllm.integration.rest import answers_errors, principal, router_at
 from memos_vllm.integration.state import MemosState, state_of
 from memos_vllm.types import Principal
 
-router = APIRouter(prefix="/v1/memories", tags=["Memos"])
+router = router_at("/v1/memories")
 
 
 @router.get("/usage")

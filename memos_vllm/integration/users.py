@@ -6,13 +6,13 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from memos_vllm.errors import Forbidden
-from memos_vllm.integration.rest import answers_errors, operator
+from memos_vllm.integration.rest import answers_errors, operator, router_at
 from memos_vllm.integration.state import state_of
 
-router = APIRouter(prefix="/v1/memos", tags=["Memos"])
+router = router_at("/v1/memos")
 
 
 @router.get("/users")

@@ -36,6 +36,15 @@ class UserLimits:
             what = f"{has.size_bytes} bytes of memories with their history, links and snapshots"
             raise self._reached(what, f"memory.max_user_bytes ({self.size_bytes})")
 
+    def check_number(self, memories: int, had: int) -> None:
+        """Before a write: whether so many memories can be those of a user who has ``had`` of them now.
+
+        Raises:
+            LimitReached: they cannot.
+        """
+        if self.memories is not None and memories > max(self.memories, had):
+            raise self._reached(f"{memories} memories", f"memory.max_user_memories ({self.memories})")
+
     def has_room(self, user: UserReader) -> bool:
         """Whether the user may have one more memory, however small."""
         held = user.holdings

@@ -74,10 +74,16 @@ def connect(
     """A new link; both memories exist."""
     identifier = user.new_id(now)
     link = Link(str(identifier), source, target, type, now, valid_from or now, valid_to, origin or {})
-    user.put_row("links", identifier.bytes, encode(link), is_new=True)
-    user.put_row("link_ends", uuid.UUID(source).bytes + identifier.bytes, tables.FROM)
-    user.put_row("link_ends", uuid.UUID(target).bytes + identifier.bytes, tables.TO)
+    restore(user, link)
     return link
+
+
+def restore(user: UserWriter, link: Link) -> None:
+    """Stores a link that has its id already; both memories exist, and no link has the id."""
+    identifier = uuid.UUID(link.id)
+    user.restore_link(identifier, encode(link))
+    user.put_row("link_ends", uuid.UUID(link.source).bytes + identifier.bytes, tables.FROM)
+    user.put_row("link_ends", uuid.UUID(link.target).bytes + identifier.bytes, tables.TO)
 
 
 def renew(user: UserWriter, source: MemoryId, target: MemoryId, type: str, now: datetime, **values: Any) -> Link:

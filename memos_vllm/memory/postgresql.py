@@ -73,7 +73,12 @@ class PostgresStore(Store):
 
     def __init__(self, dsn: str, aging: Aging | None = None, *, pgvector: bool = True, create: bool = True):
         super().__init__(aging)
-        self._dsn = dsn
+        try:
+            self._given = psycopg.conninfo.conninfo_to_dict(dsn)
+        except psycopg.Error:  # whose words have the string, and so perhaps a password
+            raise DataDirError(
+                "the database has no address: check memory.dsn, which is such as postgresql://memos@db.example/memos"
+            ) from None
         self._dbs = {name: name for name in tables.NAMES}
         self._id = uuid.uuid4()
         self._attempts = itertools.count(1)
@@ -280,8 +285,7 @@ class PostgresStore(Store):
             self._idle.append(connection)
 
     def _connect(self) -> psycopg.Connection[Any]:
-        given = psycopg.conninfo.conninfo_to_dict(self._dsn)
-        connection = psycopg.connect(**{**_CLIENT, **given}, autocommit=True)
+        connection = psycopg.connect(**{**_CLIENT, **self._given}, autocommit=True)
         path = f", {self._vector_schema}" if self._vector_schema else ""
         connection.execute(f"{_SESSION}; SET search_path = memos{path}")
         return connection

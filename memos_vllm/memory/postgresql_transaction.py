@@ -1,8 +1,8 @@
 """A transaction in PostgreSQL that looks as LMDB's does; see ``contract``.
 
 Every question costs a way to the server and back, so what is put waits here until something in its table is
-looked for by order, or the transaction ends: a batch of a thousand memories is then a statement for each table.
-A reader, whose view cannot change, fetches ahead where it is asked for one key after the other.
+looked for by order, it becomes much, or the transaction ends: a batch of a thousand memories is then a statement for
+each table. A reader, whose view cannot change, fetches ahead where it is asked for one key after the other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from memos_vllm.memory import embedders, tables
 
 _FIRST_PAGE, _LAST_PAGE = 32, 2048
 """Entries that are fetched at a time: a cursor that goes on fetches more and more."""
+
+_MAX_WAITING_BYTES = 4 * 2**20
+"""Of what is put and not sent yet; an import of memories may be as large as the disk allows."""
 
 _END = b"\xff" * 64
 """Above every key."""
@@ -54,6 +57,7 @@ class Transaction:
         self._pending_several: dict[str, dict[Entry, bool]] = {}
         """The same of tables with several values under a key: whether the entry is put or taken out."""
 
+        self._waiting_bytes = 0
         self._ahead: dict[str, _Ahead] = {}
         self.changes: dict[str, int] = {}
         """How often each table was changed; a cursor that has fetched entries fetches them again."""
@@ -78,6 +82,9 @@ class Transaction:
         else:
             self._pending.setdefault(db, {})[bytes(key)] = bytes(value)
         self._changed(db)
+        self._waiting_bytes += len(key) + len(value)
+        if self._waiting_bytes > _MAX_WAITING_BYTES:
+            self.flush()
         return True
 
     def delete(self, key: bytes, value: bytes = b"", *, db: str) -> bool:
@@ -138,6 +145,7 @@ class Transaction:
     def flush(self, db: str | None = None) -> None:
         """Sends what waits, of one table or of all, in one go."""
         names = [*self._pending, *self._pending_several] if db is None else [db]
+        self._waiting_bytes = self._waiting_bytes if db else 0
         statements = [statement for name in names for statement in self._statements(name)]
         if len(statements) == 1:
             self._execute(*statements[0])

@@ -22,6 +22,7 @@ from memos_vllm.memory.indexes import Indexes
 from memos_vllm.memory.life import MemoryLife, existing
 from memos_vllm.memory.limits import UserLimits
 from memos_vllm.memory.messages import last_user_message, last_user_text
+from memos_vllm.memory.portability import Portability
 from memos_vllm.memory.prepared import PreparedChoices
 from memos_vllm.memory.recall import Budget, chosen, fitting, long_lived, num_left_out, succeeded
 from memos_vllm.memory.records import MemoryRecord
@@ -75,6 +76,7 @@ class MemoryService:
         self.life = MemoryLife(store, now, self.limits)
         self.refining = Refining(store, config.refiner, count_tokens, now, self.limits)
         self._prepared = PreparedChoices()
+        self.portability = Portability(store, now, self.limits, self._take_in)
         self.documents = Library(
             store, config.documents, now, self._receipt, self._take_in, self.limits, keeps_history=keeps_editions
         )
@@ -191,7 +193,9 @@ class MemoryService:
             return succession.history(user, existing(user, memory_id))
 
     def update(self, who: Principal, memory_id: str, **changes: Any) -> MemoryRecord:
-        """A new version with the changes. A new text makes the KV of the old one unreachable.
+        """A new version with the changes, or the memory as it is where it has all these values already.
+
+        A new text makes the KV of the old one unreachable.
 
         What a model made of it is archived with a new text; sensitivity and end of life become its own, too.
 
@@ -213,10 +217,11 @@ class MemoryService:
                 succession.archive_restated(user, old, now)
             ended = _with_end(values, now)
             limits = {name: value for name, value in ended.items() if name in ("sensitivity", "expires_at")}
-            for derived in succession.restated(user, old) if limits else ():
-                user.change(derived, now, **limits)
-            new = user.change(old, now, **ended)
-            user.was_used(now)
+            derived = succession.restated(user, old) if limits else []
+            changed = [user.change(each, now, **limits) for each in derived if _differs(each, limits)]
+            new = user.change(old, now, **ended) if _differs(old, ended) else old
+            if changed or new is not old:
+                user.was_used(now)
             if not _only_lessens(old, new):
                 self.limits.check(user)
             return new
@@ -525,6 +530,10 @@ def _filter(type: str | None, tag: str | None) -> Callable[[str, Iterable[str]],
     if type is not None:
         inputs.check_type(type)
     return lambda has_type, has_tags: type in (None, has_type) and (tag is None or tag in has_tags)
+
+
+def _differs(record: MemoryRecord, values: Mapping[str, Any]) -> bool:
+    return any(getattr(record, name) != value for name, value in values.items())
 
 
 def _only_lessens(old: MemoryRecord, new: MemoryRecord) -> bool:

@@ -15,6 +15,7 @@ from datetime import datetime
 from memos_vllm.core.lifecycle import IN_RECALL, Move, State
 from memos_vllm.errors import Conflict
 from memos_vllm.memory import links, tables
+from memos_vllm.memory.links import Link
 from memos_vllm.memory.records import MemoryRecord
 from memos_vllm.memory.transactions import UserReader, UserWriter
 from memos_vllm.types import MemoryId
@@ -77,14 +78,22 @@ def match_links(user: UserWriter, now: datetime, of: MemoryId | None = None) -> 
     """Makes links say what records say, after records were brought back; of one memory, or of all."""
     found = links.of(user, of) if of else (links.decode(raw) for _, raw in user.rows("links"))
     for link in list(found):
-        if link.type in links.RESERVED:
-            replaced, by = link.source, link.target
-            if link.type == links.SUPERSEDES:
-                replaced, by = by, replaced
-            record = user.get(replaced)
-            assert record is not None
-            if (record.superseded_by == by) != (link.valid_to is None):
-                links.close(user, link, now if link.valid_to is None else None)
+        if (right := matched(user, link, now)) is not link:
+            links.close(user, link, right.valid_to)
+
+
+def matched(user: UserReader, link: Link, now: datetime) -> Link:
+    """The link as the records have it: of a correction or merge, true as long as they say so."""
+    if link.type not in links.RESERVED:
+        return link
+    replaced, by = link.source, link.target
+    if link.type == links.SUPERSEDES:
+        replaced, by = by, replaced
+    record = user.get(replaced)
+    assert record is not None
+    if (record.superseded_by == by) == (link.valid_to is None):
+        return link
+    return replace(link, valid_to=now if link.valid_to is None else None)
 
 
 def join(user: UserWriter, record: MemoryRecord) -> None:

@@ -215,8 +215,24 @@ class UserWriter(UserReader):
         self.put(new, old)
         return new
 
-    def put(self, record: MemoryRecord, old: MemoryRecord | None = None) -> None:
-        """Stores a record in the place of ``old``; without a new version, since its content is the same."""
+    def restore(self, record: MemoryRecord, used: Usage) -> None:
+        """A record of another store, with the id that it had there and how it was used; nothing here has this id."""
+        self._keep_below(uuid.UUID(record.id))
+        self.put(record, used=used)
+
+    def restore_link(self, link_id: uuid.UUID, raw: bytes) -> None:
+        self._keep_below(link_id)
+        self.put_row("links", link_id.bytes, raw, is_new=True)
+
+    def _keep_below(self, identifier: uuid.UUID) -> None:
+        self._owner.last_id = max(self._owner.last_id, identifier)
+
+    def put(self, record: MemoryRecord, old: MemoryRecord | None = None, used: Usage | None = None) -> None:
+        """Stores a record in the place of ``old``; without a new version, since its content is the same.
+
+        Args:
+            used: how a new one was used elsewhere.
+        """
         self.put_row("records", uuid.UUID(record.id).bytes, records.encode(record), is_new=old is None)
         if old is not None:
             self.forget_claims(old)
@@ -225,7 +241,7 @@ class UserWriter(UserReader):
                 self.put_row("current", key, uuid.UUID(record.id).bytes)
         if record.document is not None:
             self.put_row("pieces", _piece_key(record, record.document), b"")
-        self.schedule(record, self.usage(record.id) if old is not None else Usage())
+        self.schedule(record, self.usage(record.id) if old is not None else used or Usage())
         self._log(tables.PUT, record.id)
 
     def move(self, old: MemoryRecord, move: Move, now: datetime, **values: Any) -> MemoryRecord:

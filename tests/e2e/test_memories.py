@@ -47,6 +47,27 @@ def test_a_batch_is_stored_whole(memos: Memos, key: str) -> None:
     assert len(memos.call("GET", "/v1/memories?tag=ferry", key).json()["data"]) == 50
 
 
+def test_an_export_enters_under_another_key(memos: Memos, key: str) -> None:
+    memos.answer(key, "My job is baker.")
+    memos.call("POST", "/v1/memories", key, json={"text": "The ferry leaves at seven. " * 200, "tags": ["フェリー"]})
+    told = memos.call("GET", "/v1/memories/export", key)
+    assert told.headers["content-type"] == "application/jsonl" and len(told.content.splitlines()) == 3
+    other = f"key-{uuid.uuid4().hex}"
+    receipt = memos.call("POST", "/v1/memories/import", other, content=told.content).json()
+    assert (receipt["memories"], receipt["known"]) == (2, 0)
+    assert memos.answer(other, "What is my job?") == "Your job is baker."
+    cut = memos.call("POST", "/v1/memories/import", other, content=told.content[:-100])
+    assert cut.status_code == 400 and "line 3" in cut.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("query", ["limit=x", "include_superseded=perhaps", "state=lost"])
+def test_a_bad_parameter_is_a_sentence_of_ours(memos: Memos, key: str, query: str) -> None:
+    before = memos.server.log_path.stat().st_size
+    refused = memos.call("GET", f"/v1/memories?{query}", key)
+    assert b"Traceback" not in memos.server.log_path.read_bytes()[before:]
+    assert refused.status_code == 400 and query.partition("=")[0] in refused.json()["error"]["message"]
+
+
 def test_a_use_is_noted_with_its_scene(memos: Memos, key: str) -> None:
     path = f"/v1/memories/{memos.call('POST', '/v1/memories', key, json={'text': 'My job is baker.'}).json()['id']}"
     memos.chat(key, "What is my job?", {"session": "s", "remember": False})

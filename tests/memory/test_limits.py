@@ -263,13 +263,15 @@ def test_over_the_limit_a_memory_can_still_be_hidden_ended_and_unpinned_once(mak
     service = make()
     kept = service.add(ALICE, "my address", pinned=True).id
     service.limits = UserLimits(size_bytes=1)
-    for changes in ({"tags": ["a"]}, {"text": "another"}, {"pinned": False, "priority": 1}, {"pinned": True}, {}):
+    for changes in ({"tags": ["a"]}, {"text": "another"}, {"pinned": False, "priority": 1}):
         with pytest.raises(LimitReached):
             service.update(ALICE, kept, **changes)
+    for changes in ({"pinned": True}, {}):  # as it is already
+        assert service.update(ALICE, kept, **changes).version == 1
     for changes in ({"pinned": False}, {"sensitivity": "sensitive"}, {"ttl_s": 60.0}):
-        service.update(ALICE, kept, **changes)
-        with pytest.raises(LimitReached):
-            service.update(ALICE, kept, **changes)
+        changed, held = service.update(ALICE, kept, **changes), service.holdings(ALICE)
+        assert service.update(ALICE, kept, **changes) == changed
+        assert service.holdings(ALICE) == held
     for changes in ({"pinned": True}, {"sensitivity": "normal"}, {"ttl_s": None}, {"ttl_s": 30.0}):
         with pytest.raises(LimitReached):
             service.update(ALICE, kept, **changes)

@@ -135,6 +135,20 @@ class TestUpdate:
         new = service.update(ALICE, old.id, pinned=False)
         assert (new.text, new.type, new.pinned, new.tags, new.version) == ("tea", "profile", False, ("a",), 2)
 
+    def test_what_it_has_already_changes_nothing(self, service: MemoryService, clock: Clock) -> None:
+        values: dict[str, Any] = {"text": "tea", "type": "profile", "pinned": True, "tags": ["a", "b"], "priority": 1}
+        old = service.add(ALICE, **values, sensitivity="sensitive", valid_from="2020-01-01")
+        seq, held = service.memory_version(ALICE), service.holdings(ALICE)
+        clock.forward(60)
+        more = {"tags": ["a", "b", "a"], "sensitivity": "sensitive", "valid_from": "2020-01-01T00:00:00Z", "ttl_s": 0}
+        assert service.update(ALICE, old.id, **{**values, **more}) == old == service.get(ALICE, old.id)
+        assert service.history(ALICE, old.id) == [old]
+        assert (service.memory_version(ALICE), service.holdings(ALICE)) == (seq, held)
+        assert service.update(ALICE, old.id, tags=["b", "a"]).version == 2
+        assert service.update(ALICE, old.id, ttl_s=60.0).version == 3
+        clock.forward(1)
+        assert service.update(ALICE, old.id, ttl_s=60.0).version == 4, "it ends later"
+
     def test_a_new_text_has_a_new_kv_epoch(self, service: MemoryService) -> None:
         record = service.add(ALICE, "tea")
         service.update(ALICE, record.id, text="tea", pinned=True)

@@ -59,6 +59,12 @@ def at_commit(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any, Callable[[
     monkeypatch.setattr(psycopg.Connection, "execute", executed)
 
 
+def test_a_connection_string_that_is_none_is_not_repeated() -> None:
+    with pytest.raises(DataDirError, match=r"check memory\.dsn, which is such as") as caught:
+        PostgresStore("postgresql//memos:hush@db/memos")
+    assert "hush" not in str(caught.value) and caught.value.__cause__ is None
+
+
 class TestLostConnections:
     def test_the_server_is_killed_within_a_load(self, postgres: Any, dsn: str) -> None:
         """The writers go on when it is there again; what was acknowledged is there once, and nothing by half."""

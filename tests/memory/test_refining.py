@@ -226,6 +226,15 @@ def test_what_was_made_of_a_note_is_kept_from_prompts_with_it(
     assert getattr(service.get(ALICE, made), name) == value
 
 
+def test_what_a_note_is_already_holds_for_what_was_made_of_it(service: MemoryService) -> None:
+    note, made = restated(service)
+    service.update(ALICE, note, sensitivity="sensitive")
+    version = service.get(ALICE, note).version
+    service.update(ALICE, made, sensitivity="normal")
+    assert service.update(ALICE, note, sensitivity="sensitive").version == version
+    assert service.get(ALICE, made).sensitivity == "sensitive"
+
+
 def test_a_merge_with_a_new_text_leaves_nothing_that_was_made_of_the_old(service: MemoryService) -> None:
     note, made = restated(service)
     other = service.add(ALICE, "I bake.").id

@@ -92,7 +92,16 @@ def test_default_yaml_states_the_defaults() -> None:
         ("kv:\n  store_dtype: fp8\n  save: all", ["'kv'", "approximate", "save: memory"]),
         ("kv:\n  layer_groups: 0", ["'kv.layer_groups'", "1"]),
         ("kv:\n  store_dtype: fp8\n  layer_groups: 2", ["'kv'", "loaded whole", "leave out 'layer_groups'"]),
-        ("identity:\n  keys:\n    k: {user: alice}", ["'identity.keys.k.tenant'", "required"]),
+        ("identity:\n  keys:\n    sk-lhush: {user: alice}", ["'identity.keys.sk-l….tenant'", "required"]),
+        ("identity:\n  keys:\n    hush: {user: alice}", ["'identity.keys.hu….tenant'", "required"]),
+        ("identity:\n  keys:\n    sk-lhush: alice", ["'identity.keys.sk-l…' is a section"]),
+        ("identity:\n  keys:\n    sk-lhush: {tenant: a, usr: b}", ["unknown key 'identity.keys.sk-l….usr'"]),
+        ("identity:\n  keys: sk-lhush", ["'identity.keys'", "dictionary"]),
+        ("identity:\n  keys: [sk-lhush]", ["'identity.keys'", "dictionary"]),
+        ("identity:\n  sk-lhush: {tenant: shop}", ["unknown key 'identity.sk-l…'"]),
+        ("identity:\n  unlisted_key: refuse", ["unknown key 'identity.unlisted_key'"]),
+        ("identity:\n  keys:\n    sha256:sk-lhush: {tenant: a}", ["'identity.keys.sha256:sk-l…'", "no digest"]),
+        (f"identity:\n  keys:\n    sha256:{'ab' * 32}: {{}}", ["'identity.keys.sha256:abababab….tenant'", "required"]),
         ("kv:\n  host_byte: 1GiB", ["unknown key 'kv.host_byte'", "host_bytes"]),
         ("memory:\n  embedder: {knd: auto}", ["unknown key 'memory.embedder.knd'", "there are kind, model"]),
         ("kv:\n#  save: all", ["'kv' is a section", "leave it out"]),
@@ -107,7 +116,7 @@ def test_default_yaml_states_the_defaults() -> None:
         ("identity:\n  trusted_user_header: X User", ["'identity.trusted_user_header'", "X-Authenticated-User"]),
         ("identity:\n  trusted_user_header: AUTHORIZATION", ["'identity.trusted_user_header'", "API key"]),
         ("identity:\n  keys:\n    '': {tenant: shop}", ["'identity.keys.'", "is no key"]),
-        ("identity:\n  keys:\n    123: {tenant: shop}", ["'identity.keys.123'", "write it in quotes"]),
+        ("identity:\n  keys:\n    123: {tenant: shop}", ["'identity.keys.1…'", "write it in quotes"]),
         ("- a\n- b", ["must be a mapping", "list"]),
         ("a: [1, 2", ["not valid YAML", "line"]),
     ],
@@ -146,3 +155,11 @@ def test_the_longest_times_of_a_configuration_are_none_too_long(tmp_path: Path) 
     service.add(ALICE, "a note", type="working", session="s", priority=3)
     service.remember(ALICE, says("I like tea."), session="s")
     assert texts(service.recall(ALICE, says("tea"), session="s").long_lived) == ["I like tea."]
+
+
+def test_what_is_printed_of_a_configuration_has_no_api_key(tmp_path: Path) -> None:
+    path = tmp_path / "memos.yaml"
+    path.write_text("identity:\n  keys:\n    sk-live-0123: {tenant: shop}")
+    config = load(path)
+    assert list(config.identity.keys) == ["sk-live-0123"]
+    assert "sk-live" not in repr(config) + str(config.identity)
