@@ -57,17 +57,22 @@ def _assertion(text: str, claim: Claim | None, order: Instruction | None) -> Ass
     if order is not None:
         value = YES if order.holds else NO
         return Assertion(order.predicate, value, implied=order.implied) if order.topic else None
-    is_change = _CHANGE.search(text) is not None
     if claim is not None:
         is_of = claim.subject in _OF_SUBJECTS
-        return Assertion(f"{claim.subject} {claim.value}", YES, is_change) if is_of else None
+        return Assertion(f"{claim.subject} {claim.value}", YES, _tells_change(text)) if is_of else None
     if not _FIRST_PERSON.search(text):
         return None
     said = fold(claim_forms.core_of(text)).rstrip(".! ")
     while said.endswith(_ENDINGS):
         said = said.rpartition(" ")[0].removesuffix(" any").removesuffix(" at")
     found = _stated(said) if said.startswith(("i ", "i'", "im ")) else None
-    return replace(found, is_change=is_change or found.predicate.startswith("have ")) if found else None
+    if found is None:
+        return None
+    return replace(found, is_change=found.predicate.startswith("have ") or _tells_change(text))
+
+
+def _tells_change(text: str) -> bool:
+    return _CHANGE.search(text) is not None
 
 
 def contradicts(new: Assertion, old: Assertion) -> bool:
