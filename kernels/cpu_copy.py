@@ -62,6 +62,10 @@ class CpuCopy:
         _scatter(self._pieces, numbers[0], chunk.data_ptr(), chunk.stride(0), numbers[1])
 
 
+LONG_BYTES = 64 * 2**10
+"""The core fetches ahead in so long a piece by itself, and one at a time disturbs a forward pass beside it less."""
+
+
 def _pieces(view: Tensor) -> tuple[int, np.ndarray]:
     """Size of the contiguous pieces that a block of a byte view consists of, and the offset of each."""
     shape, strides = list(view.shape[1:]), list(view.stride()[1:])
@@ -84,7 +88,8 @@ def _numbers(numbers: Sequence[int], end: int) -> np.ndarray:
 
 
 def _loop(copies_to_blocks: bool) -> Any:
-    """Pieces shorter than a strip are copied at once; of the others ``TOGETHER`` at a time, over blocks too."""
+    """Pieces shorter than a strip, and long ones, are copied at once; of the others ``TOGETHER`` at a time, over blocks
+    too."""
 
     @njit(nogil=True)
     def loop(pieces, block_ids, chunk, row_stride, rows):
@@ -96,7 +101,7 @@ def _loop(copies_to_blocks: bool) -> Any:
                 in_block = pieces.starts[piece] + block_ids[i] * pieces.block_strides[piece]
                 in_row = row + pieces.row_offsets[piece]
                 target, source = (in_block, in_row) if copies_to_blocks else (in_row, in_block)
-                if pieces.sizes[piece] < MIN_BYTES:
+                if pieces.sizes[piece] < MIN_BYTES or pieces.sizes[piece] >= LONG_BYTES:
                     stream(target, source, pieces.sizes[piece])
                     continue
                 fetch_strip(source)

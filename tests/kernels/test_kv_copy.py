@@ -214,3 +214,22 @@ def test_a_shape_without_blocks_is_refused(shape):
 def test_an_ambiguous_shape_is_refused():
     with pytest.raises(ValueError, match="both of the first two"):
         planes_of([torch.empty(2, 4, 16)], 2)
+
+
+@pytest.mark.parametrize("more", [-16, 0, 16, 8 * 1024 + 48])
+def test_long_pieces_and_short_ones_of_one_block_are_copied_exactly(more):
+    """Long ones singly, between short ones that are copied together."""
+    cpu_copy = pytest.importorskip("memos_vllm.kernels.cpu_copy")
+    widths = (300, cpu_copy.LONG_BYTES + more, 4096, cpu_copy.LONG_BYTES - more)
+    planes = [torch.randint(0, 256, (6, width), dtype=torch.uint8) for width in widths]
+    copier, ids = BlockCopier(planes), [4, 1, 3]
+    rows, expected = torch.full((3, sum(widths)), POISON, dtype=torch.uint8), torch.empty(3, sum(widths)).byte()
+    gather_reference(planes, ids, expected)
+    copier.gather(ids, rows)
+    assert torch.equal(rows, expected)
+    before = [plane.clone() for plane in planes]
+    copier.scatter(rows, [0, 2, 5])
+    arrived = torch.empty_like(expected)
+    gather_reference(planes, [0, 2, 5], arrived)
+    assert torch.equal(arrived, expected)
+    assert all(torch.equal(plane[[1, 3, 4]], old[[1, 3, 4]]) for plane, old in zip(planes, before, strict=True))
